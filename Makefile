@@ -1,0 +1,46 @@
+# make pretrain · make test · make bench · make lint: each sets up what it needs first, once.
+#
+# Variables: PYTHON (the interpreter the virtual environment is made from), ARGS (passed on to the command).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: setup pretrain test lint bench gpu-test gpu-bench clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/ready
+
+# The stamp is written last, so an interrupted set-up is taken up again.
+$(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch setuptools ninja pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[all]"
+	@touch $@
+
+pretrain: setup
+	$(BIN)/bincomm pretrain --recipe digits $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# For a machine with a GPU whose `python3` already has torch, triton and nvcc; nothing is installed there.
+gpu-test:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest tests/test_gpu $(ARGS)
+
+gpu-bench:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info bincomm/_C*.so

@@ -1,0 +1,11 @@
+"""Self-supervised visual pretraining as discrete communication, and its fused operations.
+
+Importing bincomm imports torch and nothing heavier; `bincomm doctor` tells what is built, found and used.
+"""
+
+from bincomm.ops.coding_rate import coding_rate
+from bincomm.ops.messages import pack_signs, unpack_signs
+from bincomm.ops.sign_bce import sign_bce
+
+__version__ = "0.1.0"
+__all__ = ["coding_rate", "pack_signs", "sign_bce", "unpack_signs"]

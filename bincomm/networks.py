@@ -1,0 +1,103 @@
+"""Networks: a timm backbone under a three-layer head; the teacher is the student's moving average."""
+
+import difflib
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+try:
+    import timm
+except ImportError as error:
+    raise ImportError("training needs timm; install it with: pip install 'bincomm[train]'") from error
+
+
+def create_backbone(name: str, image_size: int, drop_path: float = 0.0, **arguments: Any) -> nn.Module:
+    """A timm backbone without its classifier: images (n, 3, H, W) -> features (n, D).
+
+    The feature is the one timm's classifier would see: the CLS token of a ViT, the pooled map of a conv net. ViTs
+    interpolate their position embedding to the size of each crop.
+
+    Args:
+        name: a timm model name, `timm.list_models()`.
+        image_size: side of the global crops in pixels; a ViT's position embedding is made for it.
+        drop_path: stochastic depth rate.
+        arguments: passed on to `timm.create_model`.
+
+    Raises:
+        ValueError: unknown name (with the nearest ones), or arguments the model does not take.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"backbone: timm has no model named {name!r}{hint}")
+    if drop_path:
+        arguments["drop_path_rate"] = drop_path
+    refused = ""
+    for sizes in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
+        try:  # timm's constructors take different arguments, and say so by TypeError only
+            return timm.create_model(name, num_classes=0, **sizes, **arguments)
+        except TypeError as error:
+            refused = str(error)
+            if not any(key in refused for key in sizes):
+                break
+    raise ValueError(f"backbone: {name} does not accept these arguments: {refused}")
+
+
+class Head(nn.Module):
+    """Projection head D → hidden → GELU → hidden → GELU → K, with biases and no norm: features -> raw logits.
+
+    Weights are drawn from a normal of standard deviation 0.02 truncated at ±2, biases are 0, as in DINO's code.
+    """
+
+    def __init__(self, features: int, hidden: int, bits: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bits)
+        )
+        self.reset()
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw the head anew from its initial distribution."""
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                # Drawn on the CPU, so that every rank and every kind of device gets the same head.
+                weight = torch.empty(layer.weight.shape)
+                nn.init.trunc_normal_(weight, std=0.02, generator=generator)
+                with torch.no_grad():
+                    layer.weight.copy_(weight)
+                    layer.bias.zero_()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+class Network(nn.Module):
+    """Backbone and head: views of images -> logits (V, n, K)."""
+
+    def __init__(self, backbone: nn.Module, head: Head):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, *groups: Tensor) -> Tensor:
+        """Groups of views (V_g, n, 3, H_g, W_g), each of one size, to the logits (ΣV_g, n, K) of all, in order."""
+        features = [self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in groups]
+        return self.head(torch.cat(features))
+
+
+def create_teacher(student: Network, backbone: nn.Module) -> Network:
+    """A copy of the student without gradients, on a backbone of its own (that has no stochastic depth)."""
+    backbone.load_state_dict(student.backbone.state_dict())
+    return Network(backbone, deepcopy(student.head)).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(teacher: Network, student: Network, momentum: float) -> None:
+    """Exponential moving average of every parameter: `θ_t ← m θ_t + (1-m) θ_s`.
+
+    Buffers (the running statistics of batch norm) are the teacher's own, gathered in its forward passes.
+    """
+    get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)

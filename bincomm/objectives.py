@@ -1,0 +1,42 @@
+"""Training objectives. Each maps student and teacher logits to a dict of scalars with the key "loss"."""
+
+import torch
+from torch import Tensor, nn
+
+from bincomm.ops.coding_rate import coding_rate
+from bincomm.ops.sign_bce import sign_bce
+
+
+class DiscreteCommunication(nn.Module):
+    """The paper's objective: predict the teacher's bits, and keep the channel in use.
+
+    `L = agreement - β·γ·R`: `agreement` is `sign_bce` over all pairs of different views, `R` the `coding_rate` of the
+    student's views that the teacher sees too, averaged over them, and `γ = (K + n)/(K·n)` ("Self-Supervised Learning as
+    Discrete Communication", arXiv 2602.09764; γ and ε² as in SimDINO, arXiv 2502.10385).
+
+    Args:
+        beta: β. Too small and every bit becomes constant, too large and nothing is transmitted.
+        eps_squared: ε² of the coding rate.
+    """
+
+    def __init__(self, beta: float = 0.1, eps_squared: float = 0.05):
+        super().__init__()
+        if not beta >= 0:
+            raise ValueError(f"beta: expected a number ≥ 0, got {beta}")
+        self.beta = beta
+        self.eps_squared = eps_squared
+
+    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Student logits (V, n, K) and teacher logits (U, n, K), its views first -> scalars loss, agreement, rate (nats)."""
+        agreement = sign_bce(student, teacher)
+        rate = coding_rate(student[: len(teacher)], eps_squared=self.eps_squared).mean()
+        n, bits = student.shape[1:]
+        gamma = (bits + n) / (bits * n)
+        return {"loss": agreement - self.beta * gamma * rate, "agreement": agreement.detach(), "rate": rate.detach()}
+
+
+def rate_ceiling(n: int, bits: int, eps_squared: float = 0.05) -> float:
+    """Largest coding rate of n unit rows of K bits, in nats: `k/2·log(1 + αn/k)` with k = min(n, K)."""
+    k = min(n, bits)
+    alpha = bits / (n * eps_squared)
+    return k / 2 * float(torch.log1p(torch.tensor(alpha * n / k, dtype=torch.float64)))

@@ -1,0 +1,1 @@
+"""The operations of discrete communication, one file each; see `bincomm` for the public names."""

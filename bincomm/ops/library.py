@@ -1,0 +1,72 @@
+"""The `bincomm` operator library: which kernels exist, which one runs, and why.
+
+PyTorch's dispatcher chooses by device: `bincomm._C` registers its kernels for CPU, `bincomm.kernels` (Triton) for CUDA,
+and every operation has a form in PyTorch for all other devices, and for these two where a kernel is missing.
+"""
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("auto", "native", "reference")
+BACKEND = os.environ.get("BINCOMM_BACKEND", "auto")
+if BACKEND not in BACKENDS:
+    raise ValueError(f"BINCOMM_BACKEND={BACKEND!r}: expected one of {', '.join(BACKENDS)}")
+
+LIBRARY = torch.library.Library("bincomm", "DEF")
+
+# operation -> device -> what runs there; filled in by the operations, read by `bincomm doctor`.
+KERNELS: dict[str, dict[str, str]] = {}
+
+
+def load(module: str) -> tuple[ModuleType | None, str]:
+    """Import a module of kernels: (module, "") or (None, why it is not there)."""
+    try:
+        return importlib.import_module(module), ""
+    except ImportError as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+_C, _C_MISSING = load("bincomm._C")
+
+
+def define(schema: str, *, cpu: str, pytorch_form: Callable, fake: Callable) -> None:
+    """Declare an operation with its form in PyTorch and its shape rule.
+
+    `cpu` names what serves CPU tensors: "C++" from `_C`, or a library that the form in PyTorch already calls.
+    """
+    name = schema.partition("(")[0]
+    native = {"cpu"} if cpu != "C++" else set()
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, _form(name, pytorch_form, native), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bincomm::{name}", fake, lib=LIBRARY)
+    KERNELS[name] = {"cpu": cpu if _C or native else "PyTorch", "cuda": "PyTorch"}
+
+
+def use_cuda_kernel(name: str, kernel: Callable, what: str) -> None:
+    """Register the kernel that CUDA tensors take."""
+    LIBRARY.impl(name, kernel, "CUDA")
+    KERNELS[name]["cuda"] = what
+
+
+def _form(name: str, pytorch_form: Callable, native: set[str]) -> Callable:
+    """The form in PyTorch; where BINCOMM_BACKEND=native asks for a kernel it refuses instead of standing in for one."""
+    if BACKEND != "native":
+        return pytorch_form
+
+    def refuse_stand_in(*args):
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        if device in native:
+            return pytorch_form(*args)
+        why = f" ({_C_MISSING})" if device == "cpu" and _C_MISSING else ""
+        raise RuntimeError(f"BINCOMM_BACKEND=native, but {name} has no native kernel for {device} here{why}")
+
+    return refuse_stand_in
+
+
+def takes_reference(x: torch.Tensor) -> bool:
+    """Whether the definition itself is to run: when asked for by name, and for fp64, which no kernel takes."""
+    return BACKEND == "reference" or x.dtype == torch.float64

@@ -1,0 +1,64 @@
+"""Each operation by its definition, in plain differentiable PyTorch.
+
+This is the specification: the tests hold every kernel against these functions in fp64, and the benchmarks take their
+baselines from here. They run on any device and in the dtype of their input, half types in fp32.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12  # smallest norm a row of logits is divided by, as in torch.nn.functional.normalize
+
+
+def widen(x: Tensor) -> Tensor:
+    """fp16 and bf16 as fp32; fp32 and fp64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def pack_signs(logits: Tensor) -> Tensor:
+    """`m = 1[a > 0]` (..., K), 32 bits a word: (..., ⌈K/32⌉) int32, bit `j` of word `w` is bit `32w+j`."""
+    bits = F.pad((logits > 0).to(torch.int64), (0, -logits.shape[-1] % 32))
+    weights = torch.ones((), dtype=torch.int64, device=logits.device) << torch.arange(32, device=logits.device)
+    words = (bits.unflatten(-1, (bits.shape[-1] // 32, 32)) * weights).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_signs(messages: Tensor, bits: int) -> Tensor:
+    """The inverse: (..., ⌈K/32⌉) int32 -> (..., K) bool."""
+    shifts = torch.arange(32, device=messages.device, dtype=torch.int32)
+    return ((messages.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :bits].to(torch.bool)
+
+
+def paired_views(views: int, teachers: int, pairs: str) -> list[tuple[int, int]]:
+    """The (teacher view, student view) pairs: `cross` leaves out a view with itself, `matched` keeps only those."""
+    every = [(u, v) for u in range(teachers) for v in range(views)]
+    keep = {"cross": lambda u, v: u != v, "all": lambda u, v: True, "matched": lambda u, v: u == v}[pairs]
+    return [pair for pair in every if keep(*pair)]
+
+
+def sign_bce(student: Tensor, teacher: Tensor, pairs: str = "cross") -> Tensor:
+    """Mean over pairs, images and bits of `-log σ((2m-1)·a)`: BCE of student logits against teacher signs.
+
+    Written through logσ rather than softplus(a) - m·a, so that infinite logits give 0 or inf, as they should.
+    """
+    a = widen(student)
+    if teacher.dtype == torch.int32:
+        m = unpack_signs(teacher, student.shape[-1])
+        unknown = torch.zeros_like(m)
+    else:
+        m, unknown = teacher > 0, teacher.isnan()
+    terms = [
+        F.logsigmoid(torch.where(m[u], a[v], -a[v])).masked_fill(unknown[u], torch.nan)
+        for u, v in paired_views(len(student), len(teacher), pairs)
+    ]
+    return -torch.stack(terms).mean()
+
+
+def coding_rate(logits: Tensor, eps_squared: float = 0.05) -> Tensor:
+    """`½ logdet(I + α zᵀz)` with `z = a/‖a‖` row by row and `α = K/(n·ε²)`: (..., n, K) -> (...,), nats."""
+    n, bits = logits.shape[-2:]
+    z = F.normalize(widen(logits), dim=-1, eps=NORM_EPS)
+    gram = z.mT @ z
+    identity = torch.eye(bits, dtype=gram.dtype, device=gram.device)
+    return torch.logdet(identity + bits / (n * eps_squared) * gram) / 2

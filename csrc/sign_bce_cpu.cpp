@@ -1,0 +1,261 @@
+// Binary cross-entropy between a student's logits and the signs of a teacher's, on CPU.
+//
+// With c_v the number of teachers paired with view v, S_v the sum of their bits at an element and a the logit,
+//
+//     loss     = sum_v [ c_v softplus(a) - S_v a ] / (pairs n K)
+//     gradient = [ c_v sigmoid(a) - S_v ] / (pairs n K)
+//
+// which is evaluated without cancellation through e = exp(-|a|) and the weight w = (a > 0 ? c_v - S_v : S_v):
+//
+//     c softplus(a) - S a  =  w |a| + c log(1 + e)          c sigmoid(a) - S  =  sgn(a) (w - c e / (1 + e))
+//
+// A task is one image and kChunk bits of it: the teacher's bits are read once and serve all V views.
+// The loss's log is taken once per eight elements: p <- p + e + p e gives prod(1 + e) - 1, accurate for tiny e too.
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "rows.h"
+
+namespace bincomm {
+namespace {
+
+constexpr int64_t kLanes = 32;
+constexpr int64_t kTaskElements = 16384;  // of work below which another thread costs more than it brings
+
+// Sum of c softplus(x) - S x over kChunk elements; x is padded with -inf and S with 0, which add nothing.
+BINCOMM_CLONES double loss_of_chunk(const float* x, const float* sums, float c, int64_t padded) {
+  float linear[kLanes] = {};
+  float product[kLanes] = {};  // prod(1 + e) - 1
+  for (int64_t block = 0; block < padded; block += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) {
+      const float a = x[block + j];
+      const float s = sums[block + j];
+      const float magnitude = a > 0.0f ? a : -a;
+      const float w = a > 0.0f ? c - s : s;
+      const float e = exp_nonpositive(-magnitude);
+      const float term = w * magnitude;
+      linear[j] += w == 0.0f ? 0.0f : term;  // an infinite logit on its own side costs nothing, not inf * 0
+      product[j] += e * (1.0f + product[j]);
+    }
+  }
+  double total[kLanes];
+  for (int64_t j = 0; j < kLanes; ++j) {
+    total[j] = static_cast<double>(linear[j]) + static_cast<double>(c * log1p_nonnegative(product[j]));
+  }
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t j = 0; j < width; ++j) total[j] += total[j + width];
+  }
+  return total[0];
+}
+
+BINCOMM_CLONES void gradient_of_chunk(const float* x, const float* sums, float c, float scale, int64_t padded, float* out) {
+  for (int64_t j = 0; j < padded; ++j) {
+    const float a = x[j];
+    const float s = sums[j];
+    const float e = exp_nonpositive(a > 0.0f ? -a : a);
+    const float w = a > 0.0f ? c - s : s;
+    const float magnitude = w - c * (e / (1.0f + e));
+    out[j] = (a > 0.0f ? magnitude : -magnitude) * scale;
+  }
+}
+
+// 1 for a positive logit, 0 for another, NaN for NaN: a teacher that has diverged must show in the loss.
+BINCOMM_CLONES void bits_of_logits(const float* logits, int64_t count, float* bits) {
+  for (int64_t j = 0; j < count; ++j) {
+    const float bit = logits[j] > 0.0f ? 1.0f : 0.0f;
+    bits[j] = logits[j] == logits[j] ? bit : logits[j];
+  }
+}
+
+BINCOMM_CLONES void bits_of_words(const int32_t* words, int64_t count, float* bits) {
+  for (int64_t j = 0; j < count; ++j) {
+    bits[j] = static_cast<float>((static_cast<uint32_t>(words[j / 32]) >> (j % 32)) & 1u);
+  }
+}
+
+BINCOMM_CLONES void add(const float* a, const float* b, int64_t count, float* out) {
+  for (int64_t j = 0; j < count; ++j) out[j] = a[j] + b[j];
+}
+
+BINCOMM_CLONES void subtract(const float* a, const float* b, int64_t count, float* out) {
+  for (int64_t j = 0; j < count; ++j) out[j] = a[j] - b[j];
+}
+
+enum class Pairs { cross, all, matched };
+
+struct Problem {
+  int64_t views, teachers, images, bits, words, chunks;
+  Pairs pairs;
+  double terms;  // pairs * n * K, what the mean divides by
+
+  int64_t tasks() const { return images * chunks; }
+  int64_t grain() const { return std::max<int64_t>(1, kTaskElements / (kChunk * std::max<int64_t>(1, views))); }
+};
+
+Problem problem(const Tensor& student, const Tensor& teacher, const std::string& pairs) {
+  STD_TORCH_CHECK(student.dim() == 3 && teacher.dim() == 3, "student and teacher: expected three dimensions each");
+  Problem p;
+  p.views = student.size(0);
+  p.images = student.size(1);
+  p.bits = student.size(2);
+  p.teachers = teacher.size(0);
+  p.words = (p.bits + 31) / 32;
+  p.chunks = (p.bits + kChunk - 1) / kChunk;
+  const int64_t width = teacher.scalar_type() == ScalarType::Int ? p.words : p.bits;
+  STD_TORCH_CHECK(teacher.size(1) == p.images && teacher.size(2) == width, "teacher: its shape does not fit student's");
+  double count;
+  if (pairs == "cross") {
+    STD_TORCH_CHECK(p.teachers <= p.views, "teacher: pairs='cross' needs a student view for every teacher view");
+    p.pairs = Pairs::cross;
+    count = static_cast<double>(p.teachers) * static_cast<double>(p.views - 1);
+  } else if (pairs == "all") {
+    p.pairs = Pairs::all;
+    count = static_cast<double>(p.teachers) * static_cast<double>(p.views);
+  } else {
+    STD_TORCH_CHECK(pairs == "matched", "pairs: expected 'cross', 'all' or 'matched', got '", pairs, "'");
+    STD_TORCH_CHECK(p.teachers == p.views, "teacher: pairs='matched' needs as many teacher as student views");
+    p.pairs = Pairs::matched;
+    count = static_cast<double>(p.views);
+  }
+  p.terms = count * static_cast<double>(p.images) * static_cast<double>(p.bits);
+  return p;
+}
+
+// The bits of all teachers for one image and chunk: each alone and summed, padded with zeros.
+struct Bits {
+  std::vector<float> each;
+  float sum[kChunk];
+  float paired[kChunk];
+
+  explicit Bits(const Problem& p) : each(p.teachers * kChunk, 0.0f) {}
+
+  float* of(int64_t teacher) { return each.data() + teacher * kChunk; }
+
+  void accumulate(const Problem& p, int64_t count) {
+    std::fill(sum, sum + kChunk, 0.0f);
+    for (int64_t u = 0; u < p.teachers; ++u) {
+      std::fill(of(u) + count, of(u) + kChunk, 0.0f);
+      add(sum, of(u), kChunk, sum);
+    }
+  }
+
+  // (S_v, c_v): the summed bits of the teachers view v is paired with, and how many they are.
+  std::pair<const float*, float> of_view(const Problem& p, int64_t view) {
+    if (p.pairs == Pairs::matched) return {of(view), 1.0f};
+    if (p.pairs == Pairs::all || view >= p.teachers) return {sum, static_cast<float>(p.teachers)};
+    subtract(sum, of(view), kChunk, paired);
+    return {paired, static_cast<float>(p.teachers - 1)};
+  }
+};
+
+// The row's chunk as fp32, padded with -inf to whole lanes.
+int64_t load_padded(Load load, const void* data, int64_t offset, int64_t count, float* out) {
+  load(data, offset, count, out);
+  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+  std::fill(out + count, out + padded, -std::numeric_limits<float>::infinity());
+  return padded;
+}
+
+std::tuple<Tensor, Tensor> sign_bce(Tensor student_, Tensor teacher_, std::string pairs) {
+  const Problem p = problem(student_, teacher_, pairs);
+  const Tensor student = unit_stride(student_);
+  const Tensor teacher = unit_stride(teacher_);
+  const bool packed = teacher.scalar_type() == ScalarType::Int;
+  const Load load = storage_of(student.scalar_type(), "student").load;
+  const Load load_teacher = packed ? nullptr : storage_of(teacher.scalar_type(), "teacher").load;
+  const void* x = student.const_data_ptr();
+  const void* t = teacher.const_data_ptr();
+
+  Tensor messages = packed ? torch::stable::new_empty(student, {0}, ScalarType::Int)
+                           : torch::stable::new_empty(student, {p.teachers, p.images, p.words}, ScalarType::Int);
+  int32_t* message = packed ? nullptr : static_cast<int32_t*>(messages.mutable_data_ptr());
+  std::vector<double> partial(p.tasks());
+
+  torch::stable::parallel_for(0, p.tasks(), p.grain(), [&](int64_t begin, int64_t end) {
+    Bits bits(p);
+    float chunk[kChunk];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / p.chunks;
+      const int64_t first = task % p.chunks * kChunk;
+      const int64_t count = std::min(kChunk, p.bits - first);
+      for (int64_t u = 0; u < p.teachers; ++u) {
+        const int64_t row = u * teacher.stride(0) + image * teacher.stride(1);
+        if (packed) {
+          bits_of_words(static_cast<const int32_t*>(t) + row + first / 32, count, bits.of(u));
+        } else {
+          load_teacher(t, row + first, count, chunk);
+          bits_of_logits(chunk, count, bits.of(u));
+          pack_chunk(chunk, count, message + (u * p.images + image) * p.words + first / 32);
+        }
+      }
+      bits.accumulate(p, count);
+      double total = 0.0;
+      for (int64_t v = 0; v < p.views; ++v) {
+        const auto [sums, c] = bits.of_view(p, v);
+        if (c == 0.0f) continue;
+        const int64_t row = v * student.stride(0) + image * student.stride(1);
+        const int64_t padded = load_padded(load, x, row + first, count, chunk);
+        total += loss_of_chunk(chunk, sums, c, padded);
+      }
+      partial[task] = total;
+    }
+  });
+
+  double total = 0.0;  // in the tasks' order, so that the number of threads does not show
+  for (double part : partial) total += part;
+  Tensor loss = torch::stable::new_empty(student, {}, ScalarType::Float);
+  *static_cast<float*>(loss.mutable_data_ptr()) = static_cast<float>(total / p.terms);
+  return {loss, messages};
+}
+
+Tensor sign_bce_backward(Tensor grad, Tensor student_, Tensor messages_, std::string pairs) {
+  const Problem p = problem(student_, messages_, pairs);
+  STD_TORCH_CHECK(messages_.scalar_type() == ScalarType::Int, "messages: expected int32");
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == 1, "grad: expected one float32");
+  const Tensor student = unit_stride(student_);
+  const Tensor messages = unit_stride(messages_);
+  const Storage storage = storage_of(student.scalar_type(), "student");
+  const void* x = student.const_data_ptr();
+  const int32_t* message = static_cast<const int32_t*>(messages.const_data_ptr());
+  const float scale = static_cast<float>(*static_cast<const float*>(grad.const_data_ptr()) / p.terms);
+
+  Tensor gradient = torch::stable::new_empty(student, {p.views, p.images, p.bits});
+  void* out = gradient.mutable_data_ptr();
+
+  torch::stable::parallel_for(0, p.tasks(), p.grain(), [&](int64_t begin, int64_t end) {
+    Bits bits(p);
+    float chunk[kChunk];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / p.chunks;
+      const int64_t first = task % p.chunks * kChunk;
+      const int64_t count = std::min(kChunk, p.bits - first);
+      for (int64_t u = 0; u < p.teachers; ++u) {
+        const int64_t row = u * messages.stride(0) + image * messages.stride(1);
+        bits_of_words(message + row + first / 32, count, bits.of(u));
+      }
+      bits.accumulate(p, count);
+      for (int64_t v = 0; v < p.views; ++v) {
+        const auto [sums, c] = bits.of_view(p, v);
+        const int64_t row = v * student.stride(0) + image * student.stride(1);
+        const int64_t padded = load_padded(storage.load, x, row + first, count, chunk);
+        gradient_of_chunk(chunk, sums, c, scale, padded, chunk);
+        storage.store(chunk, count, out, (v * p.images + image) * p.bits + first);
+      }
+    }
+  });
+  return gradient;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bincomm, CPU, m) {
+  m.impl("sign_bce", TORCH_BOX(&sign_bce));
+  m.impl("sign_bce_backward", TORCH_BOX(&sign_bce_backward));
+}
+
+}  // namespace bincomm

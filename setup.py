@@ -1,0 +1,142 @@
+"""Build bincomm and its extension `bincomm._C`.
+
+The metadata stands in pyproject.toml; this file only builds. C++ is compiled always, CUDA when nvcc is found:
+
+    BINCOMM_CUDA=auto|0|1    auto (default) builds CUDA when it can and says why when it cannot; 1 makes that an error
+    TORCH_CUDA_ARCH_LIST     GPU architectures, e.g. "8.0;9.0+PTX"; default: the ones of DEFAULT_ARCHITECTURES nvcc knows
+    MAX_JOBS                 compiler processes; default: one per core, fewer where memory is short
+
+The extension is written against PyTorch's stable ABI, so one binary serves torch 2.11 and every later release.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11.0
+DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+MEMORY_PER_JOB = 2 << 30  # bytes; one nvcc process with its four device passes peaks near 1.5 GiB
+
+
+def find_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
+    """Return (CUDA home, nvcc version) or (None, why CUDA code is not built)."""
+    choice = os.environ.get("BINCOMM_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"BINCOMM_CUDA={choice!r}: expected auto, 0 or 1")
+    if choice == "0":
+        return None, "BINCOMM_CUDA=0"
+    home, why = None, ""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = (Path(named) / "bin" / "nvcc") if named else shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc")
+    if torch_cuda is None:
+        why = "this torch has no CUDA support"
+    elif not Path(nvcc).exists():
+        why = f"nvcc was not found at {nvcc}" if named else "nvcc was not found on PATH or in /usr/local/cuda"
+    else:
+        release = re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+        version = release.group(1) if release else "unknown"
+        if version.split(".")[0] != torch_cuda.split(".")[0]:
+            why = f"nvcc is CUDA {version}, torch was built with CUDA {torch_cuda}: the major versions must agree"
+        else:
+            # The nvcc on PATH may be a wrapper script, so its folder's parent need not be the toolkit: ask it.
+            dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+            top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+            home = os.path.realpath(top.group(1)) if top else str(Path(nvcc).resolve().parent.parent)
+            return home, version
+    if choice == "1":
+        raise SystemExit(f"BINCOMM_CUDA=1 asks for the CUDA kernels, but {why}")
+    return home, why
+
+
+def supported_architectures(cuda_home: str) -> str:
+    """The default architectures this nvcc can compile for; the last one also as PTX for GPUs to come."""
+    nvcc = os.path.join(cuda_home, "bin", "nvcc")
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = [a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in listed]
+    return ";".join(known) + "+PTX"
+
+
+def limit_jobs() -> None:
+    """Leave every compiler process MEMORY_PER_JOB of memory, unless MAX_JOBS says otherwise."""
+    if "MAX_JOBS" not in os.environ and hasattr(os, "sysconf"):
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, free // MEMORY_PER_JOB)))
+
+
+def extension() -> tuple[list[Extension], type[build_ext]]:
+    try:
+        import pybind11
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"bincomm is compiled against the torch it will run with, but `import {error.name}` failed here.\n"
+            "Install torch first and build without isolation:\n"
+            "    pip install torch setuptools ninja pybind11\n"
+            "    pip install --no-build-isolation bincomm"
+        ) from error
+    cuda_home, cuda = find_cuda(torch.version.cuda)
+    if cuda_home:
+        os.environ["CUDA_HOME"] = cuda_home  # read by torch.utils.cpp_extension when it is imported
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", supported_architectures(cuda_home))
+    else:
+        print(f"bincomm: building without CUDA kernels: {cuda}")
+    limit_jobs()
+    from torch.utils import cpp_extension
+
+    def text(value: str) -> str:
+        return '"' + value.replace('"', "'") + '"'
+
+    define = [
+        ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+        ("BINCOMM_CUDA_VERSION", text(cuda if cuda_home else "")),
+        ("BINCOMM_CUDA_ARCHITECTURES", text(os.environ["TORCH_CUDA_ARCH_LIST"] if cuda_home else "")),
+        ("BINCOMM_NO_CUDA_REASON", text("" if cuda_home else cuda)),
+        ("BINCOMM_TORCH_VERSION", text(torch.__version__)),
+    ]
+    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unused"]
+    options = {
+        "sources": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")),
+        "include_dirs": [pybind11.get_include()],
+        "define_macros": define,
+        "extra_compile_args": {"cxx": flags},
+        "extra_link_args": ["-Wl,--as-needed"],  # libtorch_python and libtorch_cuda are offered, but not used
+    }
+    if cuda_home:
+        options["sources"] += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cu"))
+        options["define_macros"] = [*define, ("USE_CUDA", "1")]
+        options["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "--threads=2"]
+        built = cpp_extension.CUDAExtension("bincomm._C", **options)
+        # The runtime is linked statically: the binary then needs nothing of the toolkit it was built with.
+        built.libraries = [library for library in built.libraries if library != "cudart"] + ["cudart_static", "rt", "dl"]
+    else:
+        built = cpp_extension.CppExtension("bincomm._C", **options)
+
+    class Build(cpp_extension.BuildExtension):
+        """BuildExtension that lets a machine without any C++ compiler install the PyTorch forms alone."""
+
+        def run(self):
+            compiler = cpp_extension.get_cxx_compiler()
+            if shutil.which(compiler) is None:
+                if os.environ.get("BINCOMM_CUDA") == "1":
+                    raise SystemExit(f"BINCOMM_CUDA=1 asks for the CUDA kernels, but no C++ compiler ({compiler}) was found")
+                print(f"bincomm: no C++ compiler ({compiler}) was found, so bincomm._C is not built and every operation")
+                print("bincomm: takes its slower PyTorch form. `bincomm doctor` tells what that costs.")
+                self.extensions = []
+                return
+            super().run()
+
+    return [built], Build.with_options(no_python_abi_suffix=False)
+
+
+modules, builder = extension()
+setup(
+    packages=[*find_packages(include=["bincomm", "bincomm.*"]), "bincomm.kernels"],
+    ext_modules=modules,
+    cmdclass={"build_ext": builder},
+)
