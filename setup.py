@@ -2,11 +2,11 @@
 
 The metadata stands in pyproject.toml; this file only builds. C++ is compiled always, CUDA when nvcc is found:
 
-    BINCOMM_CUDA=auto|0|1    auto (default) builds CUDA when it can and says why when it cannot; 1 makes that an error
-    TORCH_CUDA_ARCH_LIST     GPU architectures, e.g. "8.0;9.0+PTX"; default: the ones of DEFAULT_ARCHITECTURES nvcc knows
-    MAX_JOBS                 compiler processes; default: one per core, fewer where memory is short
+    BINCOMM_CUDA=auto|0|1   auto (default) builds CUDA if it can and says why if not; 1 makes that an error
+    TORCH_CUDA_ARCH_LIST    GPU architectures, like "8.0;9.0+PTX"; default: those of ARCHITECTURES nvcc knows
+    MAX_JOBS                compiler processes; default: one per core, fewer where memory is short
 
-The extension is written against PyTorch's stable ABI, so one binary serves torch 2.11 and every later release.
+The extension is written against PyTorch's stable ABI: one binary serves torch 2.11 and every later release.
 """
 
 import os
@@ -20,8 +20,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11.0
-DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 MEMORY_PER_JOB = 2 << 30  # bytes; one nvcc process with its four device passes peaks near 1.5 GiB
+
+
+def output_of(*command: str | Path) -> str:
+    """What a command prints, on either stream."""
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
 def find_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
@@ -31,51 +36,53 @@ def find_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
         raise SystemExit(f"BINCOMM_CUDA={choice!r}: expected auto, 0 or 1")
     if choice == "0":
         return None, "BINCOMM_CUDA=0"
-    home, why = None, ""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = (Path(named) / "bin" / "nvcc") if named else shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc")
+    nvcc = Path(named or "/usr/local/cuda", "bin", "nvcc")
+    if not named and shutil.which("nvcc"):
+        nvcc = Path(shutil.which("nvcc"))
     if torch_cuda is None:
         why = "this torch has no CUDA support"
     elif not Path(nvcc).exists():
-        why = f"nvcc was not found at {nvcc}" if named else "nvcc was not found on PATH or in /usr/local/cuda"
+        why = f"nvcc was not found{' on PATH or' if not named else ''} at {nvcc}"
     else:
-        release = re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+        release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
         version = release.group(1) if release else "unknown"
-        if version.split(".")[0] != torch_cuda.split(".")[0]:
-            why = f"nvcc is CUDA {version}, torch was built with CUDA {torch_cuda}: the major versions must agree"
-        else:
-            # The nvcc on PATH may be a wrapper script, so its folder's parent need not be the toolkit: ask it.
-            dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-            top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
-            home = os.path.realpath(top.group(1)) if top else str(Path(nvcc).resolve().parent.parent)
-            return home, version
+        if version.split(".")[0] == torch_cuda.split(".")[0]:
+            # The nvcc on PATH may be a wrapper script, whose folder is not the toolkit's: ask it.
+            top = re.search(
+                r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE
+            )
+            return os.path.realpath(top.group(1)) if top else str(nvcc.resolve().parent.parent), version
+        why = f"nvcc is CUDA {version}, torch needs CUDA {torch_cuda}: the major versions must agree"
     if choice == "1":
         raise SystemExit(f"BINCOMM_CUDA=1 asks for the CUDA kernels, but {why}")
-    return home, why
+    return None, why
 
 
 def supported_architectures(cuda_home: str) -> str:
     """The default architectures this nvcc can compile for; the last one also as PTX for GPUs to come."""
     nvcc = os.path.join(cuda_home, "bin", "nvcc")
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    known = [a for a in DEFAULT_ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in listed]
+    listed = output_of(nvcc, "--list-gpu-arch")
+    known = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in listed]
     return ";".join(known) + "+PTX"
 
 
 def limit_jobs() -> None:
     """Leave every compiler process MEMORY_PER_JOB of memory, unless MAX_JOBS says otherwise."""
-    if "MAX_JOBS" not in os.environ and hasattr(os, "sysconf"):
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, free // MEMORY_PER_JOB)))
+    if "MAX_JOBS" not in os.environ and Path("/proc/meminfo").exists():
+        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        fit = int(available.group(1)) * 1024 // MEMORY_PER_JOB if available else 1
+        os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, fit)))
 
 
 def extension() -> tuple[list[Extension], type[build_ext]]:
+    """The extension to build, and the command that builds it."""
     try:
         import pybind11
         import torch
     except ImportError as error:
         raise SystemExit(
-            f"bincomm is compiled against the torch it will run with, but `import {error.name}` failed here.\n"
+            f"bincomm is compiled against the torch it will run with, but `import {error.name}` failed.\n"
             "Install torch first and build without isolation:\n"
             "    pip install torch setuptools ninja pybind11\n"
             "    pip install --no-build-isolation bincomm"
@@ -99,7 +106,7 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
         ("BINCOMM_NO_CUDA_REASON", text("" if cuda_home else cuda)),
         ("BINCOMM_TORCH_VERSION", text(torch.__version__)),
     ]
-    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-unused"]
+    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
     options = {
         "sources": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")),
         "include_dirs": [pybind11.get_include()],
@@ -113,20 +120,23 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
         options["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++20", "--threads=2"]
         built = cpp_extension.CUDAExtension("bincomm._C", **options)
         # The runtime is linked statically: the binary then needs nothing of the toolkit it was built with.
-        built.libraries = [library for library in built.libraries if library != "cudart"] + ["cudart_static", "rt", "dl"]
+        built.libraries.remove("cudart")
+        built.libraries += ["cudart_static", "rt", "dl"]
     else:
         built = cpp_extension.CppExtension("bincomm._C", **options)
 
     class Build(cpp_extension.BuildExtension):
-        """BuildExtension that lets a machine without any C++ compiler install the PyTorch forms alone."""
+        """BuildExtension that lets a machine without a C++ compiler install the rest."""
 
         def run(self):
             compiler = cpp_extension.get_cxx_compiler()
             if shutil.which(compiler) is None:
                 if os.environ.get("BINCOMM_CUDA") == "1":
-                    raise SystemExit(f"BINCOMM_CUDA=1 asks for the CUDA kernels, but no C++ compiler ({compiler}) was found")
-                print(f"bincomm: no C++ compiler ({compiler}) was found, so bincomm._C is not built and every operation")
-                print("bincomm: takes its slower PyTorch form. `bincomm doctor` tells what that costs.")
+                    raise SystemExit(f"BINCOMM_CUDA=1: there is no C++ compiler ({compiler}) to build with")
+                print(
+                    f"bincomm: no C++ compiler ({compiler}) was found, so bincomm._C is not built and every"
+                )
+                print("bincomm: operation takes its slower PyTorch form; see `bincomm doctor`")
                 self.extensions = []
                 return
             super().run()

@@ -3,9 +3,11 @@
 Importing bincomm imports torch and nothing heavier; `bincomm doctor` tells what is built, found and used.
 """
 
+from bincomm.diagnosis import doctor
+from bincomm.objectives import DiscreteCommunication
 from bincomm.ops.coding_rate import coding_rate
 from bincomm.ops.messages import pack_signs, unpack_signs
 from bincomm.ops.sign_bce import sign_bce
 
 __version__ = "0.1.0"
-__all__ = ["coding_rate", "pack_signs", "sign_bce", "unpack_signs"]
+__all__ = ["DiscreteCommunication", "coding_rate", "doctor", "pack_signs", "sign_bce", "unpack_signs"]

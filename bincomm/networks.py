@@ -17,8 +17,8 @@ except ImportError as error:
 def create_backbone(name: str, image_size: int, drop_path: float = 0.0, **arguments: Any) -> nn.Module:
     """A timm backbone without its classifier: images (n, 3, H, W) -> features (n, D).
 
-    The feature is the one timm's classifier would see: the CLS token of a ViT, the pooled map of a conv net. ViTs
-    interpolate their position embedding to the size of each crop.
+    The feature is the one timm's classifier would see: the CLS token of a ViT, the pooled map of a conv net.
+    ViTs interpolate their position embedding to the size of each crop.
 
     Args:
         name: a timm model name, `timm.list_models()`.
@@ -49,13 +49,18 @@ def create_backbone(name: str, image_size: int, drop_path: float = 0.0, **argume
 class Head(nn.Module):
     """Projection head D → hidden → GELU → hidden → GELU → K, with biases and no norm: features -> raw logits.
 
-    Weights are drawn from a normal of standard deviation 0.02 truncated at ±2, biases are 0, as in DINO's code.
+    Weights are drawn from a normal of standard deviation 0.02 truncated at ±2, biases are 0, as in DINO's
+    code.
     """
 
     def __init__(self, features: int, hidden: int, bits: int):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(features, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bits)
+            nn.Linear(features, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, bits),
         )
         self.reset()
 
@@ -83,7 +88,7 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, *groups: Tensor) -> Tensor:
-        """Groups of views (V_g, n, 3, H_g, W_g), each of one size, to the logits (ΣV_g, n, K) of all, in order."""
+        """Groups of equally large views (V_g, n, 3, H_g, W_g) -> logits (ΣV_g, n, K) of all, in order."""
         features = [self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in groups]
         return self.head(torch.cat(features))
 

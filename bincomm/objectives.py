@@ -10,9 +10,10 @@ from bincomm.ops.sign_bce import sign_bce
 class DiscreteCommunication(nn.Module):
     """The paper's objective: predict the teacher's bits, and keep the channel in use.
 
-    `L = agreement - β·γ·R`: `agreement` is `sign_bce` over all pairs of different views, `R` the `coding_rate` of the
-    student's views that the teacher sees too, averaged over them, and `γ = (K + n)/(K·n)` ("Self-Supervised Learning as
-    Discrete Communication", arXiv 2602.09764; γ and ε² as in SimDINO, arXiv 2502.10385).
+    `L = agreement - β·γ·R` with `γ = (K + n)/(K·n)`: `agreement` is `sign_bce` over all pairs of different
+    views, `R` the `coding_rate` of the student's views that the teacher sees too, averaged over them
+    ("Self-Supervised Learning as Discrete Communication", arXiv 2602.09764; γ and ε² as in SimDINO, arXiv
+    2502.10385).
 
     Args:
         beta: β. Too small and every bit becomes constant, too large and nothing is transmitted.
@@ -27,12 +28,16 @@ class DiscreteCommunication(nn.Module):
         self.eps_squared = eps_squared
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        """Student logits (V, n, K) and teacher logits (U, n, K), its views first -> scalars loss, agreement, rate (nats)."""
+        """Student (V, n, K) and teacher (U, n, K) logits -> loss, agreement, rate (nats)."""
         agreement = sign_bce(student, teacher)
         rate = coding_rate(student[: len(teacher)], eps_squared=self.eps_squared).mean()
         n, bits = student.shape[1:]
         gamma = (bits + n) / (bits * n)
-        return {"loss": agreement - self.beta * gamma * rate, "agreement": agreement.detach(), "rate": rate.detach()}
+        return {
+            "loss": agreement - self.beta * gamma * rate,
+            "agreement": agreement.detach(),
+            "rate": rate.detach(),
+        }
 
 
 def rate_ceiling(n: int, bits: int, eps_squared: float = 0.05) -> float:

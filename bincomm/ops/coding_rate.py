@@ -11,13 +11,14 @@ from bincomm.ops.messages import check_logits
 def coding_rate(logits: Tensor, *, eps_squared: float = 0.05) -> Tensor:
     """Coding rate of logits with L2-normalised rows: `R = ½ logdet(I + α zᵀz)`, `z = a/‖a‖`, `α = K/(n·ε²)`.
 
-    Uncentred, as in SimDINO (arXiv 2502.10385) and "Self-Supervised Learning as Discrete Communication" (arXiv
-    2602.09764). Its gradient is the closed form `∂R/∂z = α·z·(I + αzᵀz)⁻¹` followed by the row norm's, in fp32 whatever
-    the dtype of the logits and outside autocast; of the two equal determinants (K×K or n×n) the smaller is factored.
+    Uncentred, as in SimDINO (arXiv 2502.10385) and "Self-Supervised Learning as Discrete Communication"
+    (arXiv 2602.09764). Its gradient is the closed form `∂R/∂z = α·z·(I + αzᵀz)⁻¹` followed by the row norm's,
+    in fp32 whatever the dtype of the logits and outside autocast; of the two equal determinants (K×K or n×n)
+    the smaller is factored.
 
     Args:
-        logits: (..., n, K), n rows of K logits; fp32, fp16, bf16 or fp64, any strides. Leading dimensions are a batch,
-            views for example.
+        logits: (..., n, K), n rows of K logits; fp32, fp16, bf16 or fp64, any strides. Leading dimensions,
+            views for example, are a batch.
         eps_squared: ε², the squared distortion (SimDINO's argument `eps` is this square), > 0.
 
     Returns:
@@ -56,7 +57,8 @@ def _pytorch_form(logits: Tensor, eps_squared: float) -> tuple[Tensor, Tensor, T
         factor, _ = torch.linalg.cholesky_ex(gram)
         # Every pivot of I + (positive semi-definite) is at least 1: what is below 1 is rounding.
         rate = factor.diagonal(dim1=-2, dim2=-1).clamp_min(1).log().sum(-1)
-        return rate, torch.cholesky_inverse(factor), norms.squeeze(-1)
+        # LAPACK returns the symmetric inverse column by column: its transpose is the contiguous one.
+        return rate, torch.cholesky_inverse(factor).mT.contiguous(), norms.squeeze(-1)
 
 
 def _pytorch_form_backward(
@@ -68,7 +70,7 @@ def _pytorch_form_backward(
         norms = norms.unsqueeze(-1)
         z = logits.to(torch.float32) / norms
         g = inverse @ z if n < bits else z @ inverse
-        # Through z = a/‖a‖ a gradient g of z becomes (g - (g·z)z)/‖a‖; a norm held at its floor is a constant.
+        # Through z = a/‖a‖ a gradient g becomes (g - (g·z)z)/‖a‖; a norm held at its floor is a constant.
         radial = torch.linalg.vecdot(g, z).unsqueeze(-1)
         radial.masked_fill_(norms <= reference.NORM_EPS, 0)
         scale = grad[..., None, None] * alpha / norms
@@ -102,7 +104,8 @@ define(
     fake=_fake,
 )
 define(
-    "coding_rate_backward(Tensor grad, Tensor logits, Tensor inverse, Tensor norms, float eps_squared) -> Tensor",
+    "coding_rate_backward(Tensor grad, Tensor logits, Tensor inverse, Tensor norms, float eps_squared)"
+    " -> Tensor",
     cpu="LAPACK",
     pytorch_form=_pytorch_form_backward,
     fake=lambda grad, logits, inverse, norms, eps_squared: torch.empty_like(logits),

@@ -1,10 +1,12 @@
 """The `bincomm` operator library: which kernels exist, which one runs, and why.
 
-PyTorch's dispatcher chooses by device: `bincomm._C` registers its kernels for CPU, `bincomm.kernels` (Triton) for CUDA,
-and every operation has a form in PyTorch for all other devices, and for these two where a kernel is missing.
+PyTorch's dispatcher chooses by device: `bincomm._C` registers its kernels for CPU, `bincomm.kernels` (Triton)
+for CUDA, and every operation has a form in PyTorch for other devices and for where a kernel is missing.
 """
 
+import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -46,14 +48,19 @@ def define(schema: str, *, cpu: str, pytorch_form: Callable, fake: Callable) -> 
     KERNELS[name] = {"cpu": cpu if _C or native else "PyTorch", "cuda": "PyTorch"}
 
 
-def use_cuda_kernel(name: str, kernel: Callable, what: str) -> None:
-    """Register the kernel that CUDA tensors take."""
-    LIBRARY.impl(name, kernel, "CUDA")
-    KERNELS[name]["cuda"] = what
+def use_triton(name: str, module: str, function: str) -> None:
+    """Let CUDA tensors take a Triton launcher of `bincomm.kernels`, imported at its first call."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    launcher = functools.cache(
+        lambda: getattr(importlib.import_module(f"bincomm.kernels.{module}"), function)
+    )
+    LIBRARY.impl(name, lambda *args: launcher()(*args), "CUDA")
+    KERNELS[name]["cuda"] = "Triton"
 
 
 def _form(name: str, pytorch_form: Callable, native: set[str]) -> Callable:
-    """The form in PyTorch; where BINCOMM_BACKEND=native asks for a kernel it refuses instead of standing in for one."""
+    """The form in PyTorch; under BINCOMM_BACKEND=native it refuses where it would stand in for a kernel."""
     if BACKEND != "native":
         return pytorch_form
 
@@ -68,5 +75,5 @@ def _form(name: str, pytorch_form: Callable, native: set[str]) -> Callable:
 
 
 def takes_reference(x: torch.Tensor) -> bool:
-    """Whether the definition itself is to run: when asked for by name, and for fp64, which no kernel takes."""
+    """Whether the definition itself is to run: when asked for, and for fp64, which no kernel takes."""
     return BACKEND == "reference" or x.dtype == torch.float64

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bincomm.ops import reference
-from bincomm.ops.library import BACKEND, define
+from bincomm.ops.library import BACKEND, define, use_triton
 
 LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -16,8 +16,8 @@ def pack_signs(logits: Tensor) -> Tensor:
         logits: (..., K) fp32, fp16, bf16 or fp64; any strides.
 
     Returns:
-        (..., ⌈K/32⌉) int32. Bit `j` of word `w` is the sign of logit `32w + j`; unused bits are 0. No gradient.
-        A NaN becomes a 0: check for NaN before you store messages.
+        (..., ⌈K/32⌉) int32. Bit `j` of word `w` is the sign of logit `32w + j`; unused bits are 0. No
+        gradient. A NaN becomes a 0: check for NaN before you store messages.
 
     Raises:
         TypeError: `logits` is no floating-point tensor.
@@ -68,7 +68,9 @@ define(
     "pack_signs(Tensor logits) -> Tensor",
     cpu="C++",
     pytorch_form=reference.pack_signs,
-    fake=lambda logits: logits.new_empty((*logits.shape[:-1], (logits.shape[-1] + 31) // 32), dtype=torch.int32),
+    fake=lambda logits: logits.new_empty(
+        (*logits.shape[:-1], (logits.shape[-1] + 31) // 32), dtype=torch.int32
+    ),
 )
 define(
     "unpack_signs(Tensor messages, int bits) -> Tensor",
@@ -76,3 +78,5 @@ define(
     pytorch_form=reference.unpack_signs,
     fake=lambda messages, bits: messages.new_empty((*messages.shape[:-1], bits), dtype=torch.bool),
 )
+use_triton("pack_signs", "messages", "pack_signs")
+use_triton("unpack_signs", "messages", "unpack_signs")

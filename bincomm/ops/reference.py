@@ -1,7 +1,7 @@
 """Each operation by its definition, in plain differentiable PyTorch.
 
-This is the specification: the tests hold every kernel against these functions in fp64, and the benchmarks take their
-baselines from here. They run on any device and in the dtype of their input, half types in fp32.
+This is the specification: the tests hold every kernel against these functions in fp64, and the benchmarks
+take their baselines from here. They run on any device and in the dtype of their input, half types in fp32.
 """
 
 import torch
@@ -19,7 +19,9 @@ def widen(x: Tensor) -> Tensor:
 def pack_signs(logits: Tensor) -> Tensor:
     """`m = 1[a > 0]` (..., K), 32 bits a word: (..., ⌈K/32⌉) int32, bit `j` of word `w` is bit `32w+j`."""
     bits = F.pad((logits > 0).to(torch.int64), (0, -logits.shape[-1] % 32))
-    weights = torch.ones((), dtype=torch.int64, device=logits.device) << torch.arange(32, device=logits.device)
+    weights = torch.ones((), dtype=torch.int64, device=logits.device) << torch.arange(
+        32, device=logits.device
+    )
     words = (bits.unflatten(-1, (bits.shape[-1] // 32, 32)) * weights).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
@@ -31,7 +33,7 @@ def unpack_signs(messages: Tensor, bits: int) -> Tensor:
 
 
 def paired_views(views: int, teachers: int, pairs: str) -> list[tuple[int, int]]:
-    """The (teacher view, student view) pairs: `cross` leaves out a view with itself, `matched` keeps only those."""
+    """The pairs (teacher view, student view); `cross` leaves out a view with itself, `matched` all others."""
     every = [(u, v) for u in range(teachers) for v in range(views)]
     keep = {"cross": lambda u, v: u != v, "all": lambda u, v: True, "matched": lambda u, v: u == v}[pairs]
     return [pair for pair in every if keep(*pair)]

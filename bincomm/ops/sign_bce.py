@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bincomm.ops import reference
-from bincomm.ops.library import LIBRARY, define, takes_reference
+from bincomm.ops.library import LIBRARY, define, takes_reference, use_triton
 from bincomm.ops.messages import check_logits
 
 PAIRS = ("cross", "all", "matched")
@@ -13,15 +13,15 @@ PAIRS = ("cross", "all", "matched")
 def sign_bce(student: Tensor, teacher: Tensor, *, pairs: str = "cross") -> Tensor:
     """Binary cross-entropy between student logits and the teacher's message, averaged over pairs of views.
 
-    `mean over (u, v), images and bits of  softplus(a_v) - m_u·a_v`, with `m = 1[a_teacher > 0]`: the agreement term of
-    "Self-Supervised Learning as Discrete Communication" (arXiv 2602.09764). Arithmetic is fp32, the targets are never
-    written to memory, and no gradient reaches the teacher.
+    `mean over (u, v), images and bits of  softplus(a_v) - m_u·a_v`, with `m = 1[a_teacher > 0]`: the
+    agreement term of "Self-Supervised Learning as Discrete Communication" (arXiv 2602.09764). Arithmetic is
+    fp32, the targets are never written to memory, and no gradient reaches the teacher.
 
     Args:
         student: (V, n, K) logits, V views of n images, K bits; fp32, fp16, bf16 or fp64, any strides.
         teacher: (U, n, K) logits, or their message (U, n, ⌈K/32⌉) int32 from `pack_signs`.
-        pairs: "cross" pairs every teacher view u with every student view v ≠ u (student views 0…U-1 are the teacher's
-            own, so V ≥ U), "all" leaves nothing out, "matched" pairs view v with message v alone (V = U).
+        pairs: "cross" pairs every teacher view u with every student view v ≠ u (student views 0…U-1 are the
+            teacher's own, so V ≥ U), "all" leaves nothing out, "matched" pairs view v with message v (V = U).
 
     Returns:
         Scalar, fp32 (fp64 for fp64 logits), in nats per bit: ln 2 ≈ 0.693 when the student knows nothing.
@@ -59,7 +59,9 @@ def _check(student: Tensor, teacher: Tensor, pairs: str) -> None:
         raise ValueError(f"teacher: expected on {student.device} like student, got {teacher.device}")
     teachers = teacher.shape[0]
     if teachers == 0 or views == 0:
-        raise ValueError(f"student and teacher: expected at least one view each, got V={views} and U={teachers}")
+        raise ValueError(
+            f"student and teacher: expected at least one view each, got V={views} and U={teachers}"
+        )
     if pairs == "matched" and teachers != views:
         raise ValueError(f"teacher: pairs='matched' needs U = V = {views} views, got U={teachers}")
     if pairs == "cross" and (teachers > views or views == 1):
@@ -73,7 +75,7 @@ def _pytorch_form(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tensor,
 
 
 def _pytorch_form_backward(grad: Tensor, student: Tensor, messages: Tensor, pairs: str) -> Tensor:
-    # ∂loss/∂a_v = (c_v·σ(a_v) - S_v) / (pairs·n·K), c_v the number of v's teachers and S_v the sum of their bits.
+    # ∂loss/∂a_v = (c_v·σ(a_v) - S_v) / (pairs·n·K): c_v teachers are paired with v, S_v sums their bits.
     a = reference.widen(student)
     m = reference.unpack_signs(messages, student.shape[-1]).to(a.dtype)
     teachers_of: list[list[int]] = [[] for _ in student]
@@ -116,3 +118,5 @@ define(
     fake=lambda grad, student, messages, pairs: student.new_empty(student.shape),
 )
 torch.library.register_autograd("bincomm::sign_bce", _backward, setup_context=_setup_context, lib=LIBRARY)
+use_triton("sign_bce", "sign_bce", "sign_bce_forward")
+use_triton("sign_bce_backward", "sign_bce", "sign_bce_backward")

@@ -1,0 +1,214 @@
+"""Configuration of a pretraining run: one flat set of keys for recipes, command line and Python."""
+
+import argparse
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from bincomm.data.crops import Crops
+from bincomm.data.sources import open_source
+
+# Keys that change how a run is carried out but not what it computes: a run may be resumed with others.
+INCIDENTAL = ("output", "threads", "save_every")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that determines a pretraining run. The defaults are the paper's: ViT-B/16, ImageNet-1K, 100
+    epochs.
+
+    Args:
+        data: "digits", a folder of images (nested or flat), or a .txt file of image paths.
+        output: the run's directory; made if missing, resumed if it holds an unfinished run.
+        seed: determines initialisation, order of images and augmentations.
+        epochs: passes over the data.
+        max_steps: end after so many steps, whatever epochs says; the schedules then span these.
+        batch_size: images a step.
+        backbone: a timm model name.
+        backbone_args: further arguments of timm.create_model, for example {"layers": [1, 1, 1, 1]}.
+        bits: K, the bits of a message.
+        hidden: width of the head's two hidden layers.
+        reset_every: draw the head anew every so many epochs; 0 = never.
+        beta: β, weight of the coding rate. Bits dying: raise it; agreement stuck at ln 2: lower it.
+        eps_squared: ε² of the coding rate.
+        lr: peak learning rate for a batch of 256; scaled in proportion to batch_size.
+        min_lr: learning rate at the end.
+        warmup_epochs: epochs of linear warm-up, at most a quarter of the run.
+        weight_decay: at the start; none on biases and other one-dimensional parameters.
+        weight_decay_end: at the end, reached by cosine.
+        clip: largest gradient norm of a parameter tensor; 0 = no clipping.
+        drop_path: stochastic depth rate of the student.
+        momentum: of the teacher's moving average at the start; 1 at the end, reached by cosine.
+        precision: of the networks' forward pass; the losses are always in fp32.
+        global_size: side of the two global crops, pixels.
+        global_scale: range of the area of a global crop, as a share of the image.
+        local_crops: number of local crops, which the student alone sees.
+        local_size: side of the local crops, pixels.
+        local_scale: range of the area of a local crop.
+        flip: probability of a horizontal flip.
+        jitter: strengths of brightness, contrast, saturation and hue jitter, as in torchvision.
+        jitter_p: probability of colour jitter.
+        grey: probability of a grey image.
+        blur: probabilities of a blur for global 1, global 2 and the locals.
+        solarise: probability of solarising global 2.
+        eval_crop: share of the resized image's side that evaluation looks at, in its centre.
+        device: auto takes the GPU when there is one.
+        threads: CPU threads of the data pipeline.
+        log_every: steps between two lines of metrics.
+        save_every: steps between two checkpoints.
+    """
+
+    data: str = "digits"
+    output: str = "runs/default"
+    seed: int = 0
+    epochs: int = 100
+    max_steps: int | None = None
+    batch_size: int = 256
+    backbone: str = "vit_base_patch16_224"
+    backbone_args: dict[str, Any] = field(default_factory=dict)
+    bits: int = 256
+    hidden: int = 2048
+    reset_every: int = 10
+    beta: float = 0.1
+    eps_squared: float = 0.05
+    lr: float = 5e-4
+    min_lr: float = 5e-5
+    warmup_epochs: int = 10
+    weight_decay: float = 0.04
+    weight_decay_end: float = 0.4
+    clip: float = 1.0
+    drop_path: float = 0.1
+    momentum: float = 0.996
+    precision: Literal["bf16", "fp32"] = "bf16"
+    global_size: int = 224
+    global_scale: tuple[float, float] = (0.4, 1.0)
+    local_crops: int = 10
+    local_size: int = 96
+    local_scale: tuple[float, float] = (0.05, 0.4)
+    flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    jitter_p: float = 0.8
+    grey: float = 0.2
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    solarise: float = 0.2
+    eval_crop: float = 0.875
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 4
+    log_every: int = 50
+    save_every: int = 1000
+
+    def __post_init__(self):
+        at_least = {
+            "epochs": 1, "batch_size": 1, "bits": 1, "hidden": 1, "reset_every": 0, "beta": 0, "lr": 0,
+            "min_lr": 0, "warmup_epochs": 0, "weight_decay": 0, "weight_decay_end": 0, "clip": 0,
+            "threads": 1, "log_every": 1, "save_every": 1,
+        }  # fmt: skip
+        for key, smallest in at_least.items():
+            if not getattr(self, key) >= smallest:
+                raise ValueError(f"{key}: expected at least {smallest}, got {getattr(self, key)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
+        if not self.eps_squared > 0:
+            raise ValueError(f"eps_squared: expected a number > 0, got {self.eps_squared}")
+        for key in ("drop_path", "momentum"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"{key}: expected a number from 0 to 1, got {getattr(self, key)}")
+        if not 0 < self.eval_crop <= 1:
+            raise ValueError(f"eval_crop: expected a number above 0 and at most 1, got {self.eval_crop}")
+        self.crops  # noqa: B018  (its own checks)
+
+    @property
+    def crops(self) -> Crops:
+        """The part of the configuration that describes the crops."""
+        return Crops(**{f.name: getattr(self, f.name) for f in fields(Crops)})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they are written to a run's config.yaml (tuples as lists)."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Keys another run's configuration has otherwise, with (theirs, ours); incidental ones left out."""
+        ours = self.as_dict()
+        keys = [key for key in ours if key not in INCIDENTAL]
+        return {key: (other.get(key), ours[key]) for key in keys if other.get(key) != ours[key]}
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with bincomm."""
+    return sorted(
+        f.name.removesuffix(".yaml") for f in files("bincomm.recipes").iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def recipe_path(recipe: str) -> Path:
+    """The file of a recipe, given its name or the path of a YAML file."""
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise ValueError(f"recipe: there is no file {recipe}")
+        return Path(recipe)
+    if recipe not in recipe_names():
+        near = difflib.get_close_matches(recipe, recipe_names(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"recipe: there is none named {recipe!r}{hint} Recipes: {', '.join(recipe_names())}")
+    return Path(str(files("bincomm.recipes") / f"{recipe}.yaml"))
+
+
+def choose_recipe(data: str) -> str:
+    """The recipe that fits some data: digits for the digits, else by the size of a few of its images."""
+    if data == "digits":
+        return "digits"
+    from PIL import Image
+
+    images = open_source(data).files
+    sizes = []
+    for path in images[:: max(1, len(images) // 16)]:
+        try:
+            with Image.open(path) as image:
+                sizes.append(min(image.size))
+        except OSError:
+            continue  # the loader names files it cannot read
+    return "small_images" if sizes and sorted(sizes)[len(sizes) // 2] <= 64 else "vit_small_in1k"
+
+
+def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
+    """The configuration of a command line, and the name of the recipe it starts from.
+
+    Raises:
+        ValueError: unknown recipe, option or value; the message names it, and the nearest one there is.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--data")
+    known, _ = first.parse_known_args(arguments)
+    parser = ArgumentParser(
+        prog="bincomm pretrain",
+        description="Pretrain a backbone on images without labels. The same command resumes a run.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", type=str, help=f"one of {', '.join(recipe_names())}, or a YAML file")
+    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
+    parser.add_class_arguments(PretrainConfig)
+    if {"-h", "--help"} & set(arguments):
+        parser.parse_args(["--help"])
+    recipe = known.recipe or choose_recipe(known.data or "digits")
+    name = Path(recipe).stem
+    try:
+        chosen = parser.parse_args(
+            ["--config", str(recipe_path(recipe)), "--output", f"runs/{name}", *arguments]
+        )
+    except ArgumentError as error:
+        raise ValueError(_with_nearest_option(str(error))) from error
+    values = parser.instantiate(chosen).as_dict()
+    return PretrainConfig(**{f.name: values[f.name] for f in fields(PretrainConfig)}), name
+
+
+def _with_nearest_option(message: str) -> str:
+    options = [f.name for f in fields(PretrainConfig)] + ["recipe"]
+    unknown = [word.split("=")[0].lstrip("-") for word in message.split() if word.startswith("--")]
+    near = difflib.get_close_matches(unknown[0].split(".")[0], options, n=1) if unknown else []
+    return f"{message}; did you mean --{near[0]}?" if near and near[0] != unknown[0] else message

@@ -1,0 +1,132 @@
+"""What is built, found and used on this machine, and what a missing part costs."""
+
+import importlib.util
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from bincomm.ops import library
+
+PACKAGES = {
+    "triton": "the fused kernels for CUDA tensors; without it they take the slower PyTorch form",
+    "timm": "backbones; without it there is no training",
+    "nvidia.dali": "the data pipeline; without it there is no training",
+    "jsonargparse": "the command line and recipes; without it there is no training",
+    "safetensors": "export of backbones; without it there is no training",
+    "sklearn": "the digits, the data of the first run",
+}
+DISTRIBUTIONS = {
+    "nvidia.dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
+    "sklearn": ("scikit-learn",),
+}
+
+
+def doctor() -> dict[str, Any]:
+    """What is built, found and used.
+
+    Returns:
+        "versions", "packages" (name -> version or None), "extension" (what `bincomm._C` was built from, or
+        why it is missing), "devices", "kernels" (operation -> device -> what runs there), "environment"
+        (variables read) and "notes": what is missing and what that costs, a line each; empty when nothing is.
+    """
+    report: dict[str, Any] = {
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torch_cuda": torch.version.cuda,
+        },
+        "packages": {name: _version(name) for name in PACKAGES},
+        "extension": library._C.build_facts() if library._C else {"missing": library._C_MISSING},
+        "devices": _devices(),
+        "kernels": library.KERNELS,
+        "environment": {"BINCOMM_BACKEND": library.BACKEND},
+    }
+    report["notes"] = _notes(report)
+    return report
+
+
+def describe(report: dict[str, Any]) -> str:
+    """The report as text for a terminal."""
+    lines = []
+    for section in ("versions", "packages", "extension", "environment"):
+        lines.append(section)
+        lines += [
+            f"  {name:20} {'-' if value in (None, '') else value}" for name, value in report[section].items()
+        ]
+    lines.append("devices")
+    lines += [f"  {device}" for device in report["devices"]]
+    lines.append("kernels")
+    for name, where in report["kernels"].items():
+        lines.append(f"  {name:26} " + "  ".join(f"{device}: {what}" for device, what in where.items()))
+    lines.append("notes" if report["notes"] else "notes: none, everything is there")
+    lines += [f"  - {note}" for note in report["notes"]]
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        if importlib.util.find_spec(package) is None:
+            return None
+    except ModuleNotFoundError:  # of a parent package
+        return None
+    for distribution in DISTRIBUTIONS.get(package, (package,)):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "found"
+
+
+def _devices() -> list[str]:
+    devices = [f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        line = f"cuda:{index}: {properties.name}, sm_{properties.major}{properties.minor}"
+        line += f", {properties.total_memory / 2**30:.0f} GiB"
+        if library._C and hasattr(library._C, "device_code"):
+            try:
+                major, minor, from_ptx = library._C.device_code(index)
+                line += f", bincomm's CUDA code: sm_{major}{minor}{' compiled from PTX' if from_ptx else ''}"
+            except RuntimeError as error:
+                line += f", bincomm's CUDA code: none ({error})"
+        devices.append(line)
+    return devices
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    notes = []
+    if library._C is None:
+        notes.append(
+            f"bincomm._C cannot be imported ({library._C_MISSING}): operations on the CPU take their PyTorch "
+            "form, sign_bce several times slower. Build it with a C++ compiler: "
+            "pip install --no-build-isolation bincomm, or python setup.py build_ext --inplace in a checkout."
+        )
+    else:
+        facts = report["extension"]
+        if facts["no_cuda_reason"]:
+            notes.append(
+                f"bincomm._C was built without CUDA code: {facts['no_cuda_reason']}. No operation needs it."
+            )
+        if facts["torch"].split("+")[0] != torch.__version__.split("+")[0]:
+            notes.append(
+                f"bincomm._C was built with torch {facts['torch']}; the stable ABI lets it run with this one."
+            )
+    if not torch.cuda.is_available():
+        why = "this torch has no CUDA support" if torch.version.cuda is None else "torch finds no GPU"
+        notes.append(f"{why}: everything runs on the CPU, which is enough for the digits and little more.")
+    elif report["kernels"]["sign_bce"]["cuda"] == "PyTorch":
+        notes.append(
+            "no Triton kernels for CUDA tensors: sign_bce and the messages take their PyTorch form there."
+        )
+    if report["kernels"]["coding_rate"]["cuda"] == "PyTorch":
+        notes.append(
+            "coding_rate on CUDA tensors takes its closed form in PyTorch; there is no CUDA kernel for it."
+        )
+    for package, found in report["packages"].items():
+        if found is None:
+            extra = "pip install triton" if package == "triton" else "pip install 'bincomm[train]'"
+            notes.append(f"{package} is not installed: {PACKAGES[package]}. {extra}")
+    return notes

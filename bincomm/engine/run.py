@@ -1,0 +1,86 @@
+"""A run's directory: who may write in it, and files that are written whole or not at all."""
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+
+@contextmanager
+def open_run(output: str) -> Iterator[Path]:
+    """Make a run's directory and hold it for this process.
+
+    Raises:
+        ValueError: the directory cannot be made or written in, or another process trains in it.
+    """
+    path = Path(output)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # The file is opened for writing, so this finds out about an unwritable directory too.
+        lock = open(path / ".lock", "a")  # noqa: SIM115  (closed below; the lock lives as long as the run)
+    except OSError as error:
+        raise ValueError(f"output: cannot write in {output}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"output: {output} is in use by another process") from error
+        yield path
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill a file beside `path`, then put it in place; on a failure `path` stays as it was."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets the owner alone read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole: tensors and plain values only, so that it loads with `weights_only`."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The checkpoint, on the CPU; None where there is none.
+
+    Raises:
+        ValueError: the file is no checkpoint.
+    """
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint; move it away to start anew: {error}"
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,1 @@
+"""Evaluation of backbones and of the codes."""

@@ -1,0 +1,48 @@
+"""Weighted k-nearest-neighbour classification, the protocol of DINO (arXiv 2104.14294)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def knn_accuracy(
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    block: int = 1024,
+) -> float:
+    """Share of queries whose class the nearest gallery images name.
+
+    Similarity s is the cosine; each of the k nearest votes for its class with weight exp(s/temperature).
+    Given codes as ±1 vectors the cosine is 1 - 2d/K with d the Hamming distance, so this is then the Hamming
+    k-NN.
+
+    Args:
+        gallery: (N, D) features, gallery_labels: (N,) class indices.
+        queries: (M, D) features, query_labels: (M,) class indices.
+        k: neighbours; at most N are used.
+        block: queries compared at once, (block, N) similarities in memory.
+
+    Raises:
+        ValueError: no gallery or query images, or different numbers of features and labels.
+    """
+    for name, x, y in (("gallery", gallery, gallery_labels), ("queries", queries, query_labels)):
+        if len(x) == 0 or len(x) != len(y):
+            raise ValueError(
+                f"{name}: expected as many labels as features, at least 1; got {len(x)} and {len(y)}"
+            )
+    gallery = F.normalize(gallery.float(), dim=-1)
+    classes = int(max(gallery_labels.max(), query_labels.max())) + 1
+    correct = 0
+    for some, labels in zip(queries.split(block), query_labels.split(block), strict=True):
+        similarities, nearest = (F.normalize(some.float(), dim=-1) @ gallery.T).topk(
+            min(k, len(gallery)), dim=-1
+        )
+        votes = torch.zeros(len(some), classes, device=some.device)
+        votes.scatter_add_(1, gallery_labels[nearest], (similarities / temperature).exp())
+        correct += int((votes.argmax(-1) == labels).sum())
+    return correct / len(queries)

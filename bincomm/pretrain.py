@@ -1,0 +1,295 @@
+"""Pretraining by discrete communication, from top to bottom."""
+
+import json
+import platform
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+import yaml
+
+from bincomm import __version__
+from bincomm.config import PretrainConfig
+from bincomm.data.loader import Loader
+from bincomm.data.sources import Source, evaluation_sources, open_source
+from bincomm.engine.logs import Log, Watch, Window, bit_statistics, plot_curves
+from bincomm.engine.optimiser import clear_state, clip_gradients, create_optimiser, set_rates
+from bincomm.engine.run import load_checkpoint, open_run, save_checkpoint, write_json, write_text, write_whole
+from bincomm.engine.schedules import cosine, warmup_cosine
+from bincomm.evaluation.features import extract
+from bincomm.evaluation.knn import knn_accuracy
+from bincomm.networks import Head, Network, create_backbone, create_teacher, update_teacher
+from bincomm.objectives import DiscreteCommunication, rate_ceiling
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the run's last checkpoint is kept."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after a step; its number is the argument."""
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Pretrain a backbone, or go on with the run in `config.output`, to the end; returns what result.json
+    holds.
+
+    Raises:
+        ValueError: the configuration, the data or the run's directory does not allow it; the message names
+            the key.
+        TrainingError: the loss is no longer finite.
+        Interrupted: SIGINT or SIGTERM came; the run is saved.
+    """
+    device = choose_device(config.device)
+    source = open_source(config.data)
+    with open_run(config.output) as run:
+        check_same_run(run, config)
+        if (run / "result.json").exists():
+            return json.loads((run / "result.json").read_text())
+        write_text(run / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
+        teacher = train(config, source, run, device)
+        export_backbone(teacher, config, run)
+        plot_curves(run)
+        result = evaluate(teacher, config, run, device)
+        write_json(run / "result.json", result)
+        return result
+
+
+def train(config: PretrainConfig, source: Source, run: Path, device: torch.device) -> Network:
+    """Train, or go on from the run's checkpoint, and return the teacher."""
+    loader = Loader(
+        source.files,
+        config.crops,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=device,
+        threads=config.threads,
+    )
+    epoch_steps = loader.steps_per_epoch
+    steps = min(config.epochs * epoch_steps, config.max_steps or config.epochs * epoch_steps)
+    warmup = min(config.warmup_epochs * epoch_steps, steps // 4)
+
+    student, teacher = create_networks(config, device)
+    objective = DiscreteCommunication(config.beta, config.eps_squared)
+    optimiser = create_optimiser(student)
+    window, watch = Window(config.log_every, config.bits, device), Watch(config.beta)
+
+    parts = {
+        "student": student,
+        "teacher": teacher,
+        "optimiser": optimiser,
+        "loader": loader,
+        "window": window,
+    }
+    step = resume(run, parts)
+    log = Log(run, step, steps)
+    log.say(
+        f"{'resuming at step ' + str(step) if step else 'training'}: {config.backbone}, {config.bits} bits, "
+        f"{len(source.files)} images, {steps} steps of {config.batch_size} ({epoch_steps} an epoch), "
+        f"on {device.type}, in {run}"
+    )
+    signals = SignalFlag()
+    try:
+        while step < steps:
+            # The head is drawn anew at the start of epochs R, 2R, ...: the same for student and teacher.
+            epoch = step // epoch_steps
+            if config.reset_every and step % epoch_steps == 0 and epoch and epoch % config.reset_every == 0:
+                reset_head(student, teacher, optimiser, seed=(config.seed, epoch))
+
+            peak_lr = config.lr * config.batch_size / 256
+            lr = warmup_cosine(step, steps, warmup, peak_lr, min(config.min_lr, peak_lr))
+            weight_decay = cosine(step, steps, config.weight_decay, config.weight_decay_end)
+            momentum = cosine(step, steps, config.momentum, 1.0)
+
+            asked = time.perf_counter()
+            global_views, local_views = loader.next()
+            waited = time.perf_counter() - asked
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with torch.no_grad():
+                    message = teacher(global_views)
+                logits = student(global_views) if local_views is None else student(global_views, local_views)
+            losses = objective(logits, message)
+            losses["loss"].backward()
+            gradient_norm = clip_gradients(student, config.clip)
+            set_rates(optimiser, lr, weight_decay)
+            optimiser.step()
+            optimiser.zero_grad()
+            update_teacher(teacher, student, momentum)
+            window.add(losses, gradient_norm, logits, message)
+            step += 1
+
+            log.step(config.batch_size, waited)
+            last = step == steps
+            saving = last or step % config.save_every == 0 or signals.received is not None
+            logging = last or step % config.log_every == 0
+            if (saving or logging) and (ago := window.first_not_finite()) is not None:
+                raise TrainingError(not_finite(step - ago, run, config))
+            if logging:
+                metrics = window.report()
+                log.write(step, {**metrics, "lr": lr, "momentum": momentum, "epoch": epoch})
+                for warning in watch.look(metrics):
+                    log.say(warning)
+            if saving:
+                save(run, step, parts)
+            if signals.received is not None and not last:
+                raise Interrupted(signals.received)
+    finally:
+        signals.restore()
+        log.close()
+    return teacher
+
+
+def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Network, Network]:
+    """Student and teacher as they are before the first step: equal, and determined by the seed."""
+    torch.manual_seed(config.seed)
+    backbone = create_backbone(config.backbone, config.global_size, config.drop_path, **config.backbone_args)
+    head = Head(backbone.num_features, config.hidden, config.bits)
+    student = Network(backbone, head)
+    still = create_backbone(config.backbone, config.global_size, **config.backbone_args)
+    return student.to(device), create_teacher(student, still).to(device)
+
+
+def reset_head(
+    student: Network, teacher: Network, optimiser: torch.optim.Optimizer, seed: tuple[int, int]
+) -> None:
+    """Draw the head anew, the same for student and teacher, and clear the optimiser's state of it."""
+    student.head.reset(torch.Generator().manual_seed(hash_seed(*seed)))
+    teacher.head.load_state_dict(student.head.state_dict())
+    clear_state(optimiser, student.head)
+
+
+def hash_seed(seed: int, epoch: int) -> int:
+    """One seed from a run's seed and an epoch, different for different pairs of ordinary size."""
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
+def save(run: Path, step: int, parts: dict[str, Any]) -> None:
+    """Everything that determines the steps to come."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state |= {"step": step, "rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda_rng"] = torch.cuda.get_rng_state()
+    save_checkpoint(run / "last.ckpt", state)
+
+
+def resume(run: Path, parts: dict[str, Any]) -> int:
+    """Take up the run's checkpoint, if it has one; returns the steps done."""
+    state = load_checkpoint(run / "last.ckpt")
+    if state is None:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["rng"])
+    if "cuda_rng" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda_rng"])
+    return state["step"]
+
+
+def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None:
+    """The teacher's backbone as timm loads it; its metadata holds the arguments of `timm.create_model`."""
+    weights = {name: value.contiguous().cpu() for name, value in teacher.backbone.state_dict().items()}
+    arguments = {"model_name": config.backbone, "num_classes": 0, **config.backbone_args}
+    if hasattr(teacher.backbone, "pos_embed"):
+        arguments["img_size"] = config.global_size
+    data = safetensors.torch.save(
+        weights, metadata={"create_model": json.dumps(arguments), "bincomm": __version__}
+    )
+    write_whole(run / "backbone.safetensors", lambda file: file.write(data))
+
+
+def evaluate(teacher: Network, config: PretrainConfig, run: Path, device: torch.device) -> dict[str, Any]:
+    """k-NN of the teacher, of the same network before training, of pixels and codes; use of the bits."""
+    metrics = (run / "metrics.jsonl").read_text().splitlines()
+    result: dict[str, Any] = {
+        "last_metrics": json.loads(metrics[-1]),
+        "rate_ceiling": rate_ceiling(config.batch_size, config.bits, config.eps_squared),
+        "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "machine": {"device": device.type, "python": platform.python_version()},
+    }
+    sources = evaluation_sources(config.data)
+    if sources is None:
+        return {**result, "knn": None}
+    gallery, queries, held_out = sources
+    untrained, _ = create_networks(config, device)
+    labels = [torch.tensor(source.labels) for source in (gallery, queries)]
+    trained = [extract(teacher, source.files, config, device) for source in (gallery, queries)]
+    before = [extract(untrained, source.files, config, device) for source in (gallery, queries)]
+
+    def knn(gallery_features: torch.Tensor, query_features: torch.Tensor) -> float:
+        return knn_accuracy(gallery_features, labels[0], query_features, labels[1])
+
+    signs = trained[1]["signs"]
+    return {
+        **result,
+        "knn": {
+            "teacher": knn(trained[0]["features"], trained[1]["features"]),
+            "codes": knn(trained[0]["signs"], trained[1]["signs"]),
+            "random_initialisation": knn(before[0]["features"], before[1]["features"]),
+            "pixels": knn(trained[0]["pixels"], trained[1]["pixels"]),
+            "k": 20,
+            "gallery_images": len(gallery.files),
+            "query_images": len(queries.files),
+            "queries_held_out": held_out,
+        },
+        "codes": bit_statistics((signs > 0).sum(0), len(signs)),
+    }
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of the configuration's key `device`."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but this torch finds no GPU")
+    return torch.device(
+        "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
+    )
+
+
+def check_same_run(run: Path, config: PretrainConfig) -> None:
+    """Refuse to go on with a run of another configuration."""
+    path = run / "config.yaml"
+    if not path.exists():
+        return
+    different = config.differences(yaml.safe_load(path.read_text()))
+    if different:
+        keys = "; ".join(f"{key} was {theirs}, now {ours}" for key, (theirs, ours) in different.items())
+        raise ValueError(
+            f"output: {run} holds a run of another configuration ({keys}); choose another --output"
+        )
+
+
+def not_finite(step: int, run: Path, config: PretrainConfig) -> str:
+    """What to tell when the loss is no longer finite."""
+    kept = (
+        f"the last good checkpoint is {run / 'last.ckpt'}"
+        if (run / "last.ckpt").exists()
+        else "nothing was saved yet"
+    )
+    return (
+        f"the loss is not finite at step {step}; {kept}. "
+        f"Lower lr (now {config.lr:g}) or clip (now {config.clip:g}), or use precision fp32 (now "
+        f"{config.precision})."
+    )
+
+
+class SignalFlag:
+    """Remembers SIGINT and SIGTERM until the step is done; a second SIGINT interrupts at once."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,77 @@
+import pytest
+import torch
+
+timm = pytest.importorskip("timm", reason="networks need timm")
+
+from bincomm.networks import Head, Network, create_backbone, create_teacher, update_teacher  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 2}),
+        ("test_convnext", {}),
+        ("resnet10t", {}),
+        ("test_efficientnet", {}),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_backbones_take_crops_of_two_sizes(name, arguments):
+    if name.startswith("swin"):
+        arguments = {**arguments, "strict_img_size": False}
+    backbone = create_backbone(name, 64, **arguments)
+    network = Network(backbone, Head(backbone.num_features, 16, 24))
+    logits = network(torch.randn(2, 3, 3, 64, 64), torch.randn(4, 3, 3, 32, 32))
+    assert logits.shape == (6, 3, 24)
+
+
+def test_views_come_out_in_their_order():
+    backbone = create_backbone("test_convnext", 64).eval()
+    network = Network(backbone, Head(backbone.num_features, 16, 24))
+    large, small = torch.randn(2, 3, 3, 64, 64), torch.randn(4, 3, 3, 32, 32)
+    logits = network(large, small)
+    torch.testing.assert_close(logits[1, 2], network.head(backbone(large[1, 2:]))[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[5, 0], network.head(backbone(small[3, :1]))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_errors_name_backbone_and_argument():
+    with pytest.raises(ValueError, match="backbone: .*vit_tinny.*did you mean vit_tiny"):
+        create_backbone("vit_tinny_patch16_224", 32)
+    with pytest.raises(ValueError, match="backbone: resnet18 .*nonsense"):
+        create_backbone("resnet18", 32, nonsense=3)
+
+
+def test_head_is_drawn_as_stated_and_reset_depends_on_the_generator_alone():
+    head = Head(200, 300, 64)
+    weights = [layer.weight for layer in head.layers if hasattr(layer, "weight")]
+    assert len(weights) == 3
+    for weight in weights:
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    other = Head(200, 300, 64)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(7.0)
+    head.reset(torch.Generator().manual_seed(5))
+    torch.rand(3)  # the global generator plays no part
+    other.reset(torch.Generator().manual_seed(5))
+    for mine, theirs in zip(head.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert all((layer.bias == 0).all() for layer in head.layers if hasattr(layer, "bias"))
+
+
+def test_teacher_starts_equal_and_follows():
+    def backbone():
+        return create_backbone("test_convnext", 32)
+
+    student = Network(backbone(), Head(64, 16, 24))
+    teacher = create_teacher(student, backbone())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    before = [p.clone() for p in teacher.parameters()]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    update_teacher(teacher, student, 0.9)
+    for was, now in zip(before, teacher.parameters(), strict=True):
+        torch.testing.assert_close(now, was + 0.1)
