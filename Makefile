@@ -31,7 +31,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 bench: setup
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	@mkdir -p build
+	$(call measure,$(BIN)/python,cpu)
 
 # For a machine with a GPU whose `python3` already has torch, triton and nvcc; nothing is installed there.
 gpu-test:
@@ -40,7 +41,14 @@ gpu-test:
 
 gpu-bench:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest benchmarks $(ARGS)
+	@mkdir -p build
+	$(call measure,$(PYTHON),gpu)
+
+# Runs the benchmarks and writes their table; a table is replaced only by a session in which every check passed.
+define measure
+	$(1) -m pytest benchmarks -p no:cacheprovider -o python_files='bench_*.py' --benchmark-json=build/$(2).json $(ARGS)
+	$(1) benchmarks/report.py build/$(2).json benchmarks/results/$(2).md
+endef
 
 clean:
 	rm -rf $(VENV) build *.egg-info bincomm/_C*.so

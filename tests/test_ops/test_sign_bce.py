@@ -56,7 +56,8 @@ def test_error_is_at_most_that_of_eager(views, teachers, n, bits, pairs, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e2, 1e4])
 def test_accuracy_holds_at_every_magnitude(scale, dtype):
-    # At 1e2 and above the agreeing elements are tiny beside the others: only a form without cancellation keeps them.
+    # At 1e2 and above the agreeing elements are tiny beside the others: only a form without cancellation
+    # keeps them.
     student = (scale * torch.randn(2, 16, 96)).to(dtype)
     agreeing = student.flip(
         0

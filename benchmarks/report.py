@@ -1,0 +1,47 @@
+"""Make the page kept in results/ of pytest-benchmark's JSON: python report.py RAW.json results/cpu.md"""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+
+def table(raw: dict, target: Path) -> str:
+    """The Markdown page of one session's figures; times are medians and quartiles of the rounds, in ms."""
+    info = raw["machine_info"]
+    facts = info["bincomm"]
+    cpu = info["cpu"].get("brand_raw", "unknown CPU")
+    lines = [
+        "# Operations, measured",
+        "",
+        f"`make {'gpu-' if target.stem == 'gpu' else ''}bench` on {raw['datetime'][:10]}: {facts['device']}, {cpu}, "
+        f"{facts['threads']} threads, {facts['instruction_set']}, Python {info['python_version']}, torch "
+        f"{facts['torch']}, bincomm {facts['bincomm']}. Medians of 40 rounds after 5 to warm up, with quartiles; all",
+        "contenders of a table ran in one session. *Error* is the gradient's against fp64, checked before the timing.",
+    ]
+    groups = defaultdict(list)
+    for result in raw["benchmarks"]:
+        groups[result["group"]].append(result)
+    for group, results in groups.items():
+        ours = next(r["stats"]["median"] for r in results if r["extra_info"]["contender"] == "bincomm")
+        lines += [
+            "",
+            f"## {group}",
+            "",
+            "| | ms | quartiles | times bincomm | error |",
+            "|---|---|---|---|---|",
+        ]
+        for result in results:
+            s = result["stats"]
+            lines.append(
+                f"| {result['extra_info']['contender']} | {1e3 * s['median']:.3f} "
+                f"| {1e3 * s['q1']:.3f} – {1e3 * s['q3']:.3f} | {s['median'] / ours:.1f} "
+                f"| {result['extra_info']['error']:.0e} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    source, target = sys.argv[1:]
+    Path(target).write_text(table(json.loads(Path(source).read_text()), Path(target)))
+    print(Path(target).read_text())

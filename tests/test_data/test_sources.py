@@ -1,0 +1,127 @@
+import multiprocessing
+import os
+
+import pytest
+from PIL import Image
+
+from bincomm.data.sources import digits, evaluation_sources, open_source
+
+pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
+
+
+def make(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() in (".txt", ".csv", ""):
+            path.write_text("x")
+        else:
+            Image.new("RGB", (8, 8)).save(path)
+    return str(root)
+
+
+def names(source, root):
+    return [os.path.relpath(file, root) for file in source.files]
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    source = open_source(make(tmp_path, "b.png", "a.JPG", "c.webp", "note.txt", ".hidden.png"))
+    assert names(source, tmp_path) == ["a.JPG", "b.png", "c.webp"]
+    assert source.labels is None
+    assert evaluation_sources(str(tmp_path)) is None
+
+
+def test_nested_folder_is_labelled_by_its_first_level(tmp_path):
+    source = open_source(make(tmp_path, "dog/x/2.png", "cat/1.png", "dog/1.png", ".git/3.png"))
+    assert names(source, tmp_path) == ["cat/1.png", "dog/1.png", "dog/x/2.png"]
+    assert source.classes == ["cat", "dog"]
+    assert source.labels == [0, 1, 1]
+
+
+def test_images_beside_folders_or_one_folder_alone_are_no_classes(tmp_path):
+    assert open_source(make(tmp_path / "a", "cat/1.png", "dog/1.png", "2.png")).labels is None
+    assert open_source(make(tmp_path / "b", "all/1.png", "all/2.png")).labels is None
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    make(tmp_path / "elsewhere", "1.png")
+    make(tmp_path / "root", "cat/0.png")
+    (tmp_path / "root" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root" / "cat" / "up").symlink_to(tmp_path / "root")
+    source = open_source(str(tmp_path / "root"))
+    assert names(source, tmp_path / "root") == ["cat/0.png", "dog/1.png"]
+
+
+def test_train_and_test_folders(tmp_path):
+    make(tmp_path, "train/cat/1.png", "train/dog/1.png", "test/cat/2.png", "test/dog/3.png", "test/dog/4.png")
+    assert names(open_source(str(tmp_path)), tmp_path) == ["train/cat/1.png", "train/dog/1.png"]
+    gallery, queries, held_out = evaluation_sources(str(tmp_path))
+    assert held_out
+    assert names(queries, tmp_path) == ["test/cat/2.png", "test/dog/3.png", "test/dog/4.png"]
+    assert gallery.labels == [0, 1]
+    make(tmp_path, "test/horse/9.png")
+    with pytest.raises(ValueError, match="different classes: horse"):
+        evaluation_sources(str(tmp_path))
+
+
+def test_every_fifth_image_of_a_class_asks(tmp_path):
+    make(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(11)))
+    gallery, queries, held_out = evaluation_sources(str(tmp_path))
+    assert not held_out
+    assert (
+        names(queries, tmp_path) == ["cat/4.png", "cat/9.png", "dog/2.png", "dog/7.png"]
+        or len(queries.files) == 4
+    )
+    assert sorted(gallery.files + queries.files) == open_source(str(tmp_path)).files
+    assert queries.labels == [0, 0, 1, 1]
+
+
+def test_text_list(tmp_path):
+    make(tmp_path, "sub/1.png", "2.png")
+    (tmp_path / "list.txt").write_text(f"sub/1.png\n\n# not this\n{tmp_path}/2.png\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    assert names(source, tmp_path) == ["sub/1.png", "2.png"]
+    assert source.labels is None
+    (tmp_path / "list.txt").write_text("sub/1.png\nsub/3.png\nsub/4.png\n")
+    with pytest.raises(ValueError, match=r"do not exist: .*sub/3\.png and 1 more"):
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / "list.txt").write_text("# nothing\n")
+    with pytest.raises(ValueError, match="lists no files"):
+        open_source(str(tmp_path / "list.txt"))
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    with pytest.raises(ValueError, match="data: .*nowhere does not exist"):
+        open_source(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="data: .*empty holds no images .*but nothing, it is empty"):
+        open_source(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"data: .*2 × \.txt, 1 × \.csv"):
+        open_source(make(tmp_path / "texts", "a.txt", "b/c.txt", "d.csv"))
+    with pytest.raises(ValueError, match=r"data: .*a\.txt lists files that do not exist"):
+        open_source(str(tmp_path / "texts" / "a.txt"))
+    with pytest.raises(ValueError, match=r"data: .*d\.csv is a file"):
+        open_source(str(tmp_path / "texts" / "d.csv"))
+
+
+def test_digits_are_written_once_and_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:  # two at once
+        folders = pool.map(_digits, [None, None])
+    assert folders == [tmp_path / "digits"] * 2
+    assert os.listdir(tmp_path) == ["digits"]
+    source = open_source("digits")
+    gallery, queries, held_out = evaluation_sources("digits")
+    assert held_out
+    assert (len(source.files), len(gallery.files), len(queries.files)) == (1437, 1437, 360)
+    assert source.classes == list("0123456789")
+    with Image.open(source.files[0]) as image:
+        assert image.size == (8, 8)
+        assert image.getextrema()[1] > 200
+    first = os.stat(source.files[0]).st_mtime_ns
+    digits()
+    assert os.stat(source.files[0]).st_mtime_ns == first
+
+
+def _digits(_):
+    return digits()

@@ -1,0 +1,171 @@
+"""The launchers under Triton's interpreter; on a GPU, tests/test_gpu runs the same through the operations."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+if not triton.knobs.runtime.interpret:
+    pytest.skip("these tests need Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
+
+from bincomm.kernels import messages, sign_bce  # noqa: E402
+from bincomm.ops import reference  # noqa: E402
+
+pytestmark = [pytest.mark.usefixtures("poisoned"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [  # V, U, n, K, pairs
+    (4, 2, 3, 64, "cross"),
+    (5, 2, 2, 250, "cross"),
+    (3, 3, 2, 33, "cross"),
+    (2, 1, 1, 1, "cross"),
+    (3, 2, 40, 31, "all"),
+    (2, 3, 2, 40, "all"),
+    (3, 3, 2, 1000, "matched"),
+]
+
+
+def forward_and_backward(student, teacher, pairs, scale=3.0):
+    loss, words = sign_bce.sign_bce_forward(student, teacher, pairs)
+    words = teacher if teacher.dtype == torch.int32 else words
+    return loss, sign_bce.sign_bce_backward(torch.tensor(scale), student, words, pairs)
+
+
+def truth(student, teacher, pairs, scale=3.0):
+    exact = student.double().requires_grad_()
+    loss = reference.sign_bce(exact, teacher.double(), pairs)
+    (scale * loss).backward()
+    return loss.detach(), exact.grad
+
+
+def eager(student, teacher, pairs, scale=3.0):
+    student = student.detach().clone().requires_grad_()
+    m = (teacher > 0).to(student.dtype)
+    pairs = reference.paired_views(len(student), len(teacher), pairs)
+    loss = sum(F.binary_cross_entropy_with_logits(student[v], m[u]) for u, v in pairs) / len(pairs)
+    (scale * loss).backward()
+    return loss.detach(), student.grad
+
+
+def relative_error(value, exact):
+    return ((value.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("views", "teachers", "n", "bits", "pairs"), SHAPES)
+def test_error_is_at_most_that_of_eager(views, teachers, n, bits, pairs, dtype):
+    student = (3 * torch.randn(views, n, bits)).to(dtype)
+    teacher = torch.randn(teachers, n, bits).to(dtype)
+    exact = truth(student, teacher, pairs)
+    ours, theirs = forward_and_backward(student, teacher, pairs), eager(student, teacher, pairs)
+    assert relative_error(ours[0], exact[0]) <= relative_error(theirs[0], exact[0]) + 1e-7
+    slack = max(1e-7, torch.finfo(dtype).eps / 2)
+    assert relative_error(ours[1], exact[1]) <= relative_error(theirs[1], exact[1]) + slack
+    assert ours[1].dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_message_packed_teacher_and_repetition(dtype):
+    student, teacher = torch.randn(4, 3, 70).to(dtype), torch.randn(2, 3, 70).to(dtype)
+    loss, words = sign_bce.sign_bce_forward(student, teacher, "cross")
+    assert torch.equal(words, reference.pack_signs(teacher))
+    from_words, empty = sign_bce.sign_bce_forward(student, words, "cross")
+    assert torch.equal(from_words, loss)
+    assert empty.numel() == 0
+    assert torch.equal(sign_bce.sign_bce_forward(student, teacher, "cross")[0], loss)
+
+
+@pytest.mark.parametrize("pairs", ["cross", "matched"])
+def test_strides(pairs):
+    student, teacher = torch.randn(2, 5, 70), torch.randn(2, 5, 70)
+    expected = forward_and_backward(student, teacher, pairs)
+    wide = torch.full((2, 10, 90), math.nan)
+    wide[:, ::2, 10:80] = student
+    sparse = torch.full((2, 5, 140), math.nan)
+    sparse[..., ::2] = teacher
+    for s in (student.permute(2, 0, 1).contiguous().permute(1, 2, 0), wide[:, ::2, 10:80]):
+        for t in (sparse[..., ::2], reference.pack_signs(teacher).mT.contiguous().mT):
+            found = forward_and_backward(s, t, pairs)
+            assert torch.equal(found[0], expected[0])
+            assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0, 1e4])
+def test_magnitudes(scale):
+    student = scale * torch.randn(2, 4, 96)
+    for teacher in (
+        torch.randn(2, 4, 96),
+        student.flip(0),
+    ):  # the second: every view's logits say the other's bits
+        exact = truth(student, teacher, "cross")
+        loss, gradient = forward_and_backward(student, teacher, "cross")
+        assert relative_error(loss, exact[0]) < 1e-6
+        assert ((gradient - exact[1]).abs() <= 1e-5 * exact[1].abs() + 1e-38).all()
+
+
+def test_infinite_and_nan_logits():
+    inf, nan = math.inf, math.nan
+    student = torch.tensor([[[inf, -inf, inf, -inf, 1.0]]])
+    right = torch.tensor([[[1.0, -1.0, 1.0, -1.0, 1.0]]])
+    loss, gradient = forward_and_backward(student, right, "all")
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-1)) / 5)
+    assert torch.allclose(gradient.double(), truth(student, right, "all")[1])
+    loss, gradient = forward_and_backward(student, -right, "all")
+    assert loss == inf
+    assert gradient.isfinite().all()
+    student, teacher = torch.randn(3, 2, 40), torch.randn(2, 2, 40)
+    for spoiled in (student, teacher):
+        kept = spoiled[1, 1, 33].clone()
+        spoiled[1, 1, 33] = nan
+        loss, gradient = forward_and_backward(student, teacher, "cross")
+        assert loss.isnan()
+        assert spoiled is teacher or gradient[1, 1, 33].isnan()
+        spoiled[1, 1, 33] = kept
+
+
+def test_nothing_is_written_outside():
+    """The interpreter does not trap what is out of bounds: guards around the outputs show it."""
+    views, teachers, n, bits = 3, 2, 3, 33
+    student, teacher = torch.randn(views, n, bits), torch.randn(teachers, n, bits)
+    guard, made = 64, []
+
+    def guarded(*shape, **kwargs):
+        shape = shape[0] if isinstance(shape[0], tuple | torch.Size) else shape
+        size, dtype = math.prod(shape), kwargs.get("dtype", torch.float32)
+        whole = torch.full((size + 2 * guard,), 77, dtype=dtype)
+        made.append(whole)
+        return whole[guard : guard + size].view(shape)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", guarded)
+        patch.setattr(torch.Tensor, "new_empty", lambda self, *shape, **kwargs: guarded(*shape, **kwargs))
+        forward_and_backward(student, teacher, "cross")
+        messages.unpack_signs(messages.pack_signs(teacher), bits)
+    assert len(made) >= 6  # the launchers' six outputs, and what the interpreter makes itself
+    for whole in made:
+        assert (whole[:guard] == 77).all()
+        assert (whole[-guard:] == 77).all()
+
+
+def test_no_images():
+    student, teacher = torch.randn(3, 0, 40), torch.randn(2, 0, 40)
+    loss, gradient = forward_and_backward(student, teacher, "cross")
+    assert loss.isnan()
+    assert gradient.shape == (3, 0, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 33), (1,), (70, 31), (0, 40), (3, 0)])
+def test_packing(shape, dtype):
+    logits = torch.randn(shape).to(dtype)
+    words = messages.pack_signs(logits)
+    assert torch.equal(words, reference.pack_signs(logits))
+    assert torch.equal(messages.unpack_signs(words, shape[-1]), logits > 0)
+
+
+def test_packing_strided():
+    logits = torch.randn(4, 70, 6)
+    assert torch.equal(messages.pack_signs(logits.mT), reference.pack_signs(logits.mT))
+    words = messages.pack_signs(torch.randn(6, 70))
+    assert torch.equal(messages.unpack_signs(words[::2], 70), reference.unpack_signs(words[::2], 70))
