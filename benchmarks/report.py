@@ -11,13 +11,14 @@ def table(raw: dict, target: Path) -> str:
     info = raw["machine_info"]
     facts = info["bincomm"]
     cpu = info["cpu"].get("brand_raw", "unknown CPU")
+    command = "make gpu-bench" if target.stem == "gpu" else "make bench"
     lines = [
         "# Operations, measured",
         "",
-        f"`make {'gpu-' if target.stem == 'gpu' else ''}bench` on {raw['datetime'][:10]}: {facts['device']}, {cpu}, "
-        f"{facts['threads']} threads, {facts['instruction_set']}, Python {info['python_version']}, torch "
-        f"{facts['torch']}, bincomm {facts['bincomm']}. Medians of 40 rounds after 5 to warm up, with quartiles; all",
-        "contenders of a table ran in one session. *Error* is the gradient's against fp64, checked before the timing.",
+        f"`{command}` on {raw['datetime'][:10]}: {facts['device']}, {cpu}, {facts['threads']} threads, "
+        f"{facts['instruction_set']}, Python {info['python_version']}, torch {facts['torch']}, "
+        f"bincomm {facts['bincomm']}. Medians of 40 rounds after 5 to warm up; all contenders of a table "
+        "ran in one session. *Error* is the gradient's against fp64, checked before the timing.",
     ]
     groups = defaultdict(list)
     for result in raw["benchmarks"]:

@@ -223,8 +223,8 @@ def _forward(
         if MODE == 2:
             total += _loss(_logits(row + _wide(u) * student_view, mask), bits, 1.0)
     if MODE == 0 and U > 1:
-        # The teacher's own views hear the others only. Their bits are read again rather than kept: for every U
-        # they would not fit in registers.
+        # The teacher's own views hear the others only. Their bits are read again, not kept: there may be
+        # more than fit in registers.
         for u in tl.static_range(U):
             bits = _teacher_bits(teacher, u, n, place, teacher_view, group, inside, mask, K, PACKED)
             total += _loss(_logits(row + _wide(u) * student_view, mask), sums - bits, U - 1.0)

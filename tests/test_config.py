@@ -1,0 +1,67 @@
+import pytest
+
+pytest.importorskip("jsonargparse", reason="the command line needs jsonargparse")
+from PIL import Image
+
+from bincomm.config import PretrainConfig, choose_recipe, parse, recipe_names
+
+
+def test_recipe_and_options():
+    config, name = parse(
+        ["--recipe", "digits", "--epochs", "7", "--jitter", "[0.1, 0, 0, 0]", "--max_steps", "3"]
+    )
+    assert name == "digits"
+    assert (config.data, config.epochs, config.max_steps) == ("digits", 7, 3)
+    assert config.jitter == (0.1, 0, 0, 0)
+    assert config.output == "runs/digits"
+    assert isinstance(config.crops.global_scale, tuple)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid_and_round_trips(name):
+    config, _ = parse(["--recipe", name, "--data", "digits"])
+    again = PretrainConfig(**config.as_dict())
+    assert again.differences(config.as_dict()) == {}
+
+
+def test_a_file_is_a_recipe_too(tmp_path):
+    (tmp_path / "mine.yaml").write_text("epochs: 3\nbackbone: resnet18\n")
+    config, name = parse(["--recipe", str(tmp_path / "mine.yaml"), "--bits", "32"])
+    assert (name, config.epochs, config.backbone, config.bits) == ("mine", 3, "resnet18", 32)
+    assert config.output == "runs/mine"
+
+
+def test_without_a_recipe_the_images_decide(tmp_path):
+    assert choose_recipe("digits") == "digits"
+    for size, expected in ((32, "small_images"), (300, "vit_small_in1k")):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        Image.new("RGB", (size, size)).save(folder / "1.png")
+        assert choose_recipe(str(folder)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "digit"], "recipe: .*'digit'; did you mean digits"),
+        (["--recipe", "none.yaml"], "recipe: there is no file none.yaml"),
+        (["--epoch", "3"], "did you mean --epochs"),
+        (["--batchsize=3"], "did you mean --batch_size"),
+        (["--epochs", "many"], "epochs.*many"),
+        (["--precision", "fp8"], "precision.*fp8"),
+        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["--momentum", "1.5"], "momentum: .*1.5"),
+        (["--global_scale", "[0, 1]"], "global_scale"),
+        (["--eps_squared", "0"], "eps_squared"),
+        (["--max_steps", "0"], "max_steps"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments, words):
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        parse(["--data", "digits", *arguments])
+
+
+def test_differences_leave_out_what_changes_nothing():
+    config = PretrainConfig()
+    other = {**config.as_dict(), "threads": 99, "output": "elsewhere", "save_every": 7, "beta": 0.7}
+    assert config.differences(other) == {"beta": (0.7, 0.1)}

@@ -1,0 +1,125 @@
+"""The bare install: torch alone."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = (
+    "timm",
+    "nvidia",
+    "jsonargparse",
+    "safetensors",
+    "sklearn",
+    "matplotlib",
+    "tqdm",
+    "tensorboard",
+    "triton",
+    "yaml",
+)
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=ROOT,
+    )
+
+
+def test_importing_bincomm_imports_nothing_heavy():
+    code = """
+        import sys, torch
+        before = set(sys.modules)
+        import bincomm
+        print(sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+    """
+    found = python(code)
+    assert found.returncode == 0, found.stderr
+    assert not [name for name in HEAVY if f"'{name}'" in found.stdout]
+
+
+def test_operations_and_doctor_work_with_torch_alone():
+    code = f"""
+        import sys, torch
+        sys.modules.update(dict.fromkeys({HEAVY!r}))  # None: importing it fails
+        import bincomm
+        student = torch.randn(4, 8, 40, requires_grad=True)
+        bincomm.DiscreteCommunication()(student, torch.randn(2, 8, 40))["loss"].backward()
+        assert student.grad.isfinite().all()
+        notes = " ".join(bincomm.doctor()["notes"])
+        assert "timm is not installed" in notes and "triton is not installed" in notes, notes
+        from bincomm import cli
+        assert cli.main(["pretrain"]) == 1
+    """
+    found = python(code)
+    assert found.returncode == 0, found.stderr
+    assert "pip install 'bincomm[train]'" in found.stderr
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+def test_backends_by_name(backend):
+    code = """
+        import torch, bincomm
+        torch.manual_seed(0)
+        student, teacher = torch.randn(4, 8, 40), torch.randn(2, 8, 40)
+        print(bincomm.sign_bce(student, teacher).item(), bincomm.coding_rate(student).sum().item())
+    """
+    values = [python(code, BINCOMM_BACKEND=b).stdout.split() for b in (backend, "reference")]
+    assert [float(v) for v in values[0]] == pytest.approx([float(v) for v in values[1]], rel=1e-5)
+
+
+def test_a_backend_asked_for_by_name_never_falls_back():
+    code = """
+        import sys
+        sys.modules["bincomm._C"] = None  # as if it had not been built
+        import torch, bincomm
+        try:
+            bincomm.sign_bce(torch.randn(4, 8, 40), torch.randn(2, 8, 40))
+        except RuntimeError as error:
+            print(error)
+        print(bincomm.doctor()["kernels"]["sign_bce"]["cpu"], *bincomm.doctor()["notes"])
+    """
+    assert (
+        "BINCOMM_BACKEND=native, but sign_bce has no native kernel for cpu"
+        in python(code, BINCOMM_BACKEND="native").stdout
+    )
+    fallen = python(code, BINCOMM_BACKEND="auto").stdout
+    assert fallen.startswith("PyTorch ")
+    assert "bincomm._C cannot be imported" in fallen
+    assert "expected one of" in python(code, BINCOMM_BACKEND="fast").stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"BINCOMM_CUDA": "maybe"}, "BINCOMM_CUDA='maybe': expected auto, 0 or 1"),
+        ({"BINCOMM_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "BINCOMM_CUDA=1 asks for the CUDA kernels, but"),
+    ],
+)
+def test_setup_refuses_what_it_cannot_do(environment, words):
+    found = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=ROOT,
+    )
+    assert found.returncode != 0
+    assert words in found.stderr
+
+
+def test_cuda_code_is_in_the_extension_when_nvcc_was_found():
+    facts = __import__("bincomm").doctor()["extension"]
+    if not facts["cuda"]:
+        pytest.skip(f"built without CUDA: {facts['no_cuda_reason']}")
+    from bincomm import _C
+
+    assert hasattr(_C, "device_code")
+    assert "9.0" in facts["cuda_architectures"]

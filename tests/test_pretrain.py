@@ -1,0 +1,255 @@
+"""Whole runs, on a few real digits: what they leave, and that nothing stops them for good."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors"):
+    pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
+import safetensors.torch  # noqa: E402
+import timm  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from bincomm import cli  # noqa: E402
+from bincomm.config import PretrainConfig, parse  # noqa: E402
+from bincomm.engine.logs import read_lines  # noqa: E402
+from bincomm.networks import Network  # noqa: E402
+from bincomm.pretrain import TrainingError, create_networks, pretrain  # noqa: E402
+
+# A small network on small crops; the head is reset twice, and drop path draws random numbers in the network.
+OPTIONS = {
+    "backbone": "test_vit",
+    "backbone_args": '{"patch_size": 4, "depth": 2}',
+    "drop_path": 0.2,
+    "global_size": 16,
+    "local_size": 12,
+    "bits": 16,
+    "hidden": 32,
+    "beta": 0.2,
+    "batch_size": 64,
+    "epochs": 3,
+    "max_steps": 50,
+    "reset_every": 1,
+    "log_every": 4,
+    "save_every": 6,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BINCOMM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def arguments(output, **options):
+    values = {"recipe": "digits", "output": output, **OPTIONS, **options}
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def configuration(output, **options):
+    return parse(arguments(output, **options))[0]
+
+
+def start(output, **options):
+    command = [sys.executable, "-m", "bincomm.cli", "pretrain", *arguments(output, **options)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run, its directory and its result."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    return output, pretrain(configuration(output))
+
+
+def same_end(run, other):
+    """Whether two runs ended alike, bit for bit."""
+    for name in ("metrics.jsonl", "backbone.safetensors", "result.json"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_what_a_run_leaves(finished):
+    output, result = finished
+    left = {
+        "config.yaml",
+        "metrics.jsonl",
+        "speed.jsonl",
+        "last.ckpt",
+        "backbone.safetensors",
+        "curves.png",
+        "result.json",
+    }
+    assert left <= set(os.listdir(output))
+    assert json.loads((output / "result.json").read_text()) == result
+    records = read_lines(output / "metrics.jsonl")
+    assert [record["step"] for record in records] == [*range(4, 50, 4), 50]
+    keys = "loss agreement rate gradient_norm lr momentum "
+    keys += "bit_entropy bit_entropy_min dead_bits bit_agreement bit_majority"
+    for record in records:
+        assert set(keys.split()) <= record.keys()
+        assert all(torch.tensor(float(value)).isfinite() for value in record.values())
+    assert records[-1]["momentum"] == 1.0
+    assert result["knn"].keys() >= {"teacher", "codes", "random_initialisation", "pixels"}
+    assert result["knn"]["pixels"] > 0.95
+    assert result["knn"]["query_images"] == 360
+
+
+def test_the_backbone_loads_in_timm(finished):
+    output, _ = finished
+    with safetensors.safe_open(output / "backbone.safetensors", "pt") as file:
+        create = json.loads(file.metadata()["create_model"])
+    backbone = timm.create_model(**create)
+    backbone.load_state_dict(safetensors.torch.load_file(output / "backbone.safetensors"), strict=True)
+    state = torch.load(output / "last.ckpt", weights_only=True)["teacher"]
+    _, teacher = create_networks(configuration(output), torch.device("cpu"))
+    teacher.load_state_dict(state)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(backbone.eval()(images), teacher.backbone.eval()(images))
+
+
+def test_the_same_again(finished, tmp_path):
+    pretrain(configuration(tmp_path / "again"))
+    same_end(finished[0], tmp_path / "again")
+
+
+def test_another_seed_is_another_run(finished, tmp_path):
+    pretrain(configuration(tmp_path / "other", seed=1, max_steps=4))
+    first, other = (read_lines(run / "metrics.jsonl")[0]["loss"] for run in (finished[0], tmp_path / "other"))
+    assert first != other
+
+
+def test_killed_at_random_moments_and_resumed(finished, tmp_path):
+    """SIGKILL, several times; every time the same command goes on, and the end is the uninterrupted run's."""
+    output, kills = tmp_path / "killed", 0
+    for _ in range(40):
+        process = start(output)
+        seen = []
+        # Past the set-up, so that the kill falls into training or into a checkpoint's writing.
+        for line in process.stdout:
+            seen.append(line)
+            if line.startswith("step "):
+                break
+        time.sleep(random.uniform(0, 0.5))
+        if kills < 3:
+            process.kill()
+        rest = process.communicate(timeout=120)[0]
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, "".join(seen) + rest
+        kills += 1
+    assert process.returncode == 0
+    assert kills >= 1
+    assert any("resuming at step" in line for line in seen)
+    same_end(finished[0], output)
+
+
+def test_ctrl_c_saves_and_resumes(finished, tmp_path):
+    process = start(tmp_path / "run", save_every=1000)
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, text
+    assert "SIGINT: saved in" in text
+    assert (tmp_path / "run" / "last.ckpt").exists()
+    pretrain(configuration(tmp_path / "run", save_every=1000))
+    same_end(finished[0], tmp_path / "run")
+
+
+def test_a_finished_run_is_not_trained_again(finished, capsys):
+    output, result = finished
+    before = (output / "last.ckpt").stat().st_mtime_ns
+    assert cli.main(["pretrain", *arguments(output)]) == 0
+    assert f"{result['knn']['teacher']:.2%}" in capsys.readouterr().out
+    assert (output / "last.ckpt").stat().st_mtime_ns == before
+
+
+def test_a_run_of_another_configuration_is_refused(finished, capsys):
+    assert cli.main(["pretrain", *arguments(finished[0], beta=0.7)]) == 2
+    assert "beta was 0.2, now 0.7" in capsys.readouterr().err
+
+
+def test_images_without_labels(tmp_path):
+    for i in range(80):
+        Image.new("RGB", (20, 20), (3 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    result = pretrain(configuration(tmp_path / "run", data=tmp_path, max_steps=2))
+    assert result["knn"] is None
+    assert "no k-NN" in cli.summary(result, "run")
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    calls = []
+    forward = Network.forward
+
+    def spoilt(self, *groups):
+        calls.append(self.training and len(groups) == 2)
+        logits = forward(self, *groups)
+        return logits * float("nan") if sum(calls) >= 9 and len(groups) == 2 else logits
+
+    monkeypatch.setattr(Network, "forward", spoilt)
+    config = configuration(tmp_path / "run")
+    with pytest.raises(
+        TrainingError, match=r"not finite at step 9; the last good checkpoint is .*last\.ckpt"
+    ):
+        pretrain(config)
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"] == 6
+
+
+def test_a_corrupt_image_is_named_and_the_run_can_go_on(tmp_path):
+    for i in range(70):
+        Image.new("RGB", (20, 20), (3 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
+    good = (tmp_path / "03.png").read_bytes()
+    (tmp_path / "03.png").write_bytes(good[:40])
+    options = {"data": tmp_path, "max_steps": 4, "batch_size": 35}
+    process = start(tmp_path / "run", **options)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, text
+    assert "03.png" in text
+    assert "Traceback" not in text
+    (tmp_path / "03.png").write_bytes(good)
+    assert start(tmp_path / "run", **options).wait(timeout=120) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data": "/nonexistent"}, "data: /nonexistent does not exist"),
+        ({"backbone": "resnet17"}, "did you mean resnet"),
+        ({"batch_size": 2000}, "batch_size: expected at most the number of images, 1437, got 2000"),
+        ({"device": "cuda"}, "device: cuda was asked for"),
+        ({"backbone_args": '{"nonsense": 1}'}, "nonsense"),
+    ],
+)
+def test_what_is_wrong_is_told_without_a_traceback(tmp_path, capsys, options, words):
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert cli.main(["pretrain", *arguments(tmp_path / "run", **options)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bincomm: error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert words in error
+
+
+def test_defaults_are_the_papers():
+    config = PretrainConfig()
+    assert (config.backbone, config.bits, config.beta, config.epochs) == (
+        "vit_base_patch16_224",
+        256,
+        0.1,
+        100,
+    )
+    assert (config.local_crops, config.reset_every, config.batch_size, config.momentum) == (
+        10,
+        10,
+        256,
+        0.996,
+    )
