@@ -1,0 +1,108 @@
+"""The operations on a real GPU: values, gradients, no host sync, CUDA graphs."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+import bincomm
+from bincomm.ops import reference
+from bincomm.ops.library import KERNELS
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def no_sync():
+    """Any operation that waits for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def value_and_gradient(function, student, *args, **kwargs):
+    student = student.detach().clone().requires_grad_()
+    value = function(student, *args, **kwargs).sum()
+    (3 * value).backward()
+    return value.detach(), student.grad
+
+
+def test_triton_is_used():
+    assert KERNELS["sign_bce"]["cuda"] == "Triton"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("views", "teachers", "n", "bits", "pairs"),
+    [
+        (12, 2, 64, 256, "cross"),
+        (4, 2, 3, 250, "cross"),
+        (2, 1, 1, 1, "cross"),
+        (3, 2, 9, 33, "all"),
+        (3, 3, 5, 1000, "matched"),
+    ],
+)
+def test_sign_bce(views, teachers, n, bits, pairs, dtype):
+    student = (3 * torch.randn(views, n, bits, device="cuda")).to(dtype)
+    teacher = torch.randn(teachers, n, bits, device="cuda").to(dtype)
+    exact = value_and_gradient(reference.sign_bce, student.double(), teacher.double(), pairs)
+    for some in (teacher, bincomm.pack_signs(teacher)):
+        loss, gradient = value_and_gradient(bincomm.sign_bce, student, some, pairs=pairs)
+        torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0)
+        error = (gradient.double() - exact[1]).norm() / exact[1].norm()
+        assert error < max(1e-6, torch.finfo(dtype).eps)
+        again = value_and_gradient(bincomm.sign_bce, student, some, pairs=pairs)
+        assert torch.equal(again[0], loss)
+        assert torch.equal(again[1], gradient)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 33), (1,), (70, 31), (0, 40), (300, 256)])
+def test_messages(shape):
+    logits = torch.randn(shape, device="cuda")
+    words = bincomm.pack_signs(logits)
+    assert torch.equal(words, reference.pack_signs(logits))
+    assert torch.equal(bincomm.unpack_signs(words, shape[-1]), logits > 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 128, 256), (2, 256, 64), (12, 256, 256)])
+def test_coding_rate(shape):
+    logits = torch.randn(shape, device="cuda")
+    exact = value_and_gradient(reference.coding_rate, logits.double())
+    with torch.autocast("cuda", torch.bfloat16):
+        rate, gradient = value_and_gradient(bincomm.coding_rate, logits)
+    torch.testing.assert_close(rate.double(), exact[0], rtol=1e-5, atol=0)
+    assert (gradient.double() - exact[1]).norm() < 1e-4 * exact[1].norm()
+
+
+def test_the_objective_never_waits_for_the_gpu(no_sync):
+    student = torch.randn(12, 64, 256, device="cuda", requires_grad=True)
+    teacher = torch.randn(2, 64, 256, device="cuda")
+    bincomm.DiscreteCommunication()(student, teacher)["loss"].backward()
+
+
+def test_sign_bce_in_a_cuda_graph():
+    student = torch.randn(12, 64, 256, device="cuda", requires_grad=True)
+    teacher = torch.randn(2, 64, 256, device="cuda")
+    expected = value_and_gradient(bincomm.sign_bce, student, teacher)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            student.grad = None
+            (3 * bincomm.sign_bce(student, teacher)).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    student.grad = None
+    with torch.cuda.graph(graph):
+        loss = bincomm.sign_bce(student, teacher)
+        (3 * loss).backward()
+    graph.replay()
+    assert torch.equal(loss.detach(), expected[0])
+    assert torch.equal(student.grad, expected[1])
+
+
+def test_the_extension_holds_code_for_this_gpu():
+    from bincomm import _C
+
+    major, minor, _ = _C.device_code(0)
+    assert (major, minor) <= torch.cuda.get_device_capability(0)
