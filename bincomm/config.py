@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bincomm.data.crops import Crops
@@ -32,6 +33,8 @@ class PretrainConfig:
         backbone_args: further arguments of timm.create_model, for example {"layers": [1, 1, 1, 1]}.
         bits: K, the bits of a message.
         hidden: width of the head's two hidden layers.
+        head_std: standard deviation of the head's initial weights. Small logits strengthen the coding rate: a
+            narrow or shallow backbone needs a larger one than the default.
         reset_every: draw the head anew every so many epochs; 0 = never.
         beta: β, weight of the coding rate. Bits dying: raise it; agreement stuck at ln 2: lower it.
         eps_squared: ε² of the coding rate.
@@ -72,6 +75,7 @@ class PretrainConfig:
     backbone_args: dict[str, Any] = field(default_factory=dict)
     bits: int = 256
     hidden: int = 2048
+    head_std: float = 0.02
     reset_every: int = 10
     beta: float = 0.1
     eps_squared: float = 0.05
@@ -112,8 +116,9 @@ class PretrainConfig:
                 raise ValueError(f"{key}: expected at least {smallest}, got {getattr(self, key)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
-        if not self.eps_squared > 0:
-            raise ValueError(f"eps_squared: expected a number > 0, got {self.eps_squared}")
+        for key in ("eps_squared", "head_std"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key}: expected a number > 0, got {getattr(self, key)}")
         for key in ("drop_path", "momentum"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}: expected a number from 0 to 1, got {getattr(self, key)}")
@@ -158,7 +163,10 @@ def recipe_path(recipe: str) -> Path:
 
 
 def choose_recipe(data: str) -> str:
-    """The recipe that fits some data: digits for the digits, else by the size of a few of its images."""
+    """The recipe that fits some data: digits for the digits, else by the size of a few of its images.
+
+    Images above 64 pixels get a small ViT, or where there is no GPU a recipe that runs without one.
+    """
     if data == "digits":
         return "digits"
     from PIL import Image
@@ -171,7 +179,9 @@ def choose_recipe(data: str) -> str:
                 sizes.append(min(image.size))
         except OSError:
             continue  # the loader names files it cannot read
-    return "small_images" if sizes and sorted(sizes)[len(sizes) // 2] <= 64 else "vit_small_in1k"
+    if sizes and sorted(sizes)[len(sizes) // 2] <= 64:
+        return "small_images"
+    return "vit_small_in1k" if torch.cuda.is_available() else "resnet18_cpu"
 
 
 def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:

@@ -49,12 +49,13 @@ def create_backbone(name: str, image_size: int, drop_path: float = 0.0, **argume
 class Head(nn.Module):
     """Projection head D → hidden → GELU → hidden → GELU → K, with biases and no norm: features -> raw logits.
 
-    Weights are drawn from a normal of standard deviation 0.02 truncated at ±2, biases are 0, as in DINO's
-    code.
+    Weights are drawn from a normal of standard deviation `std` truncated at ±2, biases are 0, as in DINO's
+    code, where it is 0.02.
     """
 
-    def __init__(self, features: int, hidden: int, bits: int):
+    def __init__(self, features: int, hidden: int, bits: int, std: float = 0.02):
         super().__init__()
+        self.std = std
         self.layers = nn.Sequential(
             nn.Linear(features, hidden),
             nn.GELU(),
@@ -70,7 +71,7 @@ class Head(nn.Module):
             if isinstance(layer, nn.Linear):
                 # Drawn on the CPU, so that every rank and every kind of device gets the same head.
                 weight = torch.empty(layer.weight.shape)
-                nn.init.trunc_normal_(weight, std=0.02, generator=generator)
+                nn.init.trunc_normal_(weight, std=self.std, generator=generator)
                 with torch.no_grad():
                     layer.weight.copy_(weight)
                     layer.bias.zero_()

@@ -148,7 +148,7 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
     """Student and teacher as they are before the first step: equal, and determined by the seed."""
     torch.manual_seed(config.seed)
     backbone = create_backbone(config.backbone, config.global_size, config.drop_path, **config.backbone_args)
-    head = Head(backbone.num_features, config.hidden, config.bits)
+    head = Head(backbone.num_features, config.hidden, config.bits, config.head_std)
     student = Network(backbone, head)
     still = create_backbone(config.backbone, config.global_size, **config.backbone_args)
     return student.to(device), create_teacher(student, still).to(device)
@@ -196,9 +196,8 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
     arguments = {"model_name": config.backbone, "num_classes": 0, **config.backbone_args}
     if hasattr(teacher.backbone, "pos_embed"):
         arguments["img_size"] = config.global_size
-    data = safetensors.torch.save(
-        weights, metadata={"create_model": json.dumps(arguments), "bincomm": __version__}
-    )
+    # One key: safetensors writes several in random order, and two equal runs leave equal files.
+    data = safetensors.torch.save(weights, metadata={"create_model": json.dumps(arguments)})
     write_whole(run / "backbone.safetensors", lambda file: file.write(data))
 
 
@@ -221,7 +220,7 @@ def evaluate(teacher: Network, config: PretrainConfig, run: Path, device: torch.
     before = [extract(untrained, source.files, config, device) for source in (gallery, queries)]
 
     def knn(gallery_features: torch.Tensor, query_features: torch.Tensor) -> float:
-        return knn_accuracy(gallery_features, labels[0], query_features, labels[1])
+        return knn_accuracy(*(x.to(device) for x in (gallery_features, labels[0], query_features, labels[1])))
 
     signs = trained[1]["signs"]
     return {

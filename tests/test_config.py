@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 pytest.importorskip("jsonargparse", reason="the command line needs jsonargparse")
 from PIL import Image
@@ -33,7 +34,8 @@ def test_a_file_is_a_recipe_too(tmp_path):
 
 def test_without_a_recipe_the_images_decide(tmp_path):
     assert choose_recipe("digits") == "digits"
-    for size, expected in ((32, "small_images"), (300, "vit_small_in1k")):
+    full_size = "vit_small_in1k" if torch.cuda.is_available() else "resnet18_cpu"
+    for size, expected in ((32, "small_images"), (300, full_size)):
         folder = tmp_path / str(size)
         folder.mkdir()
         Image.new("RGB", (size, size)).save(folder / "1.png")

@@ -20,7 +20,7 @@ DEAD_SHARE = 0.01  # a bit is dead when it takes its rarer value in less than th
 def bit_statistics(ones: Tensor, messages: int) -> dict[str, float]:
     """Use of the bits, from how often each of the K bits was 1 in so many messages; entropies in bits."""
     p = ones.double() / messages
-    entropy = -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / math.log(2)
+    entropy = (0 - torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)) / math.log(2)
     return {
         "bit_entropy": entropy.mean().item(),
         "bit_entropy_min": entropy.min().item(),

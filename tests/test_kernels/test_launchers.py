@@ -139,7 +139,11 @@ def test_nothing_is_written_outside():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", guarded)
-        patch.setattr(torch.Tensor, "new_empty", lambda self, *shape, **kwargs: guarded(*shape, **kwargs))
+        patch.setattr(
+            torch.Tensor,
+            "new_empty",
+            lambda self, *shape, dtype=None, **_: guarded(*shape, dtype=dtype or self.dtype),
+        )
         forward_and_backward(student, teacher, "cross")
         messages.unpack_signs(messages.pack_signs(teacher), bits)
     assert len(made) >= 6  # the launchers' six outputs, and what the interpreter makes itself

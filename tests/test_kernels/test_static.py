@@ -22,6 +22,7 @@ ELEMENTS = 8  # a thread's share of a tile
 def costs(tmp_path_factory):
     """{architecture: {kernel: cost}}, compiled by one process each."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     script = Path(__file__).with_name("compile_for.py")
     processes = {
