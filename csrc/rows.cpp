@@ -25,11 +25,11 @@ BINCOMM_CONVERSIONS(Half)
 Storage storage_of(ScalarType dtype, const char* argument) {
   switch (dtype) {
     case ScalarType::Float:
-      return {load_Float, store_Float};
+      return {load_Float, store_Float, true};
     case ScalarType::BFloat16:
-      return {load_BFloat16, store_BFloat16};
+      return {load_BFloat16, store_BFloat16, false};
     case ScalarType::Half:
-      return {load_Half, store_Half};
+      return {load_Half, store_Half, false};
     default:
       STD_TORCH_CHECK(false, argument, ": expected float32, float16 or bfloat16, got dtype ", static_cast<int>(dtype));
   }

@@ -25,6 +25,7 @@ using Store = void (*)(const float* in, int64_t count, void* row, int64_t offset
 struct Storage {
   Load load;
   Store store;
+  bool is_float;
 };
 
 // The conversions for a dtype; raises for anything but fp32, fp16 and bf16.

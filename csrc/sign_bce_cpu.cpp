@@ -10,8 +10,9 @@
 //     c softplus(a) - S a  =  w |a| + c log(1 + e)          c sigmoid(a) - S  =  sgn(a) (w - c e / (1 + e))
 //
 // A task is one image and kChunk bits of it: the teacher's bits are read once and serve all V views.
-// The loss's log is taken once per eight elements: p <- p + e + p e gives prod(1 + e) - 1, accurate for tiny e too.
+// The loss's log is taken once per kBlocks elements: p <- p + e + p e gives prod(1 + e) - 1, accurate for tiny e too.
 
+#include <cmath>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -25,31 +26,44 @@ namespace bincomm {
 namespace {
 
 constexpr int64_t kLanes = 32;
+constexpr int64_t kBlocks = 32;           // of kLanes logits whose logs are taken at once: prod(1 + e) stays below 2^32
 constexpr int64_t kTaskElements = 16384;  // of work below which another thread costs more than it brings
 
-// Sum of c softplus(x) - S x over kChunk elements; x is padded with -inf and S with 0, which add nothing.
-BINCOMM_CLONES double loss_of_chunk(const float* x, const float* sums, float c, int64_t padded) {
+// Losses of logits that hear the same number c of teachers, summed lane by lane.
+struct Lanes {
   float linear[kLanes] = {};
   float product[kLanes] = {};  // prod(1 + e) - 1
+  int64_t blocks = 0;
+};
+
+// Adds `padded` logits x with summed bits; what is beyond the end has x very negative and a sum of 0: no loss.
+BINCOMM_CLONES void add_losses(const float* x, const float* sums, float c, int64_t padded, Lanes& lanes) {
+  Lanes l = lanes;  // a copy, which stays in registers
   for (int64_t block = 0; block < padded; block += kLanes) {
     for (int64_t j = 0; j < kLanes; ++j) {
       const float a = x[block + j];
       const float s = sums[block + j];
-      const float magnitude = a > 0.0f ? a : -a;
+      const float magnitude = std::fabs(a);
       const float w = a > 0.0f ? c - s : s;
-      const float e = exp_nonpositive(-magnitude);
-      const float term = w * magnitude;
-      linear[j] += w == 0.0f ? 0.0f : term;  // an infinite logit on its own side costs nothing, not inf * 0
-      product[j] += e * (1.0f + product[j]);
+      const float e = exp_of_minus(magnitude);
+      const float more = w * magnitude + l.linear[j];
+      l.linear[j] = w == 0.0f ? l.linear[j] : more;  // an infinite logit on its own side costs nothing, not inf * 0
+      l.product[j] += e * (1.0f + l.product[j]);
     }
   }
+  lanes = l;
+}
+
+// The sum of the lanes, which are then empty.
+BINCOMM_CLONES double take(Lanes& lanes, float c) {
   double total[kLanes];
   for (int64_t j = 0; j < kLanes; ++j) {
-    total[j] = static_cast<double>(linear[j]) + static_cast<double>(c * log1p_nonnegative(product[j]));
+    total[j] = static_cast<double>(lanes.linear[j]) + static_cast<double>(c * log1p_nonnegative(lanes.product[j]));
   }
   for (int64_t width = kLanes / 2; width > 0; width /= 2) {
     for (int64_t j = 0; j < width; ++j) total[j] += total[j + width];
   }
+  lanes = Lanes();
   return total[0];
 }
 
@@ -57,10 +71,10 @@ BINCOMM_CLONES void gradient_of_chunk(const float* x, const float* sums, float c
   for (int64_t j = 0; j < padded; ++j) {
     const float a = x[j];
     const float s = sums[j];
-    const float e = exp_nonpositive(a > 0.0f ? -a : a);
+    const float e = exp_of_minus(std::fabs(a));
     const float w = a > 0.0f ? c - s : s;
     const float magnitude = w - c * (e / (1.0f + e));
-    out[j] = (a > 0.0f ? magnitude : -magnitude) * scale;
+    out[j] = magnitude * (a > 0.0f ? scale : -scale);
   }
 }
 
@@ -87,6 +101,8 @@ BINCOMM_CLONES void subtract(const float* a, const float* b, int64_t count, floa
 }
 
 enum class Pairs { cross, all, matched };
+
+int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 struct Problem {
   int64_t views, teachers, images, bits, words, chunks;
@@ -126,21 +142,23 @@ Problem problem(const Tensor& student, const Tensor& teacher, const std::string&
   return p;
 }
 
-// The bits of all teachers for one image and chunk: each alone and summed, padded with zeros.
+// The bits of all teachers for one image and chunk: each alone and summed, padded with zeros to whole lanes.
 struct Bits {
   std::vector<float> each;
   float sum[kChunk];
   float paired[kChunk];
+  int64_t padded = 0;
 
   explicit Bits(const Problem& p) : each(p.teachers * kChunk, 0.0f) {}
 
   float* of(int64_t teacher) { return each.data() + teacher * kChunk; }
 
   void accumulate(const Problem& p, int64_t count) {
-    std::fill(sum, sum + kChunk, 0.0f);
+    padded = whole_lanes(count);
+    std::fill(sum, sum + padded, 0.0f);
     for (int64_t u = 0; u < p.teachers; ++u) {
-      std::fill(of(u) + count, of(u) + kChunk, 0.0f);
-      add(sum, of(u), kChunk, sum);
+      std::fill(of(u) + count, of(u) + padded, 0.0f);
+      add(sum, of(u), padded, sum);
     }
   }
 
@@ -148,17 +166,18 @@ struct Bits {
   std::pair<const float*, float> of_view(const Problem& p, int64_t view) {
     if (p.pairs == Pairs::matched) return {of(view), 1.0f};
     if (p.pairs == Pairs::all || view >= p.teachers) return {sum, static_cast<float>(p.teachers)};
-    subtract(sum, of(view), kChunk, paired);
+    subtract(sum, of(view), padded, paired);
     return {paired, static_cast<float>(p.teachers - 1)};
   }
 };
 
-// The row's chunk as fp32, padded with -inf to whole lanes.
-int64_t load_padded(Load load, const void* data, int64_t offset, int64_t count, float* out) {
-  load(data, offset, count, out);
-  const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
-  std::fill(out + count, out + padded, -std::numeric_limits<float>::infinity());
-  return padded;
+// The row's chunk as fp32 in whole lanes: where it lies, or converted and padded in `chunk`.
+const float* whole_chunk(const Storage& storage, const void* data, int64_t offset, int64_t count, float* chunk) {
+  const int64_t padded = whole_lanes(count);
+  if (storage.is_float && padded == count) return static_cast<const float*>(data) + offset;
+  storage.load(data, offset, count, chunk);
+  std::fill(chunk + count, chunk + padded, std::numeric_limits<float>::lowest());
+  return chunk;
 }
 
 std::tuple<Tensor, Tensor> sign_bce(Tensor student_, Tensor teacher_, std::string pairs) {
@@ -166,7 +185,7 @@ std::tuple<Tensor, Tensor> sign_bce(Tensor student_, Tensor teacher_, std::strin
   const Tensor student = unit_stride(student_);
   const Tensor teacher = unit_stride(teacher_);
   const bool packed = teacher.scalar_type() == ScalarType::Int;
-  const Load load = storage_of(student.scalar_type(), "student").load;
+  const Storage storage = storage_of(student.scalar_type(), "student");
   const Load load_teacher = packed ? nullptr : storage_of(teacher.scalar_type(), "teacher").load;
   const void* x = student.const_data_ptr();
   const void* t = teacher.const_data_ptr();
@@ -195,14 +214,18 @@ std::tuple<Tensor, Tensor> sign_bce(Tensor student_, Tensor teacher_, std::strin
       }
       bits.accumulate(p, count);
       double total = 0.0;
+      Lanes lanes;
+      float before = 0.0f;
       for (int64_t v = 0; v < p.views; ++v) {
         const auto [sums, c] = bits.of_view(p, v);
         if (c == 0.0f) continue;
+        if (c != before || lanes.blocks + bits.padded / kLanes > kBlocks) total += take(lanes, before);
         const int64_t row = v * student.stride(0) + image * student.stride(1);
-        const int64_t padded = load_padded(load, x, row + first, count, chunk);
-        total += loss_of_chunk(chunk, sums, c, padded);
+        add_losses(whole_chunk(storage, x, row + first, count, chunk), sums, c, bits.padded, lanes);
+        lanes.blocks += bits.padded / kLanes;
+        before = c;
       }
-      partial[task] = total;
+      partial[task] = total + take(lanes, before);
     }
   });
 
@@ -242,9 +265,14 @@ Tensor sign_bce_backward(Tensor grad, Tensor student_, Tensor messages_, std::st
       for (int64_t v = 0; v < p.views; ++v) {
         const auto [sums, c] = bits.of_view(p, v);
         const int64_t row = v * student.stride(0) + image * student.stride(1);
-        const int64_t padded = load_padded(storage.load, x, row + first, count, chunk);
-        gradient_of_chunk(chunk, sums, c, scale, padded, chunk);
-        storage.store(chunk, count, out, (v * p.images + image) * p.bits + first);
+        const float* logits = whole_chunk(storage, x, row + first, count, chunk);
+        const int64_t place = (v * p.images + image) * p.bits + first;
+        if (storage.is_float && bits.padded == count) {
+          gradient_of_chunk(logits, sums, c, scale, count, static_cast<float*>(out) + place);
+        } else {
+          gradient_of_chunk(logits, sums, c, scale, bits.padded, chunk);
+          storage.store(chunk, count, out, place);
+        }
       }
     }
   });

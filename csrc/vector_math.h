@@ -18,26 +18,23 @@
 
 namespace bincomm {
 
-// e^x for x <= 0; 0 below -87.3 (where e^x leaves the normal numbers); NaN stays NaN.
-BINCOMM_INLINE float exp_nonpositive(float x) {
-  const float lowest = -87.3365f;
-  const bool underflow = x < lowest;
-  const float y = underflow ? lowest : x;
-  // n = round(y / ln 2) by adding 1.5 * 2^23, which leaves n in the low bits of the sum.
-  const float shifted = y * 1.44269504f + 12582912.0f;
-  const float n = shifted - 12582912.0f;
-  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first one short: exact product
-  // Taylor to r^6 / 720 with the last coefficients fitted on [-ln 2 / 2, ln 2 / 2] (Cephes expf).
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const int32_t exponent = (std::bit_cast<int32_t>(shifted) - 0x4b400000 + 127) << 23;
-  const float value = p * std::bit_cast<float>(exponent);
-  return underflow ? 0.0f : value;
+// e^-x for x >= 0; 0 above 87.7 (where e^-x leaves the normal numbers); NaN stays NaN.
+BINCOMM_INLINE float exp_of_minus(float x) {
+  const float highest = 88.0f;  // n = -127 from here on, whose power of two below is 0
+  const float y = highest < x ? highest : x;  // one min instruction, which returns x where x is NaN
+  // -x / ln 2 = n + f. Adding 1.5 * 2^23 + 127 rounds to n, and leaves n + 127 in the low bits of the sum.
+  const float shifted = 12583039.0f - y * 1.44269504f;
+  const float n = shifted - 12583039.0f;
+  const float f = (-(y * 1.44269504f) - n) - y * 1.92596299e-8f;  // what 1 / ln 2 has beyond fp32
+  // 2^f on [-1/2, 1/2] by the polynomial of least relative error, 2e-9.
+  float p = 1.5345812e-4f;
+  p = p * f + 1.3399931219e-3f;
+  p = p * f + 9.6184889571e-3f;
+  p = p * f + 5.5503287770e-2f;
+  p = p * f + 2.4022646891e-1f;
+  p = p * f + 6.9314720574e-1f;
+  p = p * f + 1.0f;
+  return p * std::bit_cast<float>(std::bit_cast<int32_t>(shifted) << 23);
 }
 
 // log(1 + x) for x >= 0 up to 2^100; NaN stays NaN, relative accuracy is kept for tiny x.
