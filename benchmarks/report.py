@@ -43,6 +43,8 @@ def table(raw: dict, target: Path) -> str:
 
 
 if __name__ == "__main__":
-    source, target = sys.argv[1:]
-    Path(target).write_text(table(json.loads(Path(source).read_text()), Path(target)))
-    print(Path(target).read_text())
+    source, target = map(Path, sys.argv[1:])
+    page = table(json.loads(source.read_text()), target)
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(page)
+    print(page)

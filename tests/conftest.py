@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -7,8 +6,6 @@ import torch
 # Without a GPU Triton kernels run in its interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +20,3 @@ def poisoned():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(scope="session")
-def shared_data():
-    """Real images kept beside the checkout; they are not part of the project."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("needs the folder shared/data beside the checkout (real images, not part of the project)")
-    return SHARED_DATA

@@ -147,17 +147,17 @@ def test_eval_batches_keep_order_and_the_protocol(images):
     assert np.abs(pixels - expected).mean() < 2
 
 
-def test_real_photographs(shared_data, tmp_path):
-    import tarfile
+def test_real_photographs():
+    from sklearn.datasets import load_sample_images
 
-    with tarfile.open(shared_data / "imagenet500.tar") as tar:
-        members = [m for m in tar.getmembers() if m.isfile()][:12]
-        tar.extractall(tmp_path, members, filter="data")
-    files = [str(tmp_path / m.name) for m in members]
-    globals_, locals_ = loader(
-        files, Crops(global_size=96, local_size=48, local_crops=3), batch_size=12
-    ).next()
-    assert globals_.shape == (2, 12, 3, 96, 96)
-    assert locals_.shape == (3, 12, 3, 48, 48)
+    files = load_sample_images().filenames
+    crops = Crops(global_size=96, local_size=48, local_crops=3)
+    globals_, locals_ = loader(files, crops, batch_size=2).next()
+    assert globals_.shape == (2, 2, 3, 96, 96)
+    assert locals_.shape == (3, 2, 3, 48, 48)
     assert globals_.isfinite().all()
     assert 0.3 < globals_.std() < 3
+    # Every view is another one, and none is blank.
+    views = torch.cat([globals_.flatten(2).std(2), locals_.flatten(2).std(2)])
+    assert views.min() > 0.05
+    assert len(views.unique()) == views.numel()
