@@ -147,7 +147,8 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
 
 modules, builder = extension()
 setup(
-    packages=[*find_packages(include=["bincomm", "bincomm.*"]), "bincomm.kernels"],
+    packages=find_packages(include=["bincomm", "bincomm.*"]),
+    package_dir={"bincomm.kernels": "kernels"},  # a checkout finds them through bincomm/kernels/__init__.py
     ext_modules=modules,
     cmdclass={"build_ext": builder},
 )

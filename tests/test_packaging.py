@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
@@ -123,3 +124,30 @@ def test_cuda_code_is_in_the_extension_when_nvcc_was_found():
 
     assert hasattr(_C, "device_code")
     assert "9.0" in facts["cuda_architectures"]
+
+
+def test_the_triton_kernels_are_found_in_a_checkout_a_wheel_and_a_source_distribution(tmp_path):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    code = "import bincomm.kernels.sign_bce as kernels; print(kernels.__file__)"
+    assert python(code).stdout.strip() == str(ROOT / "kernels" / "sign_bce.py")
+
+    def build(*command):
+        subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, check=True)
+
+    build("egg_info", "-e", tmp_path, "build_py", "--build-lib", tmp_path / "wheel")  # all of it but bincomm._C
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path / "wheel", capture_output=True, text=True
+    )
+    assert found.stdout.strip() == str(tmp_path / "wheel" / "bincomm" / "kernels" / "sign_bce.py")
+
+    build("egg_info", "-e", tmp_path, "sdist", "--formats", "tar", "-d", tmp_path)
+    (archive,) = tmp_path.glob("*.tar")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    assert names >= {
+        "kernels/sign_bce.py",
+        "bincomm/kernels/__init__.py",
+        "csrc/rows.h",
+        "csrc/sign_bce_cpu.cpp",
+        "bincomm/recipes/digits.yaml",
+    }
