@@ -39,9 +39,9 @@ def run_pretrain(arguments: list[str]) -> int:
         config, recipe = parse(arguments)
         print(f"recipe {recipe}, data {config.data}, output {config.output}", flush=True)
         result = pretrain(config)
-    except (TrainingError, CorruptImageError) as error:
+    except (TrainingError, CorruptImageError, OSError) as error:
         return fail(str(error), status=1)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return fail(str(error))
     except Interrupted as error:
         number = signal.Signals(error.args[0])

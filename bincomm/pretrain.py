@@ -49,6 +49,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     with open_run(config.output) as run:
         check_same_run(run, config)
         if (run / "result.json").exists():
+            print(f"{run} holds a finished run")
             return json.loads((run / "result.json").read_text())
         write_text(run / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
         teacher = train(config, source, run, device)
@@ -249,11 +250,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def check_same_run(run: Path, config: PretrainConfig) -> None:
-    """Refuse to go on with a run of another configuration."""
-    path = run / "config.yaml"
-    if not path.exists():
+    """Refuse to go on with a run of another configuration; one that saved nothing is not in the way."""
+    if not any((run / name).exists() for name in ("last.ckpt", "result.json")):
         return
-    different = config.differences(yaml.safe_load(path.read_text()))
+    different = config.differences(yaml.safe_load((run / "config.yaml").read_text()))
     if different:
         keys = "; ".join(f"{key} was {theirs}, now {ours}" for key, (theirs, ours) in different.items())
         raise ValueError(

@@ -178,6 +178,11 @@ def test_a_run_of_another_configuration_is_refused(finished, capsys):
     assert "beta was 0.2, now 0.7" in capsys.readouterr().err
 
 
+def test_a_run_that_failed_before_it_began_is_not_in_the_way(tmp_path):
+    assert cli.main(["pretrain", *arguments(tmp_path / "run", backbone="resnet81")]) == 2
+    assert cli.main(["pretrain", *arguments(tmp_path / "run", max_steps=2)]) == 0
+
+
 def test_images_without_labels(tmp_path):
     for i in range(80):
         Image.new("RGB", (20, 20), (3 * i, 0, 0)).save(tmp_path / f"{i}.png")

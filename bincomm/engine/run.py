@@ -35,7 +35,11 @@ def open_run(output: str) -> Iterator[Path]:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place; on a failure `path` stays as it was."""
+    """Let `write` fill a file beside `path`, then put it in place; on a failure `path` stays as it was.
+
+    Raises:
+        OSError: it cannot be written, for want of space for example; the message names `path`.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -44,8 +48,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets the owner alone read
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -61,7 +67,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint whole: tensors and plain values only, so that it loads with `weights_only`."""
-    write_whole(path, lambda file: torch.save(state, file))
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(state, file)
+        except RuntimeError:
+            # torch.save hides why writing failed; where the disk is full, writing more raises the reason.
+            file.write(bytes(1 << 20))
+            file.flush()
+            raise
+
+    write_whole(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

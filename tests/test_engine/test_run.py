@@ -1,4 +1,5 @@
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -17,7 +18,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"half of the n")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space left on device: .*/file"):
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
@@ -42,6 +43,20 @@ def test_checkpoints(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"last\.ckpt cannot be read"):
         load_checkpoint(path)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_and_the_old_one_kept(tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_checkpoint(path, {"step": 3})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*/last\.ckpt"):
+            save_checkpoint(path, {"step": 4, "weights": torch.zeros(1 << 20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_checkpoint(path)["step"] == 3
+    assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
 def test_a_run_is_held_by_one_process(tmp_path):
