@@ -134,7 +134,8 @@ def test_the_triton_kernels_are_found_in_a_checkout_a_wheel_and_a_source_distrib
     def build(*command):
         subprocess.run([sys.executable, "setup.py", "-q", *command], cwd=ROOT, check=True)
 
-    build("egg_info", "-e", tmp_path, "build_py", "--build-lib", tmp_path / "wheel")  # all of it but bincomm._C
+    # What a wheel holds, but for bincomm._C.
+    build("egg_info", "-e", tmp_path, "build_py", "--build-lib", tmp_path / "wheel")
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path / "wheel", capture_output=True, text=True
     )

@@ -1,6 +1,6 @@
-"""Triton kernels and their launchers, a file an operation; in a checkout their files lie in its folder `kernels`.
+"""Triton kernels and their launchers, a file an operation: they lie in the folder `kernels` of the checkout.
 
-An installed wheel holds those files here, in place of this one.
+An installed wheel holds that folder here, in place of this file.
 """
 
 from pathlib import Path
