@@ -126,7 +126,8 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
 
             log.step(config.batch_size, waited)
             last = step == steps
-            saving = last or step % config.save_every == 0 or signals.received is not None
+            ended_by = signals.received  # read once: a signal that comes from here on is for the next step
+            saving = last or step % config.save_every == 0 or ended_by is not None
             logging = last or step % config.log_every == 0
             if (saving or logging) and (ago := window.first_not_finite()) is not None:
                 raise TrainingError(not_finite(step - ago, run, config))
@@ -137,8 +138,8 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
                     log.say(warning)
             if saving:
                 save(run, step, parts)
-            if signals.received is not None and not last:
-                raise Interrupted(signals.received)
+            if ended_by is not None and not last:
+                raise Interrupted(ended_by)
     finally:
         signals.restore()
         log.close()

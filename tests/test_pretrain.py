@@ -19,9 +19,9 @@ from PIL import Image  # noqa: E402
 
 from bincomm import cli  # noqa: E402
 from bincomm.config import PretrainConfig, parse  # noqa: E402
-from bincomm.engine.logs import read_lines  # noqa: E402
+from bincomm.engine.logs import Log, read_lines  # noqa: E402
 from bincomm.networks import Network  # noqa: E402
-from bincomm.pretrain import TrainingError, create_networks, pretrain  # noqa: E402
+from bincomm.pretrain import Interrupted, TrainingError, create_networks, pretrain  # noqa: E402
 
 # A small network on small crops; the head is reset twice, and drop path draws random numbers in the network.
 OPTIONS = {
@@ -163,6 +163,20 @@ def test_ctrl_c_saves_and_resumes(finished, tmp_path):
     assert (tmp_path / "run" / "last.ckpt").exists()
     pretrain(configuration(tmp_path / "run", save_every=1000))
     same_end(finished[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("moment", ["step", "write"])
+def test_a_signal_at_any_moment_is_saved_before_it_ends_the_run(tmp_path, monkeypatch, moment):
+    method = getattr(Log, moment)
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return method(self, *args)
+
+    monkeypatch.setattr(Log, moment, interrupted)
+    with pytest.raises(Interrupted):
+        pretrain(configuration(tmp_path / "run", log_every=2, save_every=1000))
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"] in (1, 3)
 
 
 def test_a_finished_run_is_not_trained_again(finished, capsys):
