@@ -1,9 +1,12 @@
 """Batches of crops for training and of centre crops for evaluation, as torch tensors on a device."""
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bincomm.data.crops import Crops
@@ -56,6 +59,9 @@ class Loader:
         self.threads = threads
         self.steps_per_epoch = len(files) // batch_size
         self.step = 0  # batches handed out
+        self.changed = ""  # how the files differ from those of the state that was taken up
+        names = "\0".join(map(os.path.basename, files)).encode(errors="surrogateescape")
+        self._names = hashlib.sha256(names).hexdigest()
         self._pipeline: Pipeline | None = None
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -78,12 +84,15 @@ class Loader:
         self.step += 1
         return torch.stack(views[:2]), torch.stack(views[2:]) if len(views) > 2 else None
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, int | str]:
+        return {"step": self.step, "images": len(self.files), "names": self._names}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | str]) -> None:
+        """Go on from another loader's state; `changed` then tells whether it had other files."""
         self.step = state["step"]
         self._pipeline = None
+        if {**state, "step": 0} != {**self.state_dict(), "step": 0}:
+            self.changed = f"{state['images']} images then, {len(self.files)} now, not all of the same names"
 
     def _build(self) -> Pipeline:
         step = self.step - 1
@@ -154,14 +163,14 @@ def eval_batches(
 def _run(pipeline: Pipeline, device: torch.device) -> list[Tensor]:
     """DALI's next outputs as tensors; their memory is DALI's, to be copied before the next call."""
     if device.type == "cuda":  # the outputs are then ordered with the work on this stream
-        outputs = pipeline.run(cuda_stream=torch.cuda.current_stream(device).cuda_stream)
+        outputs = pipeline.run(torch.cuda.current_stream(device).cuda_stream)
     else:
         outputs = pipeline.run()
     return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
 
 def _encode(path: str) -> np.ndarray:
-    return np.frombuffer(path.encode(), np.uint8)
+    return np.frombuffer(os.fsencode(path), np.uint8)
 
 
 def _device_id(device: torch.device) -> int | None:
@@ -192,7 +201,14 @@ def _why_unreadable(file: str) -> str:
     try:
         pipeline.run()
     except RuntimeError as error:
-        return next(
-            (line.strip() for line in str(error).splitlines() if "rror" in line), "cannot be decoded"
-        )[:200]
+        # DALI says no more than the number of an error. Pillow has words for most of them.
+        try:
+            with Image.open(file) as image:
+                image.load()
+        except UnidentifiedImageError:
+            return "not an image, or one of an unknown format"
+        except (OSError, SyntaxError, ValueError) as reason:
+            return str(reason)
+        said = str(error).partition("encountered:")[2].split("\n")
+        return next((line for line in said if line), "DALI cannot decode it")
     return ""

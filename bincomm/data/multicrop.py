@@ -39,7 +39,8 @@ def draw(crops: Crops, n: int, generator: np.random.Generator) -> tuple[np.ndarr
     windows = np.empty((n, views, TRIES + 1, 2), np.float32)
     windows[:, :, :TRIES, 0] = np.sqrt(generator.uniform(low, high, (n, views, TRIES)))
     windows[:, :, :TRIES, 1] = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3), (n, views, TRIES)) / 2)
-    windows[:, :, TRIES] = generator.uniform(size=(n, views, 2))
+    # Drawn in fp32: below 1 in fp64 may round up to 1, which is one pixel outside the image.
+    windows[:, :, TRIES] = generator.random((n, views, 2), np.float32)
 
     def happens(probability: Any) -> np.ndarray:
         return generator.uniform(size=(n, views)) < np.asarray(probability)

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bincomm.engine.run import LOCK
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 QUERY_EVERY = 5  # without a test folder, every fifth image of a class asks and the others answer
 
@@ -40,9 +42,9 @@ def open_source(data: str) -> Source:
     if data == "digits":
         return _open_folder(digits() / "train")
     path = Path(data)
-    if not path.exists():
+    if not data or not path.exists():
         raise ValueError(
-            f"data: {data} does not exist; expected a folder of images, a .txt file of paths, or digits"
+            f"data: {data!r} does not exist; expected a folder of images, a .txt file of paths, or digits"
         )
     if path.is_file():
         return _open_list(path)
@@ -50,21 +52,20 @@ def open_source(data: str) -> Source:
     return _open_folder(split[0] if split else path)
 
 
-def evaluation_sources(data: str) -> tuple[Source, Source, bool] | None:
+def evaluation_sources(data: str, source: Source) -> tuple[Source, Source, bool] | None:
     """Labelled images for k-NN: (gallery, queries, whether the queries were held out from pretraining).
 
-    The folders `train` and `val` or `test` where `data` has them; otherwise a split of the pretraining
-    images. None where there are no labels.
+    The folders `train` and `val` or `test` where `data` has both with labels; otherwise a split of `source`,
+    the pretraining images of `data`. None where there are no labels.
 
     Raises:
         ValueError: the two folders do not hold the same classes.
     """
-    source = open_source(data)
     if source.labels is None:
         return None
     split = _split_folders(digits() if data == "digits" else Path(data))
-    if split:
-        queries = _open_folder(split[1])
+    queries = _open_folder(split[1]) if split else None
+    if queries and queries.labels is not None:
         if queries.classes != source.classes:
             odd = sorted(set(queries.classes) ^ set(source.classes))
             raise ValueError(f"data: {split[0]} and {split[1]} hold different classes: {', '.join(odd[:5])}")
@@ -136,6 +137,9 @@ def _open_folder(folder: Path) -> Source:
             continue
         visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
+        if LOCK in names and parent != root:  # a run's directory, whose curves are no data
+            folders.clear()
+            continue
         for name in names:
             extension = os.path.splitext(name)[1].lower()
             if name.startswith("."):
@@ -163,7 +167,9 @@ def _open_list(path: Path) -> Source:
         raise ValueError(
             f"data: {path} is a file; expected a folder of images, a .txt file of paths, or digits"
         )
-    lines = [line.strip() for line in path.read_text().splitlines()]
+    # A name may hold any byte but the line's end, and some editors begin a file with a mark of its encoding.
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    lines = [line.strip() for line in text.split("\n")]
     files = [str(path.parent.absolute() / line) for line in lines if line and not line.startswith("#")]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:

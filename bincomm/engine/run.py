@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+LOCK = ".bincomm.lock"  # marks a directory as a run's, and is locked while a process trains in it
+
 
 @contextmanager
 def open_run(output: str) -> Iterator[Path]:
@@ -23,7 +25,7 @@ def open_run(output: str) -> Iterator[Path]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         # The file is opened for writing, so this finds out about an unwritable directory too.
-        lock = open(path / ".lock", "a")  # noqa: SIM115  (closed below; the lock lives as long as the run)
+        lock = open(path / LOCK, "a")  # noqa: SIM115  (closed below; the lock lives as long as the run)
     except OSError as error:
         raise ValueError(f"output: cannot write in {output}: {error.strerror}") from error
     with lock:

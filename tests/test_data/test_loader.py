@@ -1,3 +1,6 @@
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +8,10 @@ import torch
 pytest.importorskip("nvidia.dali", reason="the data pipeline needs DALI")
 from PIL import Image
 
+import bincomm.data.loader
 from bincomm.data.crops import Crops
 from bincomm.data.loader import CorruptImageError, Loader, eval_batches
-from bincomm.data.multicrop import MEAN, STD
+from bincomm.data.multicrop import MEAN, STD, draw
 
 CPU = torch.device("cpu")
 CROPS = Crops(global_size=24, local_crops=2, local_size=16)
@@ -92,8 +96,8 @@ def test_a_batch_larger_than_the_data_is_refused(images):
     ("spoil", "reason"),
     [
         (lambda path: path.write_bytes(b""), "empty"),
-        (lambda path: path.write_bytes(b"no image, but some text"), "rror|ormat"),
-        (lambda path: path.write_bytes(path.read_bytes()[:60]), ""),
+        (lambda path: path.write_bytes(b"no image, but some text"), "not an image"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), "truncated"),
         (lambda path: path.unlink(), "No such file"),
     ],
 )
@@ -104,6 +108,47 @@ def test_a_spoilt_image_is_named(images, tmp_path, spoil, reason):
         take(batches, 20)  # more than two epochs: every epoch leaves other images out
     with pytest.raises(CorruptImageError, match=r"07\.png"):
         list(eval_batches(images, size=8, batch_size=8, device=CPU))
+
+
+def test_names_of_any_bytes(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")
+    Image.new("RGB", (8, 8)).save(path)
+    assert loader([path], STILL, batch_size=1).next()[0].shape == (2, 1, 3, 8, 8)
+
+
+def test_other_files_than_those_of_the_state_are_noticed(images):
+    state = loader(images).state_dict()
+    same, fewer = loader(images), loader(images[1:])
+    for batches in (same, fewer):
+        batches.load_state_dict(state)
+    assert same.changed == ""
+    assert fewer.changed.startswith("23 images then, 22 now")
+
+
+def test_a_window_at_the_far_corner_is_inside(images, monkeypatch):
+    """The largest place that can be drawn: just below 1."""
+
+    def far(*args):
+        windows, numbers = draw(*args)
+        windows[:, :, -1] = np.nextafter(np.float32(1), np.float32(0))
+        return windows, numbers
+
+    monkeypatch.setattr(bincomm.data.loader, "draw", far)
+    assert loader(images).next()[0].isfinite().all()
+
+
+def test_on_a_gpu_the_outputs_come_on_the_current_stream(monkeypatch):
+    """DALI takes the stream by position; by name it would be one of the pipeline's inputs."""
+    given = []
+
+    class Stub:
+        def run(self, cuda_stream=None, /, **inputs):
+            given.append((cuda_stream, inputs))
+            return []
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    assert bincomm.data.loader._run(Stub(), torch.device("cuda")) == []
+    assert given == [(7, {})]
 
 
 def test_kinds_of_images(tmp_path):

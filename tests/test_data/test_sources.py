@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from bincomm.data.sources import digits, evaluation_sources, open_source
+from bincomm.engine.run import open_run
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 
@@ -28,7 +29,7 @@ def test_flat_folder_has_no_labels(tmp_path):
     source = open_source(make(tmp_path, "b.png", "a.JPG", "c.webp", "note.txt", ".hidden.png"))
     assert names(source, tmp_path) == ["a.JPG", "b.png", "c.webp"]
     assert source.labels is None
-    assert evaluation_sources(str(tmp_path)) is None
+    assert evaluation_sources(str(tmp_path), source) is None
 
 
 def test_nested_folder_is_labelled_by_its_first_level(tmp_path):
@@ -54,25 +55,42 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 def test_train_and_test_folders(tmp_path):
     make(tmp_path, "train/cat/1.png", "train/dog/1.png", "test/cat/2.png", "test/dog/3.png", "test/dog/4.png")
-    assert names(open_source(str(tmp_path)), tmp_path) == ["train/cat/1.png", "train/dog/1.png"]
-    gallery, queries, held_out = evaluation_sources(str(tmp_path))
+    source = open_source(str(tmp_path))
+    assert names(source, tmp_path) == ["train/cat/1.png", "train/dog/1.png"]
+    gallery, queries, held_out = evaluation_sources(str(tmp_path), source)
     assert held_out
     assert names(queries, tmp_path) == ["test/cat/2.png", "test/dog/3.png", "test/dog/4.png"]
     assert gallery.labels == [0, 1]
     make(tmp_path, "test/horse/9.png")
     with pytest.raises(ValueError, match="different classes: horse"):
-        evaluation_sources(str(tmp_path))
+        evaluation_sources(str(tmp_path), source)
+
+
+def test_a_test_folder_without_labels_asks_nothing(tmp_path):
+    make(tmp_path, *(f"train/{name}/{i}.png" for name in ("cat", "dog") for i in range(5)), "test/1.png")
+    source = open_source(str(tmp_path))
+    gallery, queries, held_out = evaluation_sources(str(tmp_path), source)
+    assert not held_out
+    assert sorted(gallery.files + queries.files) == source.files
+
+
+def test_a_run_among_the_images_is_no_data(tmp_path):
+    make(tmp_path, "cat/1.png", "dog/1.png")
+    with open_run(str(tmp_path / "runs" / "first")):
+        make(tmp_path, "runs/first/curves.png")
+        source = open_source(str(tmp_path))
+    assert names(source, tmp_path) == ["cat/1.png", "dog/1.png"]
+    assert source.classes == ["cat", "dog"]
 
 
 def test_every_fifth_image_of_a_class_asks(tmp_path):
     make(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(11)))
-    gallery, queries, held_out = evaluation_sources(str(tmp_path))
+    source = open_source(str(tmp_path))
+    gallery, queries, held_out = evaluation_sources(str(tmp_path), source)
     assert not held_out
-    assert (
-        names(queries, tmp_path) == ["cat/4.png", "cat/9.png", "dog/2.png", "dog/7.png"]
-        or len(queries.files) == 4
-    )
-    assert sorted(gallery.files + queries.files) == open_source(str(tmp_path)).files
+    # In the order of their names: 0, 1, 10, 2, 3, ...
+    assert names(queries, tmp_path) == ["cat/3.png", "cat/8.png", "dog/3.png", "dog/8.png"]
+    assert sorted(gallery.files + queries.files) == source.files
     assert queries.labels == [0, 0, 1, 1]
 
 
@@ -82,6 +100,10 @@ def test_text_list(tmp_path):
     source = open_source(str(tmp_path / "list.txt"))
     assert names(source, tmp_path) == ["sub/1.png", "2.png"]
     assert source.labels is None
+    odd = os.fsdecode(b"caf\xe9\xc2\x85.png")  # not UTF-8, and a line's end to some
+    make(tmp_path, odd)
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf2.png\r\n" + os.fsencode(odd) + b"\r\n")
+    assert names(open_source(str(tmp_path / "list.txt")), tmp_path) == ["2.png", odd]
     (tmp_path / "list.txt").write_text("sub/1.png\nsub/3.png\nsub/4.png\n")
     with pytest.raises(ValueError, match=r"do not exist: .*sub/3\.png and 1 more"):
         open_source(str(tmp_path / "list.txt"))
@@ -91,8 +113,10 @@ def test_text_list(tmp_path):
 
 
 def test_what_is_wrong_is_named(tmp_path):
-    with pytest.raises(ValueError, match="data: .*nowhere does not exist"):
+    with pytest.raises(ValueError, match="data: .*nowhere' does not exist"):
         open_source(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="data: '' does not exist"):
+        open_source("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="data: .*empty holds no images .*but nothing, it is empty"):
         open_source(str(tmp_path / "empty"))
@@ -111,7 +135,7 @@ def test_digits_are_written_once_and_whole(tmp_path, monkeypatch):
     assert folders == [tmp_path / "digits"] * 2
     assert os.listdir(tmp_path) == ["digits"]
     source = open_source("digits")
-    gallery, queries, held_out = evaluation_sources("digits")
+    gallery, queries, held_out = evaluation_sources("digits", source)
     assert held_out
     assert (len(source.files), len(gallery.files), len(queries.files)) == (1437, 1437, 360)
     assert source.classes == list("0123456789")
