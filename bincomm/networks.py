@@ -14,8 +14,9 @@ except ImportError as error:
     raise ImportError("training needs timm; install it with: pip install 'bincomm[train]'") from error
 
 
-def create_backbone(name: str, image_size: int, drop_path: float = 0.0, **arguments: Any) -> nn.Module:
-    """A timm backbone without its classifier: images (n, 3, H, W) -> features (n, D).
+def create_backbone(name: str, image_size: int, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A timm backbone without its classifier, images (n, 3, H, W) -> features (n, D), and the arguments of
+    `timm.create_model` it was made with.
 
     The feature is the one timm's classifier would see: the CLS token of a ViT, the pooled map of a conv net.
     ViTs interpolate their position embedding to the size of each crop.
@@ -23,7 +24,6 @@ def create_backbone(name: str, image_size: int, drop_path: float = 0.0, **argume
     Args:
         name: a timm model name, `timm.list_models()`.
         image_size: side of the global crops in pixels; a ViT's position embedding is made for it.
-        drop_path: stochastic depth rate.
         arguments: passed on to `timm.create_model`.
 
     Raises:
@@ -33,17 +33,36 @@ def create_backbone(name: str, image_size: int, drop_path: float = 0.0, **argume
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"backbone: timm has no model named {name!r}{hint}")
-    if drop_path:
-        arguments["drop_path_rate"] = drop_path
     refused = ""
     for sizes in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
+        made_with = {"model_name": name, "num_classes": 0, **sizes, **arguments}
         try:  # timm's constructors take different arguments, and say so by TypeError only
-            return timm.create_model(name, num_classes=0, **sizes, **arguments)
+            return timm.create_model(**made_with), made_with
         except TypeError as error:
             refused = str(error)
             if not any(key in refused for key in sizes):
                 break
     raise ValueError(f"backbone: {name} does not accept these arguments: {refused}")
+
+
+@torch.no_grad()
+def feature_width(backbone: nn.Module, sizes: list[int]) -> int:
+    """D, found by showing the backbone one image of every size, in pixels a side; it is left as it was.
+
+    Raises:
+        ValueError: it cannot take an image of some size.
+    """
+    training, width = backbone.training, 0
+    backbone.eval()
+    for size in sizes:
+        try:
+            width = backbone(torch.zeros(1, 3, size, size)).shape[-1]
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"backbone: {type(backbone).__name__} cannot take crops of {size} pixels: {error}"
+            ) from error
+    backbone.train(training)
+    return width
 
 
 class Head(nn.Module):

@@ -1,9 +1,18 @@
+import json
+
 import pytest
 import torch
 
 timm = pytest.importorskip("timm", reason="networks need timm")
 
-from bincomm.networks import Head, Network, create_backbone, create_teacher, update_teacher  # noqa: E402
+from bincomm.networks import (  # noqa: E402
+    Head,
+    Network,
+    create_backbone,
+    create_teacher,
+    feature_width,
+    update_teacher,
+)
 
 
 @pytest.mark.parametrize(
@@ -13,21 +22,28 @@ from bincomm.networks import Head, Network, create_backbone, create_teacher, upd
         ("test_convnext", {}),
         ("resnet10t", {}),
         ("test_efficientnet", {}),
-        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+        ("mobilenetv3_small_050", {}),  # its features are wider than `num_features`
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "strict_img_size": False}),
     ],
 )
-def test_backbones_take_crops_of_two_sizes(name, arguments):
-    if name.startswith("swin"):
-        arguments = {**arguments, "strict_img_size": False}
-    backbone = create_backbone(name, 64, **arguments)
-    network = Network(backbone, Head(backbone.num_features, 16, 24))
+def test_backbones_take_crops_of_two_sizes_and_can_be_made_again(name, arguments):
+    backbone, made_with = create_backbone(name, 64, **arguments)
+    network = Network(backbone, Head(feature_width(backbone, [64, 32]), 16, 24))
+    assert backbone.training
     logits = network(torch.randn(2, 3, 3, 64, 64), torch.randn(4, 3, 3, 32, 32))
     assert logits.shape == (6, 3, 24)
+    timm.create_model(**json.loads(json.dumps(made_with))).load_state_dict(backbone.state_dict())
+
+
+def test_crops_a_backbone_cannot_take_are_refused():
+    backbone, _ = create_backbone("test_vit", 64)
+    with pytest.raises(ValueError, match="backbone: VisionTransformer cannot take crops of 15 pixels: .*15"):
+        feature_width(backbone, [64, 15])
 
 
 def test_views_come_out_in_their_order():
-    backbone = create_backbone("test_convnext", 64).eval()
-    network = Network(backbone, Head(backbone.num_features, 16, 24))
+    backbone = create_backbone("test_convnext", 64)[0].eval()
+    network = Network(backbone, Head(feature_width(backbone, [64]), 16, 24))
     large, small = torch.randn(2, 3, 3, 64, 64), torch.randn(4, 3, 3, 32, 32)
     logits = network(large, small)
     torch.testing.assert_close(logits[1, 2], network.head(backbone(large[1, 2:]))[0], rtol=1e-4, atol=1e-5)
@@ -61,7 +77,7 @@ def test_head_is_drawn_as_stated_and_reset_depends_on_the_generator_alone():
 
 def test_teacher_starts_equal_and_follows():
     def backbone():
-        return create_backbone("test_convnext", 32)
+        return create_backbone("test_convnext", 32)[0]
 
     student = Network(backbone(), Head(64, 16, 24))
     teacher = create_teacher(student, backbone())
