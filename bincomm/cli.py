@@ -4,6 +4,7 @@ import difflib
 import json
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 USAGE = """usage: bincomm COMMAND [OPTIONS]
@@ -24,7 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] not in commands:
         near = difflib.get_close_matches(arguments[0], commands, n=1)
         return fail(f"there is no command {arguments[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    return commands[arguments[0]](arguments[1:])
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was saved", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def run_pretrain(arguments: list[str]) -> int:
@@ -37,7 +42,10 @@ def run_pretrain(arguments: list[str]) -> int:
         return fail(f"training needs more packages ({error}): pip install 'bincomm[train]'", status=1)
     try:
         config, recipe = parse(arguments)
-        print(f"recipe {recipe}, data {config.data}, output {config.output}", flush=True)
+    except ValueError as error:
+        return fail(str(error))
+    print(f"recipe {recipe}, data {config.data}, output {config.output}", flush=True)
+    try:
         result = pretrain(config)
     except (TrainingError, CorruptImageError, OSError) as error:
         return fail(str(error), status=1)
@@ -50,8 +58,10 @@ def run_pretrain(arguments: list[str]) -> int:
         )
         return 128 + number
     except KeyboardInterrupt:
+        if not (Path(config.output) / "last.ckpt").exists():
+            raise
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     print(summary(result, config.output))
     return 0
 

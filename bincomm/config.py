@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
@@ -116,6 +118,8 @@ class PretrainConfig:
                 raise ValueError(f"{key}: expected at least {smallest}, got {getattr(self, key)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected from 0 to 2⁶³ - 1, got {self.seed}")
         for key in ("eps_squared", "head_std"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}: expected a number > 0, got {getattr(self, key)}")
@@ -139,6 +143,10 @@ class PretrainConfig:
         """Keys another run's configuration has otherwise, with (theirs, ours); incidental ones left out."""
         ours = self.as_dict()
         keys = [key for key in ours if key not in INCIDENTAL]
+        if isinstance(other.get("data"), str) and os.path.abspath(other["data"]) == os.path.abspath(
+            self.data
+        ):
+            keys.remove("data")  # the same place in other words
         return {key: (other.get(key), ours[key]) for key in keys if other.get(key) != ours[key]}
 
 
@@ -205,12 +213,13 @@ def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
     parser.add_class_arguments(PretrainConfig)
     if {"-h", "--help"} & set(arguments):
         parser.parse_args(["--help"])
-    recipe = known.recipe or choose_recipe(known.data or "digits")
+    recipe = known.recipe or choose_recipe("digits" if known.data is None else known.data)
     name = Path(recipe).stem
+    path = recipe_path(recipe)
+    if not path.read_text().strip():
+        raise ValueError(f"recipe: {path} is empty")
     try:
-        chosen = parser.parse_args(
-            ["--config", str(recipe_path(recipe)), "--output", f"runs/{name}", *arguments]
-        )
+        chosen = parser.parse_args(["--output", f"runs/{name}", "--config", str(path), *arguments])
     except ArgumentError as error:
         raise ValueError(_with_nearest_option(str(error))) from error
     values = parser.instantiate(chosen).as_dict()
@@ -219,6 +228,6 @@ def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
 
 def _with_nearest_option(message: str) -> str:
     options = [f.name for f in fields(PretrainConfig)] + ["recipe"]
-    unknown = [word.split("=")[0].lstrip("-") for word in message.split() if word.startswith("--")]
+    unknown = [a or b for a, b in re.findall(r"--(\w+)|[Oo]ption '(\w+)'", message)]
     near = difflib.get_close_matches(unknown[0].split(".")[0], options, n=1) if unknown else []
     return f"{message}; did you mean --{near[0]}?" if near and near[0] != unknown[0] else message

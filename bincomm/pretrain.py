@@ -14,7 +14,7 @@ import yaml
 
 from bincomm import __version__
 from bincomm.config import PretrainConfig
-from bincomm.data.loader import Loader
+from bincomm.data.loader import CorruptImageError, Loader
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.engine.logs import Log, Watch, Window, bit_statistics, plot_curves
 from bincomm.engine.optimiser import clear_state, clip_gradients, create_optimiser, set_rates
@@ -22,7 +22,7 @@ from bincomm.engine.run import load_checkpoint, open_run, save_checkpoint, write
 from bincomm.engine.schedules import cosine, warmup_cosine
 from bincomm.evaluation.features import extract
 from bincomm.evaluation.knn import knn_accuracy
-from bincomm.networks import Head, Network, create_backbone, create_teacher, update_teacher
+from bincomm.networks import Head, Network, create_backbone, create_teacher, feature_width, update_teacher
 from bincomm.objectives import DiscreteCommunication, rate_ceiling
 
 
@@ -41,11 +41,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: the configuration, the data or the run's directory does not allow it; the message names
             the key.
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss or its gradient is no longer finite.
+        CorruptImageError: an image cannot be read.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
     device = choose_device(config.device)
     source = open_source(config.data)
+    evaluation = evaluation_sources(config.data, source)
     with open_run(config.output) as run:
         check_same_run(run, config)
         if (run / "result.json").exists():
@@ -55,7 +57,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         teacher = train(config, source, run, device)
         export_backbone(teacher, config, run)
         plot_curves(run)
-        result = evaluate(teacher, config, run, device)
+        result = evaluate(teacher, evaluation, config, run, device)
         write_json(run / "result.json", result)
         return result
 
@@ -85,6 +87,7 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
         "optimiser": optimiser,
         "loader": loader,
         "window": window,
+        "watch": watch,
     }
     step = resume(run, parts)
     log = Log(run, step, steps)
@@ -93,6 +96,11 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
         f"{len(source.files)} images, {steps} steps of {config.batch_size} ({epoch_steps} an epoch), "
         f"on {device.type}, in {run}"
     )
+    if loader.changed:
+        log.say(
+            f"warning: the data changed since the run was saved ({loader.changed}): it goes on with what is "
+            "there now, and will not end as it would have"
+        )
     signals = SignalFlag()
     try:
         while step < steps:
@@ -107,7 +115,12 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
             momentum = cosine(step, steps, config.momentum, 1.0)
 
             asked = time.perf_counter()
-            global_views, local_views = loader.next()
+            try:
+                global_views, local_views = loader.next()
+            except CorruptImageError:
+                if window.first_not_finite() is None:
+                    save(run, step, parts)
+                raise
             waited = time.perf_counter() - asked
 
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -134,11 +147,13 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
             if logging:
                 metrics = window.report()
                 log.write(step, {**metrics, "lr": lr, "momentum": momentum, "epoch": epoch})
-                for warning in watch.look(metrics):
+                # A head is given its warm-up and, where it is drawn anew, an epoch before it is judged.
+                new = config.reset_every > 1 and epoch % config.reset_every == 0 and epoch > 0
+                for warning in watch.look(metrics) if step > warmup and not new else ():
                     log.say(warning)
             if saving:
                 save(run, step, parts)
-            if ended_by is not None and not last:
+            if ended_by is not None:
                 raise Interrupted(ended_by)
     finally:
         signals.restore()
@@ -149,10 +164,16 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
 def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Network, Network]:
     """Student and teacher as they are before the first step: equal, and determined by the seed."""
     torch.manual_seed(config.seed)
-    backbone = create_backbone(config.backbone, config.global_size, config.drop_path, **config.backbone_args)
-    head = Head(backbone.num_features, config.hidden, config.bits, config.head_std)
+    arguments = dict(config.backbone_args)
+    if config.drop_path:
+        arguments["drop_path_rate"] = config.drop_path
+    backbone, _ = create_backbone(config.backbone, config.global_size, **arguments)
+    sizes = [config.global_size] + [config.local_size] * (config.local_crops > 0)
+    head = Head(feature_width(backbone, sizes), config.hidden, config.bits, config.head_std)
     student = Network(backbone, head)
-    still = create_backbone(config.backbone, config.global_size, **config.backbone_args)
+    # The teacher's message is to be certain: nothing is dropped in it, neither paths nor features.
+    certain = {key: value for key, value in arguments.items() if "drop" not in key}
+    still, _ = create_backbone(config.backbone, config.global_size, **certain)
     return student.to(device), create_teacher(student, still).to(device)
 
 
@@ -195,15 +216,19 @@ def resume(run: Path, parts: dict[str, Any]) -> int:
 def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None:
     """The teacher's backbone as timm loads it; its metadata holds the arguments of `timm.create_model`."""
     weights = {name: value.contiguous().cpu() for name, value in teacher.backbone.state_dict().items()}
-    arguments = {"model_name": config.backbone, "num_classes": 0, **config.backbone_args}
-    if hasattr(teacher.backbone, "pos_embed"):
-        arguments["img_size"] = config.global_size
+    _, arguments = create_backbone(config.backbone, config.global_size, **config.backbone_args)
     # One key: safetensors writes several in random order, and two equal runs leave equal files.
     data = safetensors.torch.save(weights, metadata={"create_model": json.dumps(arguments)})
     write_whole(run / "backbone.safetensors", lambda file: file.write(data))
 
 
-def evaluate(teacher: Network, config: PretrainConfig, run: Path, device: torch.device) -> dict[str, Any]:
+def evaluate(
+    teacher: Network,
+    sources: tuple[Source, Source, bool] | None,
+    config: PretrainConfig,
+    run: Path,
+    device: torch.device,
+) -> dict[str, Any]:
     """k-NN of the teacher, of the same network before training, of pixels and codes; use of the bits."""
     metrics = (run / "metrics.jsonl").read_text().splitlines()
     result: dict[str, Any] = {
@@ -212,7 +237,6 @@ def evaluate(teacher: Network, config: PretrainConfig, run: Path, device: torch.
         "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "machine": {"device": device.type, "python": platform.python_version()},
     }
-    sources = evaluation_sources(config.data)
     if sources is None:
         return {**result, "knn": None}
     gallery, queries, held_out = sources
@@ -254,25 +278,29 @@ def check_same_run(run: Path, config: PretrainConfig) -> None:
     """Refuse to go on with a run of another configuration; one that saved nothing is not in the way."""
     if not any((run / name).exists() for name in ("last.ckpt", "result.json")):
         return
-    different = config.differences(yaml.safe_load((run / "config.yaml").read_text()))
+    try:
+        theirs = dict(yaml.safe_load((run / "config.yaml").read_text()))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"output: {run} holds a run, but its config.yaml cannot be read: {error}") from error
+    different = config.differences(theirs)
     if different:
-        keys = "; ".join(f"{key} was {theirs}, now {ours}" for key, (theirs, ours) in different.items())
+        keys = "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in different.items())
         raise ValueError(
             f"output: {run} holds a run of another configuration ({keys}); choose another --output"
         )
 
 
 def not_finite(step: int, run: Path, config: PretrainConfig) -> str:
-    """What to tell when the loss is no longer finite."""
+    """What to tell when the loss or its gradient is no longer finite."""
     kept = (
         f"the last good checkpoint is {run / 'last.ckpt'}"
         if (run / "last.ckpt").exists()
         else "nothing was saved yet"
     )
     return (
-        f"the loss is not finite at step {step}; {kept}. "
+        f"the loss or its gradient is not finite at step {step}; {kept}. "
         f"Lower lr (now {config.lr:g}) or clip (now {config.clip:g}), or use precision fp32 (now "
-        f"{config.precision})."
+        f"{config.precision}), and begin again with another --output."
     )
 
 

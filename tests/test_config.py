@@ -42,6 +42,20 @@ def test_without_a_recipe_the_images_decide(tmp_path):
         assert choose_recipe(str(folder)) == expected
 
 
+def test_a_recipe_names_its_output(tmp_path):
+    (tmp_path / "config.yaml").write_text("output: runs/x\n")
+    recipe = ["--recipe", str(tmp_path / "config.yaml")]
+    assert parse(recipe)[0].output == "runs/x"
+    assert parse([*recipe, "--output", "runs/y"])[0].output == "runs/y"
+
+
+@pytest.mark.parametrize(("text", "words"), [("epoch: 3\n", "epoch.*did you mean --epochs"), ("", "empty")])
+def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        parse(["--recipe", str(tmp_path / "mine.yaml")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -56,6 +70,7 @@ def test_without_a_recipe_the_images_decide(tmp_path):
         (["--global_scale", "[0, 1]"], "global_scale"),
         (["--eps_squared", "0"], "eps_squared"),
         (["--max_steps", "0"], "max_steps"),
+        (["--seed", "-1"], "seed: expected from 0 .*-1"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, words):
@@ -67,3 +82,4 @@ def test_differences_leave_out_what_changes_nothing():
     config = PretrainConfig()
     other = {**config.as_dict(), "threads": 99, "output": "elsewhere", "save_every": 7, "beta": 0.7}
     assert config.differences(other) == {"beta": (0.7, 0.1)}
+    assert PretrainConfig(data="images/").differences(PretrainConfig(data="./images").as_dict()) == {}

@@ -1,6 +1,7 @@
 """Whole runs, on a few real digits: what they leave, and that nothing stops them for good."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ from bincomm import cli  # noqa: E402
 from bincomm.config import PretrainConfig, parse  # noqa: E402
 from bincomm.engine.logs import Log, read_lines  # noqa: E402
 from bincomm.networks import Network  # noqa: E402
-from bincomm.pretrain import Interrupted, TrainingError, create_networks, pretrain  # noqa: E402
+from bincomm.pretrain import Interrupted, TrainingError, create_networks, pretrain, save  # noqa: E402
 
 # A small network on small crops; the head is reset twice, and drop path draws random numbers in the network.
 OPTIONS = {
@@ -223,6 +224,68 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"] == 6
 
 
+def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(tmp_path, monkeypatch):
+    def spoilt(network, limit):
+        norms.append(math.inf if len(norms) == 11 else 1.0)  # at step 12, which is a step that saves
+        return torch.tensor(norms[-1])
+
+    norms = []
+    monkeypatch.setattr("bincomm.pretrain.clip_gradients", spoilt)
+    with pytest.raises(TrainingError, match=r"gradient is not finite at step 12; the last good checkpoint"):
+        pretrain(configuration(tmp_path / "run"))
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"] == 6
+
+
+@pytest.mark.parametrize("stop", [21, 22, 23])
+def test_resumed_around_a_reset_with_batch_norm(tmp_path, stop):
+    """Stopped just before, at and after the end of an epoch, where the head is drawn anew."""
+    options = {"backbone": "resnetv2_18", "drop_path": 0, "max_steps": 26, "save_every": stop}
+    options["backbone_args"] = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8}'
+    pretrain(configuration(tmp_path / "whole", **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bincomm.pretrain.save", save_and_end)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(configuration(tmp_path / "run", **options))
+    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"] == stop
+    pretrain(configuration(tmp_path / "run", **options))
+    same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def save_and_end(*args):
+    save(*args)
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_in_the_last_step_is_heeded(finished, tmp_path, monkeypatch):
+    steps, method = [], Log.step
+
+    def interrupted(self, *args):
+        steps.append(method(self, *args))
+        if len(steps) == 50:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Log, "step", interrupted)
+    with pytest.raises(Interrupted):
+        pretrain(configuration(tmp_path / "run"))
+    assert not (tmp_path / "run" / "result.json").exists()
+    pretrain(configuration(tmp_path / "run"))
+    same_end(finished[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_an_interruption_promises_is_there(tmp_path, capsys, monkeypatch, saved):
+    def interrupted(config):
+        os.makedirs(config.output)
+        if saved:
+            (tmp_path / "run" / "last.ckpt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bincomm.pretrain.pretrain", interrupted)
+    assert cli.main(["pretrain", *arguments(tmp_path / "run")]) == 130
+    words = "goes on from the last checkpoint" if saved else "nothing was saved"
+    assert words in capsys.readouterr().err
+
+
 def test_a_corrupt_image_is_named_and_the_run_can_go_on(tmp_path):
     for i in range(70):
         Image.new("RGB", (20, 20), (3 * i, 0, 0)).save(tmp_path / f"{i:02}.png")
@@ -234,6 +297,7 @@ def test_a_corrupt_image_is_named_and_the_run_can_go_on(tmp_path):
     assert process.returncode == 1, text
     assert "03.png" in text
     assert "Traceback" not in text
+    assert (tmp_path / "run" / "last.ckpt").exists()  # what was trained before is kept
     (tmp_path / "03.png").write_bytes(good)
     assert start(tmp_path / "run", **options).wait(timeout=120) == 0
 
@@ -241,11 +305,12 @@ def test_a_corrupt_image_is_named_and_the_run_can_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"data": "/nonexistent"}, "data: /nonexistent does not exist"),
+        ({"data": "/nonexistent"}, "data: '/nonexistent' does not exist"),
         ({"backbone": "resnet17"}, "did you mean resnet"),
         ({"batch_size": 2000}, "batch_size: expected at most the number of images, 1437, got 2000"),
         ({"device": "cuda"}, "device: cuda was asked for"),
         ({"backbone_args": '{"nonsense": 1}'}, "nonsense"),
+        ({"local_size": 13}, "cannot take crops of 13 pixels"),
     ],
 )
 def test_what_is_wrong_is_told_without_a_traceback(tmp_path, capsys, options, words):

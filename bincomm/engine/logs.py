@@ -53,9 +53,9 @@ class Window:
         self.counts += torch.tensor([1, sent.shape[0] * sent.shape[1], sent.numel()])
 
     def first_not_finite(self) -> int | None:
-        """How many steps ago the loss stopped being finite; None while it is finite."""
+        """How many steps ago the loss or the gradient stopped being finite; None while both are."""
         steps = int(self.counts[0])
-        bad = (~torch.isfinite(self.scalars[:steps, 0])).nonzero()
+        bad = (~torch.isfinite(self.scalars[:steps])).any(1).nonzero()
         return steps - int(bad[0]) - 1 if len(bad) else None
 
     def report(self) -> dict[str, float]:
@@ -91,7 +91,7 @@ class Log:
         for path in self.files.values():
             kept = [line for line in read_lines(path) if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
         self.since, self.waited, self.images = time.perf_counter(), 0.0, 0
 
@@ -131,31 +131,42 @@ class Log:
 
 
 class Watch:
-    """Warns, once each, when the channel collapses: bits that never change, or bits that carry nothing."""
+    """Warns, once each, when the channel collapses: bits that never change, or bits that carry nothing.
 
-    PATIENCE = 5  # reports in a row; shorter spells happen at the start and after a reset of the head
+    To be asked while the head has had time to learn: both signs are common in warm-up and after a reset.
+    """
+
+    PATIENCE = 5  # reports in a row
 
     def __init__(self, beta: float):
         self.beta = beta
-        self.spells = {"dead": 0, "mute": 0}
+        self.spells = {"dead": 0, "mute": 0}  # reports in a row so far; below 0: warned of
 
     def look(self, metrics: dict[str, float]) -> list[str]:
         """The warnings these metrics give rise to."""
         signs = {"dead": metrics["dead_bits"] > 0.5, "mute": metrics["agreement"] > 0.98 * math.log(2)}
         advice = {
             "dead": f"warning: {metrics['dead_bits']:.0%} of the bits are dead (nearly always the same)."
-            f" The coding rate is too weak: raise beta (now {self.beta:g}), say to {2 * self.beta:g}.",
+            f" The coding rate is too weak: raise beta (now {self.beta:g}), say to {2 * self.beta:g}, and "
+            "begin again with another --output.",
             "mute": f"warning: agreement stays at {metrics['agreement']:.3f}, and ln 2 = 0.693 says that "
             "nothing is transmitted. The coding rate is too strong or the learning rate wrong: lower beta "
-            f"(now {self.beta:g}), say to {self.beta / 2:g}.",
+            f"(now {self.beta:g}), say to {self.beta / 2:g}, and begin again with another --output.",
         }
         warnings = []
         for name, seen in signs.items():
-            self.spells[name] = self.spells[name] + 1 if seen else min(self.spells[name], 0)
+            if self.spells[name] >= 0:
+                self.spells[name] = self.spells[name] + 1 if seen else 0
             if self.spells[name] == self.PATIENCE:
                 warnings.append(advice[name])
-                self.spells[name] = -math.inf
+                self.spells[name] = -1
         return warnings
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.spells)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.spells = dict(state)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

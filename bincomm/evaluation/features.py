@@ -25,7 +25,7 @@ def extract(
     found: dict[str, list[Tensor]] = {"features": [], "signs": [], "pixels": []}
     training = network.training
     network.eval()
-    crops = {"size": config.global_size, "crop_ratio": config.eval_crop}
+    crops = {"size": config.global_size, "crop_ratio": config.eval_crop, "threads": config.threads}
     with tqdm(total=len(files), desc="evaluating", unit="img", leave=False, disable=None) as bar:
         for images in eval_batches(files, **crops, batch_size=min(256, config.batch_size), device=device):
             features = network.backbone(images)

@@ -38,11 +38,12 @@ def test_window_averages_over_steps_and_compares_views_crosswise():
     assert window.report()["bit_agreement"] == 0.0
 
 
-def test_window_finds_the_step_that_spoiled_the_loss():
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.inf)])
+def test_window_finds_the_step_that_spoiled_the_loss_or_the_gradient(loss, gradient):
     window = Window(4, 6, torch.device("cpu"))
-    for value in (1.0, math.nan, 2.0):
+    for value, norm in ((1.0, 1.0), (loss, gradient), (2.0, 1.0)):
         assert window.first_not_finite() in (None, 0)
-        window.add(losses(value), torch.tensor(1.0), torch.randn(2, 5, 6), torch.randn(2, 5, 6))
+        window.add(losses(value), torch.tensor(norm), torch.randn(2, 5, 6), torch.randn(2, 5, 6))
     assert window.first_not_finite() == 1
 
 
@@ -96,6 +97,9 @@ def test_watch_warns_once_of_either_collapse():
     assert len(warnings) == 1
     assert "80% of the bits are dead" in warnings[0]
     assert "raise beta (now 0.1), say to 0.2" in warnings[0]
+    resumed = Watch(beta=0.1)
+    resumed.load_state_dict(watch.state_dict())
+    assert [resumed.look(dead) for _ in range(9)] == [[]] * 9
     warnings = [warning for _ in range(20) for warning in watch.look(mute)]
     assert len(warnings) == 1
     assert "lower beta (now 0.1), say to 0.05" in warnings[0]
