@@ -44,6 +44,11 @@ gpu-bench:
 	@mkdir -p build
 	$(call measure,$(PYTHON),gpu)
 
+# Freed memory is kept, as it is in a long run: else glibc returns the large tensors of an eager form to the system and
+# what is measured is page faults, more or fewer of them by chance.
+bench: export MALLOC_MMAP_THRESHOLD_ = 33554432
+bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
+
 # Runs the benchmarks and writes their table; a table is replaced only by a session in which every check passed.
 define measure
 	$(1) -m pytest benchmarks -p no:cacheprovider -o python_files='bench_*.py' --benchmark-json=build/$(2).json $(ARGS)
