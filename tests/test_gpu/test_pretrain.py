@@ -8,11 +8,11 @@ if not torch.cuda.is_available():
 for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors"):
     pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
 
-from bincomm.config import parse
-from bincomm.data.crops import Crops
-from bincomm.data.loader import Loader
-from bincomm.data.sources import open_source
-from bincomm.pretrain import pretrain
+from bincomm.config import parse  # noqa: E402
+from bincomm.data.crops import Crops  # noqa: E402
+from bincomm.data.loader import Loader  # noqa: E402
+from bincomm.data.sources import open_source  # noqa: E402
+from bincomm.pretrain import pretrain  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
