@@ -6,8 +6,18 @@ Importing bincomm imports torch and nothing heavier; `bincomm doctor` tells what
 from bincomm.diagnosis import doctor
 from bincomm.objectives import DiscreteCommunication
 from bincomm.ops.coding_rate import coding_rate
+from bincomm.ops.hamming import hamming_distance, hamming_topk
 from bincomm.ops.messages import pack_signs, unpack_signs
 from bincomm.ops.sign_bce import sign_bce
 
 __version__ = "0.1.0"
-__all__ = ["DiscreteCommunication", "coding_rate", "doctor", "pack_signs", "sign_bce", "unpack_signs"]
+__all__ = [
+    "DiscreteCommunication",
+    "coding_rate",
+    "doctor",
+    "hamming_distance",
+    "hamming_topk",
+    "pack_signs",
+    "sign_bce",
+    "unpack_signs",
+]

@@ -35,17 +35,18 @@ def load(module: str) -> tuple[ModuleType | None, str]:
 _C, _C_MISSING = load("bincomm._C")
 
 
-def define(schema: str, *, cpu: str, pytorch_form: Callable, fake: Callable) -> None:
+def define(schema: str, *, cpu: str, pytorch_form: Callable, fake: Callable, cuda: str = "PyTorch") -> None:
     """Declare an operation with its form in PyTorch and its shape rule.
 
-    `cpu` names what serves CPU tensors: "C++" from `_C`, or a library that the form in PyTorch already calls.
+    `cpu` and `cuda` name what serves tensors there: "C++" from `_C`, a library whose kernels the form in
+    PyTorch calls, or "PyTorch" where that only stands in; for Triton see `use_triton`.
     """
     name = schema.partition("(")[0]
-    native = {"cpu"} if cpu != "C++" else set()
+    native = {device for device, what in (("cpu", cpu), ("cuda", cuda)) if what not in ("C++", "PyTorch")}
     LIBRARY.define(schema)
     LIBRARY.impl(name, _form(name, pytorch_form, native), "CompositeExplicitAutograd")
     torch.library.register_fake(f"bincomm::{name}", fake, lib=LIBRARY)
-    KERNELS[name] = {"cpu": cpu if _C or native else "PyTorch", "cuda": "PyTorch"}
+    KERNELS[name] = {"cpu": cpu if _C or cpu != "C++" else "PyTorch", "cuda": cuda}
 
 
 def use_triton(name: str, module: str, function: str) -> None:

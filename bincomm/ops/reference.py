@@ -32,6 +32,18 @@ def unpack_signs(messages: Tensor, bits: int) -> Tensor:
     return ((messages.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :bits].to(torch.bool)
 
 
+def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Differing bits of all pairs: (N, words) and (M, words) int32 -> (N, M) int32."""
+    x, y = (unpack_signs(m, 32 * m.shape[-1]).double() for m in (a, b))
+    return (x.sum(-1, keepdim=True) + y.sum(-1) - 2 * (x @ y.mT)).to(torch.int32)
+
+
+def hamming_topk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest by (distance, index): (Q, k) int32 distances and (Q, k) int64 indices."""
+    distances, indices = hamming_distance(queries, database).sort(dim=-1, stable=True)
+    return distances[:, :k], indices[:, :k]
+
+
 def paired_views(views: int, teachers: int, pairs: str) -> list[tuple[int, int]]:
     """The pairs (teacher view, student view); `cross` leaves out a view with itself, `matched` all others."""
     every = [(u, v) for u in range(teachers) for v in range(views)]
