@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -20,7 +21,8 @@ namespace {
 constexpr int64_t kTile = 256;      // messages of the database worked on at once: 8 KB at 256 bits
 constexpr int64_t kScan = 32;       // distances of which the least is compared before each is looked at
 constexpr int64_t kQueries = 64;    // of a task: enough for a tile's layout to cost nothing beside its use
-constexpr int64_t kTaskPairs = 1 << 20;  // below which another thread costs more than it brings
+constexpr int64_t kFew = 4;         // queries that make laying out a tile worth its time
+constexpr int64_t kTaskPairs = 1 << 16;  // below which another thread costs more than it brings
 
 // Messages as rows of whole 64-bit words; the last is half empty where their 32-bit words are odd in number.
 struct Messages {
@@ -32,64 +34,98 @@ struct Messages {
 
   int64_t wide() const { return (words + 1) / 2; }
 
-  uint64_t word(int64_t message, int64_t w) const {
-    const int32_t* at = data + message * row + 2 * w;
-    const uint64_t low = static_cast<uint32_t>(at[0]);
-    return 2 * w + 1 < words ? low | static_cast<uint64_t>(static_cast<uint32_t>(at[1])) << 32 : low;
+  // Writes a message's wide words `step` apart. Which half comes first does not matter, as long as it always does.
+  void widen(int64_t message, uint64_t* out, int64_t step) const {
+    const int32_t* at = data + message * row;
+    for (int64_t w = 0; w < words / 2; ++w) std::memcpy(out + w * step, at + 2 * w, sizeof(uint64_t));
+    if (words % 2) out[words / 2 * step] = static_cast<uint32_t>(at[words - 1]);
   }
 };
 
-// Words first: tile[w * kTile + j] is word w of message `first + j`.
+// Words first: tile[w * kTile + j] is word w of message `first + j`. What lies beyond the last is left as it was.
 void lay_out(const Messages& messages, int64_t first, int64_t count, uint64_t* tile) {
-  for (int64_t w = 0; w < messages.wide(); ++w) {
-    for (int64_t j = 0; j < count; ++j) tile[w * kTile + j] = messages.word(first + j, w);
-    std::fill(tile + w * kTile + count, tile + (w + 1) * kTile, 0);
-  }
+  for (int64_t j = 0; j < count; ++j) messages.widen(first + j, tile + j, kTile);
 }
 
-// Adds the differing bits of N words to the distances, or sets them where these are the first words.
-template <int N>
-BINCOMM_INLINE void count_words(const uint64_t* query, const uint64_t* tile, bool first, uint64_t* distances) {
-  for (int64_t j = 0; j < kTile; ++j) {
-    uint64_t differing = first ? 0 : distances[j];
-    for (int w = 0; w < N; ++w) differing += std::popcount(query[w] ^ tile[w * kTile + j]);
+// Adds the differing bits of N words to the distances of `count` messages, or sets them where these are the first words.
+template <int N, class Word>
+BINCOMM_INLINE void count_words(const uint64_t* query, int64_t w, int64_t count, Word word, uint64_t* distances) {
+  for (int64_t j = 0; j < count; ++j) {
+    uint64_t differing = w == 0 ? 0 : distances[j];
+    for (int i = 0; i < N; ++i) differing += std::popcount(query[w + i] ^ word(w + i, j));
     distances[j] = differing;
   }
 }
 
-// Distances of one query to the kTile messages of a tile.
-BINCOMM_INLINE void count_tile(const uint64_t* query, const uint64_t* tile, int64_t wide, uint64_t* distances) {
+// Distances of a query to `count` messages, of which word(w, j) is word w of message j.
+template <class Word>
+BINCOMM_INLINE void count_all(const uint64_t* query, int64_t wide, int64_t count, Word word, uint64_t* distances) {
   int64_t w = 0;
-  for (; w + 4 <= wide; w += 4) count_words<4>(query + w, tile + w * kTile, w == 0, distances);
-  for (; w < wide; ++w) count_words<1>(query + w, tile + w * kTile, w == 0, distances);
+  for (; w + 4 <= wide; w += 4) count_words<4>(query, w, count, word, distances);
+  for (; w < wide; ++w) count_words<1>(query, w, count, word, distances);
 }
 
-using CountTile = void (*)(const uint64_t* query, const uint64_t* tile, int64_t wide, uint64_t* distances);
+BINCOMM_INLINE void count_tile(const uint64_t* query, const uint64_t* tile, int64_t wide, uint64_t* distances) {
+  count_all(query, wide, kTile, [=](int64_t w, int64_t j) { return tile[w * kTile + j]; }, distances);
+}
 
-BINCOMM_CLONES void count_tile_scalar(const uint64_t* query, const uint64_t* tile, int64_t wide, uint64_t* distances) {
+// Of messages as they lie: a few queries cannot repay the layout as a tile.
+BINCOMM_INLINE void count_rows(const uint64_t* query, const int32_t* data, int64_t row, int64_t words, int64_t count,
+                               uint64_t* distances) {
+  const auto whole = [=](int64_t w, int64_t j) {
+    uint64_t word;
+    std::memcpy(&word, data + j * row + 2 * w, sizeof word);
+    return word;
+  };
+  const auto half = [=](int64_t w, int64_t j) { return static_cast<uint64_t>(static_cast<uint32_t>(data[j * row + 2 * w])); };
+  count_all(query, words / 2, count, whole, distances);
+  if (words % 2) count_words<1>(query, words / 2, count, half, distances);
+}
+
+struct Counters {
+  void (*tile)(const uint64_t* query, const uint64_t* tile, int64_t wide, uint64_t* distances);
+  void (*rows)(const uint64_t* query, const int32_t* data, int64_t row, int64_t words, int64_t count, uint64_t* distances);
+};
+
+BINCOMM_CLONES void tile_scalar(const uint64_t* query, const uint64_t* tile, int64_t wide, uint64_t* distances) {
   count_tile(query, tile, wide, distances);
+}
+BINCOMM_CLONES void rows_scalar(const uint64_t* query, const int32_t* data, int64_t row, int64_t words, int64_t count,
+                                uint64_t* distances) {
+  count_rows(query, data, row, words, count, distances);
 }
 
 // Counting bits in vectors came after x86-64-v4, and compilers do not offer it in a set of clones.
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("arch=x86-64-v4,avx512vpopcntdq"))) void count_tile_vector(const uint64_t* query, const uint64_t* tile,
-                                                                                 int64_t wide, uint64_t* distances) {
+#define BINCOMM_VECTOR_POPCOUNT __attribute__((target("arch=x86-64-v4,avx512vpopcntdq")))
+
+BINCOMM_VECTOR_POPCOUNT void tile_vector(const uint64_t* query, const uint64_t* tile, int64_t wide, uint64_t* distances) {
   count_tile(query, tile, wide, distances);
 }
+BINCOMM_VECTOR_POPCOUNT void rows_vector(const uint64_t* query, const int32_t* data, int64_t row, int64_t words,
+                                         int64_t count, uint64_t* distances) {
+  count_rows(query, data, row, words, count, distances);
+}
 
-const CountTile tile_distances =
-    (__builtin_cpu_init(), __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vl") &&
-                               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-        ? count_tile_vector
-        : count_tile_scalar;
+Counters choose() {
+  __builtin_cpu_init();
+  const bool vector = __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  return vector ? Counters{tile_vector, rows_vector} : Counters{tile_scalar, rows_scalar};
+}
+
+const Counters counters = choose();
 #else
-const CountTile tile_distances = count_tile_scalar;
+const Counters counters = {tile_scalar, rows_scalar};
 #endif
 
-BINCOMM_CLONES uint64_t least(const uint64_t* distances) {
-  uint64_t found = distances[0];
-  for (int64_t j = 1; j < kScan; ++j) found = std::min(found, distances[j]);
-  return found;
+// The least of every kScan distances of a tile.
+BINCOMM_CLONES void least_distances(const uint64_t* distances, uint64_t* least) {
+  for (int64_t s = 0; s < kTile / kScan; ++s) {
+    uint64_t found = distances[s * kScan];
+    for (int64_t j = 1; j < kScan; ++j) found = std::min(found, distances[s * kScan + j]);
+    least[s] = found;
+  }
 }
 
 void check(const Tensor& a, const char* name) {
@@ -109,14 +145,12 @@ Tensor hamming_distance(Tensor a_, Tensor b_) {
   torch::stable::parallel_for(0, a.count, grain, [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> tile(wide * kTile), rows((end - begin) * wide);
     uint64_t distances[kTile] = {};
-    for (int64_t i = begin; i < end; ++i) {
-      for (int64_t w = 0; w < wide; ++w) rows[(i - begin) * wide + w] = a.word(i, w);
-    }
+    for (int64_t i = begin; i < end; ++i) a.widen(i, rows.data() + (i - begin) * wide, 1);
     for (int64_t first = 0; first < b.count; first += kTile) {
       const int64_t count = std::min(kTile, b.count - first);
       lay_out(b, first, count, tile.data());
       for (int64_t i = begin; i < end; ++i) {
-        tile_distances(rows.data() + (i - begin) * wide, tile.data(), wide, distances);
+        counters.tile(rows.data() + (i - begin) * wide, tile.data(), wide, distances);
         for (int64_t j = 0; j < count; ++j) out[i * b.count + first + j] = static_cast<int32_t>(distances[j]);
       }
     }
@@ -171,22 +205,27 @@ std::tuple<Tensor, Tensor> hamming_topk(Tensor queries_, Tensor database_, int64
 
   torch::stable::parallel_for(0, blocks * slices, std::max<int64_t>(1, kTaskPairs / pairs), [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> tile(wide * kTile), rows(kQueries * wide);
-    uint64_t found[kTile] = {};
+    uint64_t found[kTile] = {}, least[kTile / kScan];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t from = task / slices * kQueries, to = std::min(from + kQueries, queries.count);
       const int64_t part = task % slices, last = std::min((part + 1) * slice, database.count);
-      for (int64_t i = from; i < to; ++i) {
-        for (int64_t w = 0; w < wide; ++w) rows[(i - from) * wide + w] = queries.word(i, w);
-      }
+      for (int64_t i = from; i < to; ++i) queries.widen(i, rows.data() + (i - from) * wide, 1);
       for (int64_t first = part * slice; first < last; first += kTile) {
         const int64_t count = std::min(kTile, last - first);
-        lay_out(database, first, count, tile.data());
+        const bool few = to - from < kFew;
+        if (!few) lay_out(database, first, count, tile.data());
         for (int64_t i = from; i < to; ++i) {
           Nearest& best = nearest[i * slices + part];
-          tile_distances(rows.data() + (i - from) * wide, tile.data(), wide, found);
+          const uint64_t* query = rows.data() + (i - from) * wide;
+          if (few) {
+            counters.rows(query, database.data + first * database.row, database.row, database.words, count, found);
+          } else {
+            counters.tile(query, tile.data(), wide, found);
+          }
           std::fill(found + count, found + kTile, std::numeric_limits<uint64_t>::max());
+          least_distances(found, least);
           for (int64_t scan = 0; scan < kTile; scan += kScan) {
-            if (least(found + scan) >= best.limit()) continue;
+            if (least[scan / kScan] >= best.limit()) continue;
             for (int64_t j = scan; j < scan + kScan; ++j) {
               if (found[j] < best.limit()) best.add(found[j], first + j);
             }

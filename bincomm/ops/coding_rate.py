@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bincomm.ops import reference
-from bincomm.ops.library import LIBRARY, define, takes_reference
+from bincomm.ops.library import LIBRARY, define, refuse_tangent, takes_reference
 from bincomm.ops.messages import check_logits
 
 
@@ -36,6 +36,7 @@ def coding_rate(logits: Tensor, *, eps_squared: float = 0.05) -> Tensor:
         raise ValueError(f"eps_squared: expected a number > 0, got {eps_squared}")
     if takes_reference(logits):
         return reference.coding_rate(logits, eps_squared)
+    refuse_tangent("logits", logits)
     return torch.ops.bincomm.coding_rate(logits, eps_squared)[0]
 
 

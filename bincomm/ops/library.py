@@ -12,6 +12,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "native", "reference")
 BACKEND = os.environ.get("BINCOMM_BACKEND", "auto")
@@ -73,6 +74,15 @@ def _form(name: str, pytorch_form: Callable, native: set[str]) -> Callable:
         raise RuntimeError(f"BINCOMM_BACKEND=native, but {name} has no native kernel for {device} here{why}")
 
     return refuse_stand_in
+
+
+def refuse_tangent(argument: str, x: torch.Tensor) -> None:
+    """Raise where a forward-mode derivative is asked for: PyTorch takes that of a custom operator to be 0."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            f"{argument}: this operation has no forward-mode derivative; its definition has "
+            "(BINCOMM_BACKEND=reference, or fp64)"
+        )
 
 
 def takes_reference(x: torch.Tensor) -> bool:

@@ -56,7 +56,7 @@ def sign_bce(student: Tensor, teacher: Tensor, pairs: str = "cross") -> Tensor:
 
     Written through logσ rather than softplus(a) - m·a, so that infinite logits give 0 or inf, as they should.
     """
-    a = widen(student)
+    a = widen(student).unbind()  # indexing would cost a gradient of all views for every pair
     if teacher.dtype == torch.int32:
         m = unpack_signs(teacher, student.shape[-1])
         unknown = torch.zeros_like(m)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bincomm.ops import reference
-from bincomm.ops.library import LIBRARY, define, takes_reference, use_triton
+from bincomm.ops.library import LIBRARY, define, refuse_tangent, takes_reference, use_triton
 from bincomm.ops.messages import check_logits
 
 PAIRS = ("cross", "all", "matched")
@@ -34,6 +34,7 @@ def sign_bce(student: Tensor, teacher: Tensor, *, pairs: str = "cross") -> Tenso
     _check(student, teacher, pairs)
     if takes_reference(student):
         return reference.sign_bce(student, teacher.detach(), pairs)
+    refuse_tangent("student", student)
     if teacher.dtype == torch.float64:
         teacher = reference.pack_signs(teacher)
     return torch.ops.bincomm.sign_bce(student, teacher, pairs)[0]
@@ -101,6 +102,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_loss: Tensor, grad_messages: Tensor | None) -> tuple[Tensor, None, None]:
     student, messages = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated in its turn
+        return _pytorch_form_backward(grad_loss, student, messages, ctx.pairs), None, None
     return torch.ops.bincomm.sign_bce_backward(grad_loss, student, messages, ctx.pairs), None, None
 
 

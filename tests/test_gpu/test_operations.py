@@ -65,6 +65,29 @@ def test_messages(shape):
     assert torch.equal(bincomm.unpack_signs(words, shape[-1]), logits > 0)
 
 
+def test_hamming():
+    a, b = (torch.randint(-(2**31), 2**31, (rows, 8), dtype=torch.int32) for rows in (300, 5000))
+    expected = bincomm.hamming_distance(a, b)
+    assert torch.equal(bincomm.hamming_distance(a.cuda(), b.cuda()).cpu(), expected)
+    for mine, other in zip(
+        bincomm.hamming_topk(a.cuda(), b.cuda(), 20), bincomm.hamming_topk(a, b, 20), strict=True
+    ):
+        assert torch.equal(mine.cpu(), other)
+
+
+def test_sign_bce_beyond_2_31_elements():
+    views, n, bits = 3, 750_000, 1024
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    student = torch.randn(n, bits, device="cuda", dtype=torch.bfloat16).repeat(views, 1, 1)
+    teacher = torch.randn(1, n, bits, device="cuda", dtype=torch.bfloat16)
+    loss, gradient = value_and_gradient(bincomm.sign_bce, student, teacher)
+    last = slice(n - 8, n)
+    few = value_and_gradient(reference.sign_bce, student[:, last].double(), teacher[:, last].double())
+    torch.testing.assert_close(gradient[:, last].double() * n / 8, few[1], rtol=1e-2, atol=1e-9)
+    assert 0.5 < loss < 1
+
+
 @pytest.mark.parametrize("shape", [(2, 128, 256), (2, 256, 64), (12, 256, 256)])
 def test_coding_rate(shape):
     logits = torch.randn(shape, device="cuda")

@@ -207,19 +207,98 @@ def test_form_in_pytorch_agrees():
     assert torch.equal(words, bincomm.pack_signs(teacher))
 
 
-def test_compile_fullgraph():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_compile_fullgraph(backend, packed):
     student, teacher = torch.randn(4, 3, 50), torch.randn(2, 3, 50)
+    teacher = bincomm.pack_signs(teacher) if packed else teacher
 
     def step(s, t):
         return bincomm.sign_bce(s * 2, t)
 
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
     for mine, other in zip(
         value_and_gradient(compiled, student, teacher),
         value_and_gradient(step, student, teacher),
         strict=True,
     ):
         assert torch.equal(mine, other)
+
+
+def test_autocast_changes_nothing():
+    student, teacher = torch.randn(4, 3, 50), torch.randn(2, 3, 50)
+    expected = value_and_gradient(bincomm.sign_bce, student, teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradient(bincomm.sign_bce, student, teacher)
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_functional_call_and_vmap():
+    network, images, teacher = torch.nn.Linear(8, 40), torch.randn(3, 5, 8), torch.randn(2, 5, 40)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+    loss = bincomm.sign_bce(torch.func.functional_call(network, parameters, images), teacher)
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    expected = torch.autograd.grad(bincomm.sign_bce(network(images), teacher), list(network.parameters()))
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine, other)
+    students = torch.randn(4, 3, 5, 40)
+    mapped = torch.func.vmap(lambda student: bincomm.sign_bce(student, teacher))(students)
+    assert torch.equal(mapped, torch.stack([bincomm.sign_bce(student, teacher) for student in students]))
+
+
+def test_second_derivative():
+    student, teacher = torch.randn(3, 2, 40, requires_grad=True), torch.randn(2, 2, 40)
+    truth = student.detach().double().requires_grad_()
+
+    def curvature(s, t):
+        (gradient,) = torch.autograd.grad(bincomm.sign_bce(s, t), s, create_graph=True)
+        (second,) = torch.autograd.grad((gradient**2).sum(), s)
+        return second
+
+    torch.testing.assert_close(
+        curvature(student, teacher).double(), curvature(truth, teacher), rtol=1e-4, atol=1e-12
+    )
+
+
+def test_forward_mode_is_refused_and_never_silently_zero():
+    student, teacher = torch.randn(3, 2, 40), torch.randn(2, 2, 40)
+    with pytest.raises(NotImplementedError, match="student: .*forward-mode"):
+        torch.func.jvp(lambda s: bincomm.sign_bce(s, teacher), (student,), (student,))
+    with pytest.raises(NotImplementedError, match="logits: .*forward-mode"):
+        torch.func.jvp(bincomm.coding_rate, (student,), (student,))
+    _, tangent = torch.func.jvp(
+        lambda s: bincomm.sign_bce(s, teacher), (student.double(),), (student.double(),)
+    )
+    assert tangent != 0
+
+
+def test_data_parallel_is_the_whole_batch(tmp_path):
+    """Two processes of 4 images each, averaged by DistributedDataParallel, against one of 8."""
+    torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path),), nprocs=2)
+    network, images, teacher = parts_of_training()
+    bincomm.sign_bce(network(images), teacher).backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for mine, parameter in zip(found, network.parameters(), strict=True):
+            torch.testing.assert_close(mine, parameter.grad, rtol=1e-5, atol=1e-8)
+
+
+def parts_of_training():
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 40), torch.randn(3, 8, 8), torch.randn(2, 8, 40)
+
+
+def train_in_parallel(rank, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    network, images, teacher = parts_of_training()
+    parallel = torch.nn.parallel.DistributedDataParallel(network)
+    mine = slice(4 * rank, 4 * rank + 4)
+    bincomm.sign_bce(parallel(images[:, mine]), teacher[:, mine]).backward()
+    torch.save([p.grad for p in network.parameters()], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
