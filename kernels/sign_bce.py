@@ -5,14 +5,21 @@ With c_v the number of teachers paired with view v, S_v the sum of their bits at
     loss     = Σ_v [ c_v softplus(a) - S_v a ] / (pairs n K)
     gradient = [ c_v σ(a) - S_v ] / (pairs n K)
 
-evaluated without cancellation through e = exp(-|a|) and the weight w = (a > 0 ? c_v - S_v : S_v):
+A tile is BLOCK groups of eight neighbouring bits, of one byte of the message each. Its teachers are read once
+and kept as bytes. Instructions, not bandwidth, are what a tile's time would go into: the loop over the views
+that hear all teachers does nothing that can be done before or after it.
 
-    c softplus(a) - S a  =  w |a| + c log(1 + e)          c σ(a) - S  =  sgn(a) (w - c e / (1 + e))
+Forward, with e = exp(-|a|), nothing in the loop depends on the teachers, and S is needed only after it:
 
-A tile is GROUPS groups of eight neighbouring bits, of one byte of the message each. The sum of its teachers'
-bits stays in registers and serves all V views. A log costs about twenty instructions, and instructions, not
-bandwidth, are what a tile's time goes into: the loss takes one log per group, of Π(1 + e), kept as
-p = Π(1 + e) - 1 so that tiny e are not lost.
+    Σ_v [ c softplus(a) - S a ]  =  (c - S) Σ_v max(a, 0) + S Σ_v max(-a, 0) + c log Π_v (1 + e)
+
+No term is negative, so small losses are not differences of large ones. The product is kept as Π(1 + e) - 1,
+so that tiny e are not lost; a factor is at most 2, so that one log serves many logits.
+
+Backward, S makes three constants of an element, scaled by the loss's gradient, before the loop:
+
+    scale (c σ(a) - S)  =  base + k / (1 + exp(-a))        with base = -S scale, k = c scale
+                        =         -k / (1 + exp(a))        where S = c
 """
 
 import torch
@@ -20,13 +27,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 4 warps with one group a thread: eight 16-bit logits are one 128-bit load, and 128 groups leave enough
-# programs to fill a GPU's multiprocessors at n·K = 128 k already.
-GROUPS = 128
-WARPS = 4
-FINISH = 1024  # partial sums added at once by the second stage
+# Launch constants, chosen by counting on the compiled code.
+WARPS = 4  # small programs: at n·K = 128 k there are as many as a GPU has multiprocessors
+# Bytes of a view that a thread loads at once, the most there is. With two views under way and at most 64
+# registers a thread, a multiprocessor waits for 32 KB or more; an H200 needs 23 KB to keep its memory busy.
+LOAD = 16
+FINISH, FINISH_WARPS = 4096, 8  # partial sums a step of the second stage: each step costs a memory's latency
+VIEWS = tl.constexpr(14)  # that share a log: even, and Π(1 + e) <= 2⁸ a view stays finite in fp32
 
 MODES = {"cross": 0, "all": 1, "matched": 2}
+LOG2_E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
@@ -46,7 +57,8 @@ def sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tens
     packed = teacher.dtype == torch.int32
     messages = student.new_empty(0 if packed else (teachers, n, words), dtype=torch.int32)
     source = teacher.contiguous() if packed else teacher
-    programs = _programs(n, words)
+    block = _groups(student.dtype)
+    programs = _programs(n, words, block)
     # Fixed order, so the same sum every time: a partial sum a program, added up by one program. No atomics.
     partial = student.new_empty(programs, dtype=torch.float32)
     loss = student.new_empty((), dtype=torch.float32)
@@ -59,11 +71,10 @@ def sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tens
                 partial,
                 *(views, n, *student.stride(), *source.stride()),
                 **{"K": bits, "U": teachers, "MODE": MODES[pairs], "PACKED": packed},
-                **{"BLOCK": GROUPS, "num_warps": WARPS},
+                **{"BLOCK": block, "num_warps": WARPS},
             )
-        _finish[(1,)](
-            partial, loss, programs, 1 / max(1, _terms(views, teachers, n, bits, pairs)), n, BLOCK=FINISH
-        )
+        scale = 1 / max(1, _terms(views, teachers, n, bits, pairs))
+        _finish[(1,)](partial, loss, programs, scale, n, BLOCK=FINISH, num_warps=FINISH_WARPS)
     return loss, messages
 
 
@@ -79,7 +90,8 @@ def sign_bce_backward(grad: Tensor, student: Tensor, messages: Tensor, pairs: st
     (views, n, bits), teachers = student.shape, messages.shape[0]
     words = triton.cdiv(bits, 32)
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    programs = _programs(n, words)
+    block = _groups(student.dtype)
+    programs = _programs(n, words, block)
     if programs:
         with torch.cuda.device_of(student):
             _backward[(programs,)](
@@ -89,36 +101,27 @@ def sign_bce_backward(grad: Tensor, student: Tensor, messages: Tensor, pairs: st
                 gradient,
                 *(views, n, *student.stride()),
                 1 / _terms(views, teachers, n, bits, pairs),
-                **{"K": bits, "U": teachers, "MODE": MODES[pairs], "BLOCK": GROUPS, "num_warps": WARPS},
+                **{"K": bits, "U": teachers, "MODE": MODES[pairs]},
+                **{"BLOCK": block, "num_warps": WARPS},
             )
     return gradient
 
 
-def _programs(n: int, words: int) -> int:
+def _groups(dtype: torch.dtype) -> int:
+    """Groups of a program."""
+    return 32 * WARPS * LOAD // (8 * dtype.itemsize)
+
+
+def _programs(n: int, words: int, block: int) -> int:
     groups = 4 * n * words
     if groups >= 2**31:
         raise ValueError(f"student: n = {n} images of {32 * words} bits exceed the 2³⁴ bits a view may have")
-    return triton.cdiv(groups, GROUPS)
+    return triton.cdiv(groups, block)
 
 
 def _terms(views: int, teachers: int, n: int, bits: int, pairs: str) -> int:
     count = {"cross": teachers * (views - 1), "all": teachers * views, "matched": views}[pairs]
     return count * n * bits
-
-
-@triton.jit
-def _place(n, K: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's groups: image (BLOCK, 1), bits (BLOCK, 8), byte of the message (BLOCK, 1), and masks.
-
-    Groups are counted in 32 bits, where division is cheap; what is multiplied by a stride is 64 bits wide.
-    """
-    BYTES: tl.constexpr = 4 * ((K + 31) // 32)
-    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    image = (group // BYTES).to(tl.int64)
-    bit = (group % BYTES) * 8 + tl.arange(0, 8)[None, :]
-    inside = group < n * BYTES
-    mask = inside & (bit < K) if K % 32 else inside & (bit >= 0)
-    return image, bit.to(tl.int64), group.to(tl.int64), inside, mask
 
 
 @triton.jit
@@ -128,63 +131,89 @@ def _wide(index):
 
 
 @triton.jit
-def _bits_of_byte(messages, u: tl.constexpr, n, group, inside, K: tl.constexpr):
-    """Bits of teacher u as fp32 (BLOCK, 8)."""
-    BYTES: tl.constexpr = 4 * ((K + 31) // 32)
-    byte = tl.load(messages + _wide(u) * n * BYTES + group, mask=inside, other=0).to(tl.int32)
-    return ((byte >> tl.arange(0, 8)[None, :]) & 1).to(tl.float32)
+def _exp2(x):
+    """2ˣ in one instruction; tl.exp2 takes four more to keep results below 2⁻¹²⁶, which here become 0.
 
-
-@triton.jit
-def _teacher_bits(
-    teacher, u: tl.constexpr, n, place, view, group, inside, mask, K: tl.constexpr, PACKED: tl.constexpr
-):
-    """Bits of teacher u as fp32 (BLOCK, 8), from its message or its logits.
-
-    A NaN stays a NaN: a teacher that has diverged must show in the loss.
+    The gradient adds 1 to it. In the loss it is e: a logit beyond ±87 on its own side costs 0, not 1e-38.
     """
-    if PACKED:
-        bits = _bits_of_byte(teacher, u, n, group, inside, K)
+    if INTERPRETED:
+        power = tl.exp2(x)
     else:
-        t = tl.load(teacher + _wide(u) * view + place, mask=mask, other=0).to(tl.float32)
-        bits = tl.where(t == t, (t > 0).to(tl.float32), t)
-    return bits
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return power
 
 
 @triton.jit
-def _logits(pointers, mask):
-    """A tile of logits in fp32; what lies outside is -inf, which adds nothing to a loss with no bits set."""
-    return tl.load(pointers, mask=mask, other=float("-inf")).to(tl.float32)
+def _inverse(x):
+    """1 / x for 1 <= x <= inf in one instruction, to one unit in the last place; 0 for x > 2¹²⁶."""
+    if INTERPRETED:
+        inverse = 1 / x
+    else:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return inverse
+
+
+@triton.jit
+def _place(n, K: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's groups: image (BLOCK, 1), bits (BLOCK, 8), byte of the message (BLOCK, 1), and masks.
+
+    What lies outside repeats the last group or bit: only sums and stores need a mask, and no load.
+    Groups are counted in 32 bits, where division is cheap; what is multiplied by a stride is 64 bits wide.
+    """
+    BYTES: tl.constexpr = 4 * ((K + 31) // 32)
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    inside = group < n * BYTES
+    group = tl.minimum(group, n * BYTES - 1)
+    bit = (group % BYTES) * 8 + tl.arange(0, 8)[None, :]
+    mask = inside & (bit < K)
+    if K % 32:
+        bit = tl.minimum(bit, K - 1)
+    return (group // BYTES).to(tl.int64), bit.to(tl.int64), group.to(tl.int64), inside, mask
+
+
+@triton.jit
+def _bits(byte):
+    """Bytes of a message (BLOCK, 1) as bits in fp32 (BLOCK, 8)."""
+    return ((byte.to(tl.int32) >> tl.arange(0, 8)[None, :]) & 1).to(tl.float32)
+
+
+@triton.jit
+def _sum_of_bits(kept, U: tl.constexpr):
+    sums = _bits(kept[0])
+    for u in tl.static_range(1, U):
+        sums += _bits(kept[u])
+    return sums
 
 
 @triton.jit
 def _chain(p, q):
     """(1 + p)(1 + q) - 1."""
-    return p + q + p * q
+    return tl.fma(p, q, p + q)
 
 
 @triton.jit
-def _loss(a, s, c):
-    """Σ over the eight logits of a group of c softplus(a) - s a: (BLOCK, 8) -> (BLOCK,)."""
-    magnitude = tl.abs(a)
-    e = tl.exp(-magnitude)
-    w = tl.where(a > 0, c - s, s)
-    linear = tl.where(
-        w == 0, 0.0, w * magnitude
-    )  # an infinite logit on its own side costs nothing, not 0 · inf
-    p = tl.reduce(e, 1, _chain)
+def _extend(p, a):
+    """Π(1 + e) - 1 with the factors of the logits a."""
+    return _chain(p, _exp2(tl.abs(a) * -LOG2_E))
+
+
+@triton.jit
+def _log(p, mask):
+    """Σ log(1 + p) over the eight bits of a group, (BLOCK, 8) -> (BLOCK,)."""
+    p = tl.reduce(tl.where(mask, p, 0.0), 1, _chain)
     u = 1 + p
-    # log(1 + p), with the rounding of 1 + p divided out again (Higham, Accuracy and Stability, 1.14.1).
-    log = tl.where(u == 1, p, tl.log(u) * (p / (u - 1)))
-    return tl.sum(linear, 1) + c * log
+    # The rounding of 1 + p is divided out again (Higham, Accuracy and Stability, 1.14.1).
+    return tl.where(u == 1, p, tl.log(u) * (p / (u - 1)))
 
 
 @triton.jit
-def _gradient(a, s, c):
-    e = tl.exp(-tl.abs(a))
-    w = tl.where(a > 0, c - s, s)
-    g = w - c * (e / (1 + e))
-    return tl.where(a > 0, g, -g)
+def _times(w, x):
+    """w x with 0 · inf = 0: an infinite logit on its own side costs nothing."""
+    return tl.where(w == 0, 0.0, w * x)
 
 
 @triton.jit
@@ -208,30 +237,58 @@ def _forward(
     BLOCK: tl.constexpr,
 ):
     image, bit, group, inside, mask = _place(n, K, BLOCK)
-    BYTES: tl.constexpr = 4 * ((K + 31) // 32)
-    row = student + image * student_image + bit * student_bit
-
-    place = image * teacher_image + bit * teacher_bit
+    place = image * student_image + bit * student_bit
+    zero = tl.zeros((BLOCK, 8), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    sums = tl.zeros((BLOCK, 8), tl.float32)
+
+    BYTES: tl.constexpr = 4 * ((K + 31) // 32)
+    source = group if PACKED else image * teacher_image + bit * teacher_bit
+    # In fp32, for of a sum of integers the compiler would keep the eight bits in registers, not their byte.
+    power = (1 << tl.arange(0, 8)[None, :]).to(tl.float32)
+    kept = ()
     for u in tl.static_range(U):
-        bits = _teacher_bits(teacher, u, n, place, teacher_view, group, inside, mask, K, PACKED)
-        sums += bits
-        if not PACKED:
-            byte = tl.sum((bits > 0).to(tl.int32) << tl.arange(0, 8)[None, :], 1, keep_dims=True)
-            tl.store(messages + _wide(u) * n * BYTES + group, byte.to(tl.uint8), mask=inside)
-        if MODE == 2:
-            total += _loss(_logits(row + _wide(u) * student_view, mask), bits, 1.0)
-    if MODE == 0 and U > 1:
-        # The teacher's own views hear the others only. Their bits are read again, not kept: there may be
-        # more than fit in registers.
-        for u in tl.static_range(U):
-            bits = _teacher_bits(teacher, u, n, place, teacher_view, group, inside, mask, K, PACKED)
-            total += _loss(_logits(row + _wide(u) * student_view, mask), sums - bits, U - 1.0)
+        if PACKED:
+            byte = tl.load(teacher + _wide(u) * n * BYTES + source)
+        else:
+            t = tl.load(teacher + _wide(u) * teacher_view + source).to(tl.float32)
+            byte = tl.sum(tl.where((t > 0) & mask, power, 0.0), 1, keep_dims=True).to(tl.int32)
+            total += tl.sum(tl.where(t == t, 0.0, t), 1)  # a teacher that has diverged must show in the loss
+        kept += (byte,)
+    if not PACKED:
+        for u in tl.static_range(U):  # after the loads of all teachers, for none is moved across a store
+            tl.store(messages + _wide(u) * n * BYTES + group, kept[u].to(tl.uint8), mask=inside)
+
+    # The views that hear all teachers. Then the teachers' own, which hear the others, or only their own.
+    OWN: tl.constexpr = 0 if MODE == 1 else U
     if MODE != 2:
-        FIRST: tl.constexpr = U if MODE == 0 else 0
-        for v in range(FIRST, views):
-            total += _loss(_logits(row + _wide(v) * student_view, mask), sums, U * 1.0)
+        up, down = zero, zero
+        row = student + _wide(OWN) * student_view
+        for first in range(OWN, views, VIEWS):
+            p = zero
+            # Unrolled, two views' loads are under way at once. Loading a view ahead is not the same: the
+            # compiler would unpack 16-bit logits, so wait for them, before it goes round.
+            for _ in tl.range(first, tl.minimum(first + VIEWS, views), loop_unroll_factor=2):
+                a = tl.load(row + place).to(tl.float32)
+                row += student_view
+                p = _extend(p, a)
+                up += tl.maximum(a, 0.0)
+                down -= tl.minimum(a, 0.0)
+            total += U * _log(p, mask)
+        sums = _sum_of_bits(kept, U)
+        total += tl.sum(tl.where(mask, _times(U - sums, up) + _times(sums, down), 0.0), 1)
+    HEARD: tl.constexpr = 1 if MODE == 2 else U - 1
+    if OWN and HEARD:
+        for first in tl.static_range(0, U, VIEWS):
+            p = zero
+            for u in tl.static_range(first, min(first + VIEWS, U)):
+                s = _bits(kept[u])
+                if MODE == 0:
+                    s = _sum_of_bits(kept, U) - s
+                a = tl.load(student + _wide(u) * student_view + place).to(tl.float32)
+                p = _extend(p, a)
+                linear = _times(tl.where(a > 0, HEARD - s, s), tl.abs(a))
+                total += tl.sum(tl.where(mask, linear, 0.0), 1)
+            total += HEARD * _log(p, mask)
     tl.store(partial + tl.program_id(0), tl.sum(total, 0))
 
 
@@ -243,6 +300,25 @@ def _finish(partial, loss, programs, scale, n, BLOCK: tl.constexpr):
         total += tl.load(partial + index, mask=index < programs, other=0.0)
     result = tl.sum(total, 0) * scale
     tl.store(loss, tl.where(n == 0, float("nan"), result))
+
+
+@triton.jit
+def _constants(s, c, scale):
+    """(base, k, m) of scale (c σ(a) - s) = base + k / (1 + exp2(m a)).
+
+    Where all teachers agree, base is 0, so that a small gradient is not the difference of large numbers.
+    The scale is in fp32, before the one rounding: a gradient scaled later would underflow in fp16.
+    """
+    return (
+        tl.where(s == c, 0.0, -scale * s),
+        tl.where(s == c, -scale * c, scale * c),
+        tl.where(s == c, LOG2_E, -LOG2_E),
+    )
+
+
+@triton.jit
+def _gradient(a, base, k, m):
+    return (base + k * _inverse(1 + _exp2(m * a.to(tl.float32)))).to(a.dtype)
 
 
 @triton.jit
@@ -262,28 +338,41 @@ def _backward(
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, bit, group, inside, mask = _place(n, K, BLOCK)
-    row = student + image * student_image + bit * student_bit
-    out = gradient + image * K + bit
+    image, bit, group, _, mask = _place(n, K, BLOCK)
+    place = image * student_image + bit * student_bit
+    out = image * K + bit
     out_view = _wide(K) * n
-    scale = (
-        tl.load(grad) * inverse_terms
-    )  # in fp32, before the one rounding: scaled first, fp16 would underflow
+    scale = tl.load(grad) * inverse_terms
 
-    sums = tl.zeros((BLOCK, 8), tl.float32)
+    BYTES: tl.constexpr = 4 * ((K + 31) // 32)
+    kept = ()
     for u in tl.static_range(U):
-        bits = _bits_of_byte(messages, u, n, group, inside, K)
-        sums += bits
-        if MODE == 2:
-            g = _gradient(_logits(row + _wide(u) * student_view, mask), bits, 1.0) * scale
-            tl.store(out + _wide(u) * out_view, g.to(gradient.dtype.element_ty), mask=mask)
-    if MODE == 0:
-        for u in tl.static_range(U):
-            bits = _bits_of_byte(messages, u, n, group, inside, K)
-            g = _gradient(_logits(row + _wide(u) * student_view, mask), sums - bits, U - 1.0) * scale
-            tl.store(out + _wide(u) * out_view, g.to(gradient.dtype.element_ty), mask=mask)
+        kept += (tl.load(messages + _wide(u) * n * BYTES + group),)
+
+    OWN: tl.constexpr = 0 if MODE == 1 else U
+    HEARD: tl.constexpr = 1 if MODE == 2 else U - 1
+    # Every load stands before the stores it can be put before, for none is moved across a store.
+    if OWN:
+        a = tl.load(student + place)
+    for u in tl.static_range(OWN):
+        s = _bits(kept[u])
+        if MODE == 0:
+            s = _sum_of_bits(kept, U) - s
+        base, k, m = _constants(s, HEARD, scale)
+        g = _gradient(a, base, k, m)
+        if u + 1 < OWN:
+            a = tl.load(student + _wide(u + 1) * student_view + place)
+        tl.store(gradient + _wide(u) * out_view + out, g, mask=mask)
     if MODE != 2:
-        FIRST: tl.constexpr = U if MODE == 0 else 0
-        for v in range(FIRST, views):
-            g = _gradient(_logits(row + _wide(v) * student_view, mask), sums, U * 1.0) * scale
-            tl.store(out + _wide(v) * out_view, g.to(gradient.dtype.element_ty), mask=mask)
+        base, k, m = _constants(_sum_of_bits(kept, U), U, scale)
+        row = student + _wide(OWN) * student_view
+        to = gradient + OWN * out_view
+        for v in range(OWN, views, 2):
+            a = tl.load(row + place)
+            row += student_view
+            b = tl.load(row + place, mask=v + 1 < views)
+            row += student_view
+            tl.store(to + out, _gradient(a, base, k, m), mask=mask)
+            to += out_view
+            tl.store(to + out, _gradient(b, base, k, m), mask=mask & (v + 1 < views))
+            to += out_view

@@ -11,25 +11,27 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia
 from triton.compiler import ASTSource
 
-from bincomm.kernels import messages, sign_bce
+from bincomm.kernels import hamming, messages, sign_bce
 
 TOOLS = Path(nvidia).parent / "bin"
-TYPES = ("fp32", "fp16", "bf16")
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"  # after its address and its predicate
-K, BLOCK = 256, sign_bce.GROUPS
+K = 256
 
 
 def kernels():
     """(name, kernel, pointers, numbers, compile-time values) as the launchers pass them, for K = 256."""
     strides = dict.fromkeys(("student_view", "student_image"), "i32")
     for dtype in TYPES:
+        block = sign_bce._groups(TYPES[dtype])
         for mode in ("cross", "matched"):
-            shared = {"K": K, "U": 2, "MODE": sign_bce.MODES[mode], "BLOCK": BLOCK, "student_bit": 1}
+            shared = {"K": K, "U": 2, "MODE": sign_bce.MODES[mode], "BLOCK": block, "student_bit": 1}
             for packed in (False, True):
                 yield (
                     f"forward {dtype} {mode}{' packed' if packed else ''}",
@@ -55,14 +57,21 @@ def kernels():
             messages._pack,
             {"logits": f"*{dtype}", "messages": "*u8"},
             {"n": "i32", "row_stride": "i32"},
-            {"K": K, "BLOCK": BLOCK, "bit_stride": 1},
+            {"K": K, "BLOCK": messages.GROUPS, "bit_stride": 1},
         )
     yield (
         "unpack",
         messages._unpack,
         {"messages": "*u8", "signs": "*u8"},
         {"n": "i32"},
-        {"K": K, "BLOCK": BLOCK},
+        {"K": K, "BLOCK": messages.GROUPS},
+    )
+    yield (
+        "hamming",
+        hamming._distance,
+        {"a": "*i32", "b": "*i32", "distances": "*i32"},
+        {"n": "i32", "m": "i32", "words": "i32", "a_row": "i32", "b_row": "i32"},
+        {"a_word": 1, "b_word": 1, "ROWS": hamming.ROWS, "COLUMNS": hamming.COLUMNS},
     )
     finish = {"programs": "i32", "scale": "fp32", "n": "i32"}
     yield (
@@ -70,21 +79,22 @@ def kernels():
         sign_bce._finish,
         {"partial": "*fp32", "loss": "*fp32"},
         finish,
-        {"BLOCK": sign_bce.FINISH},
+        {"BLOCK": sign_bce.FINISH, "num_warps": sign_bce.FINISH_WARPS},
     )
 
 
 def cost(kernel, pointers, scalars, constants, capability):
     """Registers, spills and the machine instructions of a kernel."""
     names = kernel.arg_names
+    options = {"num_warps": constants.get("num_warps", 4)}
     signature = {name: {**pointers, **scalars}.get(name, "constexpr") for name in names}
     # What the launcher sees at run time: pointers and strides are multiples of 16. The plain numbers are not.
     strides = [name for name in scalars if name.endswith(("_view", "_image", "_stride"))]
     aligned = [*pointers, *strides]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    values = {(names.index(name),): value for name, value in constants.items()}
+    values = {(names.index(name),): value for name, value in constants.items() if name in names}
     source = ASTSource(kernel, signature, values, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -102,8 +112,8 @@ def cost(kernel, pointers, scalars, constants, capability):
 
 
 def longest_loop(sass):
-    """Instructions of the longest loop's body: what every further view costs."""
-    labels, body, longest = {}, [], []
+    """Instructions of the longest innermost loop: what further views cost, of each a 128-bit load."""
+    labels, body, loops = {}, [], []
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
             labels[label.group(1)] = len(body)
@@ -111,8 +121,9 @@ def longest_loop(sass):
             body.append(found.group(1))
             target = re.search(r"`\((\.L_x_\d+)\)", line)
             if found.group(1).startswith("BRA") and target and target.group(1) in labels:
-                longest = max(longest, body[labels[target.group(1)] :], key=len)
-    return longest
+                loops.append((labels[target.group(1)], len(body)))
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
+    return max((body[a:b] for a, b in innermost), key=len)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,72 @@ def test_infinite_and_nan_logits():
         spoiled[1, 1, 33] = kept
 
 
+@pytest.mark.parametrize("views", range(1, 21))
+def test_numbers_of_views_and_teachers(views):
+    """The loop takes views two at a time and a log for fourteen: every remainder of both."""
+    cases = [(teachers, "all") for teachers in (1, 2, 3, 5)] + [(views, "matched")]
+    cases += [(u, "cross") for u in {1, 2, 3, 5, views - 1, views} if 0 < u <= views and views > 1]
+    for teachers, pairs in cases:
+        student, teacher = 3 * torch.randn(views, 2, 33), torch.randn(teachers, 2, 33)
+        exact = truth(student, teacher, pairs)
+        loss, gradient = forward_and_backward(student, teacher, pairs)
+        assert relative_error(loss, exact[0]) < 5e-7, (teachers, pairs)
+        slack = 1e-6 * exact[1].abs().max()  # where teachers differ, a gradient is a difference
+        assert ((gradient - exact[1]).abs() <= 1e-5 * exact[1].abs() + slack).all(), (teachers, pairs)
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_the_product_of_a_block_of_views_stays_finite(zero):
+    """All factors 1 + exp(-|a|) are 2: the largest product there is."""
+    for views, teachers, pairs in [(64, 2, "cross"), (40, 40, "matched"), (40, 3, "all")]:
+        student, teacher = torch.full((views, 1, 40), zero), torch.randn(teachers, 1, 40)
+        loss, _ = forward_and_backward(student, teacher, pairs)
+        assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("teachers", [1, 2, 3, 5])
+def test_small_losses_where_all_agree(teachers, scale):
+    signs = torch.randn(2, 96).sign()
+    student = scale * torch.randn(17, 2, 96).abs() * signs
+    teacher = torch.rand(teachers, 2, 96) * signs
+    for weak in (None, 0, 16):  # a view, of a teacher's own or not, in which every logit is weakly wrong
+        if weak is not None:
+            student = student.clone()
+            student[weak] = -1e-3 * signs
+        exact = truth(student, teacher, "cross")
+        loss, gradient = forward_and_backward(student, teacher, "cross")
+        assert relative_error(loss, exact[0]) < 1e-6
+        assert ((gradient - exact[1]).abs() <= 1e-5 * exact[1].abs() + 1e-38).all()
+
+
+@pytest.mark.parametrize("pairs", ["cross", "all", "matched"])
+def test_infinite_and_nan_logits_in_every_kind_of_view(pairs):
+    teachers = 4 if pairs == "matched" else 2
+    clean = torch.randn(4, 1, 8)
+    for view in range(4):
+        for bits in ([0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]):  # of all teachers, at the place of the logit
+            teacher = torch.randn(teachers, 1, 8)
+            teacher[:, 0, 3] = 2.0 * torch.tensor(bits[:teachers]) - 1
+            student = clean.clone()
+            for value in (math.inf, -math.inf):
+                student[view, 0, 3] = value
+                exact = truth(student, teacher, pairs)
+                loss, gradient = forward_and_backward(student, teacher, pairs)
+                torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0)
+                torch.testing.assert_close(gradient.double(), exact[1], rtol=1e-5, atol=1e-7)
+            student[view, 0, 3] = math.nan
+            loss, gradient = forward_and_backward(student, teacher, pairs)
+            assert loss.isnan()
+            assert torch.equal(gradient.isnan(), student.isnan())
+    for u in range(teachers):
+        teacher = torch.randn(teachers, 1, 8)
+        teacher[u, 0, 3] = math.nan
+        loss, words = sign_bce.sign_bce_forward(clean, teacher, pairs)
+        assert loss.isnan()
+        assert torch.equal(words, reference.pack_signs(teacher))
+
+
 def test_nothing_is_written_outside():
     """The interpreter does not trap what is out of bounds: guards around the outputs show it."""
     views, teachers, n, bits = 3, 2, 3, 33
