@@ -44,15 +44,15 @@ gpu-bench:
 	@mkdir -p build
 	$(call measure,$(PYTHON),gpu)
 
-# Freed memory is kept, as it is in a long run: else glibc returns the large tensors of an eager form to the system and
-# what is measured is page faults, more or fewer of them by chance.
-bench: export MALLOC_MMAP_THRESHOLD_ = 33554432
-bench: export MALLOC_TRIM_THRESHOLD_ = 4294967296
+# Freed memory is kept: else glibc returns large tensors to the system, and what is measured is page faults, in every
+# contender and more or fewer of them by chance.
+bench: export MALLOC_MMAP_MAX_ = 0
+bench: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 
 # Runs the benchmarks and writes their table; a table is replaced only by a session in which every check passed.
 define measure
 	$(1) -m pytest benchmarks -p no:cacheprovider -o python_files='bench_*.py' --benchmark-json=build/$(2).json $(ARGS)
-	$(1) benchmarks/report.py build/$(2).json benchmarks/results/$(2).md
+	$(1) benchmarks/report.py build/$(2).json benchmarks/results/$(2)
 endef
 
 clean:

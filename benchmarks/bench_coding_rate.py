@@ -1,10 +1,11 @@
-"""coding_rate, forward and backward, beside a Cholesky factorisation differentiated by autograd."""
+"""coding_rate beside a Cholesky factorisation differentiated by autograd."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import bincomm
+from benchmarks.measuring import value_and_gradient
 from bincomm.ops import reference
 
 
@@ -29,12 +30,11 @@ CONTENDERS = {
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("shape", [(2, 128, 256), (2, 256, 256), (2, 128, 1024)], ids=str)
 def test_coding_rate(measure, device, shape, contender):
-    views, n, bits = shape
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     measure(
         CONTENDERS[contender],
         logits,
-        lambda logits: reference.coding_rate(logits).sum(),
-        f"coding_rate, fp32, V={views} n={n} K={bits}, forward + backward",
-        contender,
+        value_and_gradient(lambda x: reference.coding_rate(x).sum(), logits.double()),
+        "both",
+        {"table": "coding_rate", "shape": shape, "dtype": "fp32", "contender": contender},
     )

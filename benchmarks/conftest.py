@@ -1,13 +1,23 @@
-"""Benchmarks of the operations: every contender of a group runs in the same session, on the same tensors.
+"""Benchmarks of the operations: every contender of a table runs in the same session, on the same tensors.
 
-A contender is timed only after its value and its gradient agree with the fp64 reference.
+A contender is timed only after its value and its gradient agree with the fp64 reference. On a CPU a time is
+pytest-benchmark's; on a GPU it is CUDA events around a step that finds the second-level cache flushed and the
+GPU idle, so that launching counts, and again around the replay of a CUDA graph of the step.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks.measuring import GPU, check, copy_bandwidth, time_it, value_and_gradient
 from bincomm import __version__
 from bincomm.diagnosis import doctor
+
+ROUNDS = 40
+LARGE = 1 << 24  # logits, above which a quarter of the rounds has to do
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -17,42 +27,57 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "instruction_set": doctor()["extension"].get("instruction_set", "bincomm._C is missing"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name() if GPU else "CPU",
+        "copy_bandwidth": copy_bandwidth() if GPU else None,
     }
 
 
 @pytest.fixture
 def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if GPU else "cpu")
 
 
 @pytest.fixture
 def measure(benchmark):
-    """Time forward and backward of a scalar function of logits, after checking both against fp64."""
+    """Time one direction of a scalar function of logits, after holding value and gradient against fp64.
 
-    def run(function, logits, truth, group, contender):
+    What it returns takes the function, its logits, `truth` from `value_and_gradient` in fp64, the direction
+    ("forward", "backward" or "both"), the labels for the table (table, shape, dtype, contender), and the
+    bytes that this direction has to read and write.
+    """
+
+    def run(
+        function: Callable[[Tensor], Tensor],
+        logits: Tensor,
+        truth: tuple[Tensor, Tensor],
+        direction: str,
+        labels: dict[str, Any],
+        moved: int | None = None,
+    ) -> None:
         logits = logits.detach().requires_grad_()
+        error = check(value_and_gradient(function, logits), truth, labels["contender"] == "bincomm")
 
-        def step():
+        def prepare() -> tuple[Tensor, ...]:
             logits.grad = None
-            function(logits).backward()
-            if logits.is_cuda:
-                torch.cuda.synchronize()
+            return (function(logits),) if direction == "backward" else ()
 
-        step()
-        exact = logits.detach().double().requires_grad_()
-        value = truth(exact)
-        value.backward()
-        found = function(logits).detach().double()
-        torch.testing.assert_close(found, value.detach(), rtol=1e-4, atol=1e-6)
-        error = ((logits.grad.double() - exact.grad).norm() / exact.grad.norm()).item()
-        # Ours to its own promise; a peer only has to be right enough for its time to mean something.
-        limit = max(1e-4, torch.finfo(logits.dtype).eps) if contender == "bincomm" else 1e-2
-        assert error < limit, f"gradient is off by {error:.1e}"
-        benchmark.extra_info["error"] = error
+        step = {
+            "forward": lambda: function(logits),
+            "backward": Tensor.backward,
+            "both": lambda: function(logits).backward(),
+        }[direction]
+        rounds = ROUNDS // 4 if logits.numel() > LARGE else ROUNDS
+        labels |= {"direction": direction, "error": error, "elements": logits.numel()}
+        time_it(benchmark, step, prepare, rounds, labels, moved)
 
-        benchmark.group = group
-        benchmark.extra_info["contender"] = contender
-        benchmark.pedantic(step, warmup_rounds=5, rounds=40)
+    return run
+
+
+@pytest.fixture
+def measure_plain(benchmark):
+    """Time a function without gradient, which the caller has checked."""
+
+    def run(step: Callable[[], Any], labels: dict[str, Any], rounds: int = ROUNDS) -> None:
+        time_it(benchmark, step, tuple, rounds, labels, None)
 
     return run

@@ -1,50 +1,175 @@
-"""Make the page kept in results/ of pytest-benchmark's JSON: python report.py RAW.json results/cpu.md"""
+"""Make results/NAME.json, .md and .png of pytest-benchmark's file: python report.py RAW.json results/NAME"""
 
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+from matplotlib.figure import Figure
 
-def table(raw: dict, target: Path) -> str:
-    """The Markdown page of one session's figures; times are medians and quartiles of the rounds, in ms."""
-    info = raw["machine_info"]
-    facts = info["bincomm"]
-    cpu = info["cpu"].get("brand_raw", "unknown CPU")
-    command = "make gpu-bench" if target.stem == "gpu" else "make bench"
+DIRECTIONS = {
+    "forward": "forward",
+    "backward": "backward",
+    "both": "forward + backward",
+    "search": "search",
+}
+AXES = ("V", "n", "K")  # of the scaling benchmark
+
+
+def record_of(result: dict) -> dict:
+    """One figure: its labels, and its times in ms as 20, 50 and 80 % of the rounds."""
+    extra = dict(result["extra_info"])
+    rounds = sorted(1e3 * t for t in result["stats"]["data"])
+    at = lambda share: rounds[min(len(rounds) - 1, int(share * len(rounds)))]  # noqa: E731
+    wall = {"p20": at(0.2), "p50": 1e3 * result["stats"]["median"], "p80": at(0.8)}
+    eager, graph = extra.pop("eager", None), extra.pop("graph", None)
+    return {**extra, "wall_ms": wall, "eager_ms": eager, "graph_ms": graph, "rounds": len(rounds)}
+
+
+def milliseconds(record: dict) -> float:
+    """The median a table shows: CUDA events where there are any, else the clock's."""
+    return (record["eager_ms"] or record["wall_ms"])["p50"]
+
+
+def page(found: dict, name: str) -> str:
+    """The Markdown page."""
+    m = found["machine"]
     lines = [
         "# Operations, measured",
         "",
-        f"`{command}` on {raw['datetime'][:10]}: {facts['device']}, {cpu}, {facts['threads']} threads, "
-        f"{facts['instruction_set']}, Python {info['python_version']}, torch {facts['torch']}, "
-        f"bincomm {facts['bincomm']}. Medians of 40 rounds after 5 to warm up; all contenders of a table "
-        "ran in one session. *Error* is the gradient's against fp64, checked before the timing.",
+        f"`make {'gpu-bench' if name == 'gpu' else 'bench'}` on {found['date']}: {m['device']}, {m['cpu']}, "
+        f"{m['threads']} threads, {m['instruction_set']}, Python {m['python']}, torch {m['torch']}, bincomm "
+        f"{m['bincomm']}.",
+        "Medians in milliseconds, ours with 20 % and 80 % of the rounds, a peer's with how many times ours "
+        "it is; all of a table ran in one session, and each was held against fp64 before it was timed.",
+        f"All figures, with errors and rounds: [{name}.json]({name}.json).",
     ]
-    groups = defaultdict(list)
-    for result in raw["benchmarks"]:
-        groups[result["group"]].append(result)
-    for group, results in groups.items():
-        ours = next(r["stats"]["median"] for r in results if r["extra_info"]["contender"] == "bincomm")
-        lines += [
-            "",
-            f"## {group}",
-            "",
-            "| | ms | quartiles | times bincomm | error |",
-            "|---|---|---|---|---|",
-        ]
-        for result in results:
-            s = result["stats"]
-            lines.append(
-                f"| {result['extra_info']['contender']} | {1e3 * s['median']:.3f} "
-                f"| {1e3 * s['q1']:.3f} – {1e3 * s['q3']:.3f} | {s['median'] / ours:.1f} "
-                f"| {result['extra_info']['error']:.0e} |"
-            )
+    if m["device"] == "CPU":
+        lines.append(
+            "The allocator keeps freed memory; otherwise every new tensor of some size costs page faults, ours "
+            "and a peer's."
+        )
+    else:
+        lines.append(
+            "Times are CUDA events from an idle GPU with its second-level cache flushed; copy bandwidth of "
+            f"the session {m['copy_bandwidth'] / 1e12:.2f} TB/s, read and write together."
+        )
+    lines += ["", f"![Times over sizes, and how they grow]({name}.png)"]
+    tables = defaultdict(lambda: defaultdict(dict))
+    for record in found["records"]:
+        title = (record["table"], record["dtype"], record["direction"])
+        tables[title][tuple(record["shape"])][record["contender"]] = record
+    for (table, dtype, direction), rows in tables.items():
+        if table.endswith("scaling"):
+            continue
+        lines += ["", f"## {table}, {dtype}, {DIRECTIONS[direction]}", ""]
+        contenders = list(dict.fromkeys(contender for row in rows.values() for contender in row))
+        extra = ["CUDA graph", "share of copy bandwidth, graph"] if m["copy_bandwidth"] else []
+        header = ["shape", *contenders[:1], *extra, *contenders[1:]]
+        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for shape, row in rows.items():
+            cells = [" × ".join(map(str, shape))]
+            for contender in contenders:
+                record = row.get(contender)
+                cells.append(time_of(record, row["bincomm"]) if record else "")
+                if contender == "bincomm" and extra:
+                    cells += graph_of(record, m["copy_bandwidth"])
+            lines.append(f"| {' | '.join(cells)} |")
+        if direction == "both":
+            lines += ["", "Most memory held at once, in sizes of the gradient:", ""]
+            lines += [f"| shape | {' | '.join(contenders)} |", "|---" * (len(contenders) + 1) + "|"]
+            width = 2 if dtype == "bf16" else 4
+            for shape, row in rows.items():
+                shares = [
+                    f"{row[c]['peak_memory'] / (width * row[c]['elements']):.2f}" if c in row else ""
+                    for c in contenders
+                ]
+                lines.append(f"| {' × '.join(map(str, shape))} | {' | '.join(shares)} |")
+    lines += scaling_table(found["records"])
     return "\n".join(lines) + "\n"
+
+
+def time_of(record: dict, ours: dict) -> str:
+    """A cell of a table."""
+    if record is ours:
+        times = record["eager_ms"] or record["wall_ms"]
+        return f"{times['p50']:.3g} ({times['p20']:.3g} – {times['p80']:.3g})"
+    return f"{milliseconds(record):.3g} · {milliseconds(record) / milliseconds(ours):.1f}×"
+
+
+def graph_of(record: dict, bandwidth: float) -> list[str]:
+    """Two cells: time of a graph's replay, and the share of the bandwidth of a copy that it reaches."""
+    if not isinstance(record["graph_ms"], dict):
+        return [record["graph_ms"] or "", ""]
+    took = record["graph_ms"]["p50"]
+    share = f"{record['moved'] / (took / 1e3) / bandwidth:.0%}" if record["moved"] else ""
+    return [f"{took:.3g}", share]
+
+
+def scaling(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """For V, n and K, what grew and the time it took."""
+    points = defaultdict(list)
+    for record in (r for r in records if r["table"].endswith("scaling")):
+        views, _, n, bits = record["shape"]
+        size = {"V": views, "n": n, "K": bits}
+        others = {"V": (16, 256), "n": (8, 256), "K": (8, 16)}
+        for axis in AXES:
+            if tuple(size[other] for other in AXES if other != axis) == others[axis]:
+                points[axis].append((size[axis], milliseconds(record)))
+    return {axis: sorted(points[axis]) for axis in points}
+
+
+def scaling_table(records: list[dict]) -> list[str]:
+    """Time against size, as the exponent between the neighbouring sizes of the last two decades."""
+    points = scaling(records)
+    if not points:
+        return []
+    lines = ["", "## sign_bce, fp32, forward + backward: growth", ""]
+    lines += ["From 8 × 2 × 16 × 256 over three decades; exponent e of time ∝ sizeᵉ between two sizes.", ""]
+    for axis in AXES:
+        steps = [
+            f"{a} → {b}: {math.log(t / s) / math.log(b / a):.2f}"
+            for (a, s), (b, t) in zip(points[axis], points[axis][1:], strict=False)
+        ]
+        lines.append(f"- {axis}: {', '.join(steps)}")
+    return lines
+
+
+def plot(records: list[dict], target: Path) -> None:
+    """Times of all contenders over sizes, and ours over V, n and K."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    peers, growth = figure.subplots(1, 2)
+    lines = defaultdict(list)
+    for record in records:
+        if (record["table"], record["dtype"], record["direction"]) == ("sign_bce", "fp32", "both"):
+            lines[record["contender"]].append((record["elements"], milliseconds(record)))
+    for contender, points in lines.items():
+        peers.plot(*zip(*sorted(points), strict=True), "o-", label=contender)
+    peers.set(title="sign_bce, fp32, forward + backward", xlabel="logits V·n·K", ylabel="ms")
+    for axis, points in scaling(records).items():
+        growth.plot(*zip(*points, strict=True), "o-", label=f"over {axis}")
+    growth.set(title="sign_bce over V, n and K, from 8 × 2 × 16 × 256", xlabel="size", ylabel="ms")
+    for axes in (peers, growth):
+        axes.set(xscale="log", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(target, dpi=110)
 
 
 if __name__ == "__main__":
     source, target = map(Path, sys.argv[1:])
-    page = table(json.loads(source.read_text()), target)
+    raw = json.loads(source.read_text())
+    info = raw["machine_info"]
+    machine = {**info["bincomm"], "cpu": info["cpu"].get("brand_raw", "unknown CPU")}
+    machine["python"] = info["python_version"]
+    found = {
+        "machine": machine,
+        "date": raw["datetime"][:10],
+        "records": [record_of(result) for result in raw["benchmarks"]],
+    }
     target.parent.mkdir(exist_ok=True)
-    target.write_text(page)
-    print(page)
+    target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    target.with_suffix(".md").write_text(page(found, target.name))
+    plot(found["records"], target.with_suffix(".png"))
+    print(target.with_suffix(".md").read_text())

@@ -60,7 +60,8 @@ def test_error_is_at_most_that_of_eager(views, teachers, n, bits, pairs, dtype):
     exact = truth(student, teacher, pairs)
     ours, theirs = forward_and_backward(student, teacher, pairs), eager(student, teacher, pairs)
     assert relative_error(ours[0], exact[0]) <= relative_error(theirs[0], exact[0]) + 1e-7
-    slack = max(1e-7, torch.finfo(dtype).eps / 2)
+    # The interpreter cuts fp32 off to bf16 where a GPU rounds, an error twice as large.
+    slack = torch.finfo(dtype).eps / 2 if dtype == torch.bfloat16 else 1e-7
     assert relative_error(ours[1], exact[1]) <= relative_error(theirs[1], exact[1]) + slack
     assert ours[1].dtype == dtype
 

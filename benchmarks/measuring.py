@@ -1,0 +1,126 @@
+"""Values and gradients held against fp64, times and memory of a step, on a CPU and on a GPU."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+GPU = torch.cuda.is_available()
+
+
+def value_and_gradient(function: Callable, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """A scalar function's value and its gradient at some logits."""
+    logits = logits.detach().requires_grad_()
+    value = function(logits)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+def check(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], ours: bool) -> float:
+    """Relative error of the gradient against fp64; fails where it or the value is wrong.
+
+    Ours has to keep its own promise, a rounding to the logits' type; a peer, which sums half types in
+    themselves, has to be right enough for its time to mean something.
+    """
+    half = found[1].dtype != torch.float32
+    value, exact = found[0].double().cpu(), truth[0].cpu()
+    torch.testing.assert_close(value, exact, rtol=2e-2 if half and not ours else 1e-4, atol=1e-6)
+    gradient = truth[1].to(found[1].device)
+    error = ((found[1].double() - gradient).norm() / gradient.norm()).item()
+    limit = max(1e-4, torch.finfo(found[1].dtype).eps) if ours else 3e-2
+    assert error < limit, f"the gradient is off by {error:.1e}"
+    return error
+
+
+def time_it(
+    benchmark: Any,
+    step: Callable,
+    prepare: Callable[[], tuple],
+    rounds: int,
+    labels: dict[str, Any],
+    moved: int | None,
+) -> None:
+    """Run the rounds and leave what was found in the benchmark's `extra_info`.
+
+    What `prepare` returns are the step's arguments; preparing is not timed.
+    """
+    for _ in range(3):
+        step(*prepare())
+    benchmark.extra_info |= labels | {"peak_memory": peak_memory(step, prepare())}
+    if GPU:
+        benchmark.extra_info |= {"eager": events(step, prepare, rounds), "moved": moved}
+        benchmark.extra_info["graph"] = replay(step, prepare, rounds)
+    benchmark.pedantic(step, setup=lambda: (prepare(), {}), rounds=rounds, warmup_rounds=2)
+
+
+def peak_memory(step: Callable, arguments: tuple) -> int:
+    """Most bytes of tensors that a step held at once beyond those there before it."""
+    if GPU:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(*arguments)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step(*arguments)
+    held = least = peak = 0
+    changes = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for change in sorted(changes, key=lambda e: e.start_ns()):
+        held += change.nbytes()
+        least = min(least, held)  # what was there before may be freed first
+        peak = max(peak, held - least)
+    return peak
+
+
+def quantiles(milliseconds: list[float]) -> dict[str, float]:
+    """20, 50 and 80 % of the rounds took at most so long."""
+    p20, _, _, p80 = statistics.quantiles(milliseconds, n=5)
+    return {"p20": p20, "p50": statistics.median(milliseconds), "p80": p80}
+
+
+def events(step: Callable, prepare: Callable[[], tuple], rounds: int) -> dict[str, float]:
+    """Milliseconds on the GPU from an idle start, its second-level cache flushed before every round."""
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    found = []
+    for _ in range(rounds):
+        arguments = prepare()
+        flush.zero_()
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step(*arguments)
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end))
+    return quantiles(found)
+
+
+def replay(step: Callable, prepare: Callable[[], tuple], rounds: int) -> dict[str, float] | str:
+    """The same for the replay of a CUDA graph of the step; why not, where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(*prepare())
+            arguments = prepare()
+        # On the stream of the forward pass, where autograd runs the backward pass too.
+        with torch.cuda.graph(graph, stream=side):
+            step(*arguments)
+        torch.cuda.current_stream().wait_stream(side)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return events(graph.replay, tuple, rounds)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a device-to-device copy reads and writes together."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    took = events(lambda: target.copy_(source), tuple, 20)["p50"]
+    return 2 * source.numel() / (took / 1e3)
