@@ -47,8 +47,8 @@ def page(found: dict, name: str) -> str:
     ]
     if m["device"] == "CPU":
         lines.append(
-            "The allocator keeps freed memory; otherwise every new tensor of some size costs page faults, ours "
-            "and a peer's."
+            "The allocator keeps freed memory; otherwise every new tensor of some size costs page faults, "
+            "ours and a peer's."
         )
     else:
         lines.append(

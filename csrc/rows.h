@@ -17,7 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Elements worked on at once: they stay in the first-level cache, and are a multiple of 32, so of whole message words.
-constexpr int64_t kChunk = 256;
+constexpr int64_t kChunk = 512;
 
 using Load = void (*)(const void* row, int64_t offset, int64_t count, float* out);
 using Store = void (*)(const float* in, int64_t count, void* row, int64_t offset);
