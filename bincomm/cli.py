@@ -42,7 +42,7 @@ def run_pretrain(arguments: list[str]) -> int:
         return fail(f"training needs more packages ({error}): pip install 'bincomm[train]'", status=1)
     try:
         config, recipe = parse(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail(str(error))
     print(f"recipe {recipe}, data {config.data}, output {config.output}", flush=True)
     try:

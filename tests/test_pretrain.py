@@ -272,6 +272,15 @@ def test_an_interruption_in_the_last_step_is_heeded(finished, tmp_path, monkeypa
     same_end(finished[0], tmp_path / "run")
 
 
+def test_a_recipe_that_cannot_be_read_is_told_without_a_traceback(capsys, monkeypatch):
+    def refuse(arguments):
+        raise PermissionError(13, "Permission denied", "mine.yaml")
+
+    monkeypatch.setattr("bincomm.config.parse", refuse)
+    assert cli.main(["pretrain", "--recipe", "mine.yaml"]) == 2
+    assert "Permission denied: 'mine.yaml'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("saved", [False, True])
 def test_what_an_interruption_promises_is_there(tmp_path, capsys, monkeypatch, saved):
     def interrupted(config):
