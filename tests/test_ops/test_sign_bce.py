@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_on_ranks
 from torch.library import opcheck
 
 import bincomm
@@ -275,7 +276,7 @@ def test_forward_mode_is_refused_and_never_silently_zero():
 
 def test_data_parallel_is_the_whole_batch(tmp_path):
     """Two processes of 4 images each, averaged by DistributedDataParallel, against one of 8."""
-    torch.multiprocessing.spawn(train_in_parallel, (str(tmp_path),), nprocs=2)
+    run_on_ranks(train_in_parallel, 2, tmp_path)
     network, images, teacher = parts_of_training()
     bincomm.sign_bce(network(images), teacher).backward()
     for rank in range(2):
@@ -289,16 +290,12 @@ def parts_of_training():
     return torch.nn.Linear(8, 40), torch.randn(3, 8, 8), torch.randn(2, 8, 40)
 
 
-def train_in_parallel(rank, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+def train_in_parallel(rank, world, folder):
     network, images, teacher = parts_of_training()
     parallel = torch.nn.parallel.DistributedDataParallel(network)
     mine = slice(4 * rank, 4 * rank + 4)
     bincomm.sign_bce(parallel(images[:, mine]), teacher[:, mine]).backward()
     torch.save([p.grad for p in network.parameters()], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
