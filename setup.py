@@ -109,7 +109,7 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
     options = {
         "sources": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")),
-        "depends": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.h")),
+        "depends": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.*h")),
         "include_dirs": [pybind11.get_include()],
         "define_macros": define,
         "extra_compile_args": {"cxx": flags},

@@ -1,0 +1,270 @@
+// The coding rate on CUDA: which kernels of coding_rate_device.cuh run, how they are launched, and their registration.
+//
+// Forward: norms, G, determinant and inverse. Backward: the product with the inverse, then what lies along the rows is
+// taken out. Five launches in all; no value is ever read back by the host.
+
+#include "coding_rate.h"
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "coding_rate_device.cuh"
+
+namespace bincomm {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int kRowsPerBlock = 8;  // of the kernels that give a row to a warp
+constexpr size_t kProductBytes = 2 * kProductWarps * kTileSize * sizeof(float);  // two tiles a warp
+
+void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) cudaGetLastError();  // it is reported here and must not surface in another's call
+  STD_TORCH_CHECK(status == cudaSuccess, "coding_rate: ", what, ": ", cudaGetErrorString(status));
+}
+
+cudaStream_t stream_of(int device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Number of blocks as CUDA wants it.
+unsigned grid(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "coding_rate: too many logits for one launch");
+  return static_cast<unsigned>(blocks);
+}
+
+int64_t tiles_of(int64_t side) { return (side + kTile - 1) / kTile; }
+
+template <typename Kernel>
+void allow_shared(Kernel kernel, size_t bytes) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "shared memory");
+}
+
+// ---- sweep
+
+template <int kSide>
+size_t sweep_bytes(int tiles) {
+  return SweepMemory<kSide>(tiles).size(tiles) * sizeof(float);
+}
+
+template <int kSide>
+cudaLaunchConfig_t sweep_config(int64_t matrices, int tiles, cudaStream_t stream, cudaLaunchAttribute* cluster) {
+  constexpr int kBlocks = kSide * kSide;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid(matrices * kBlocks));
+  config.blockDim = dim3(kSweepThreads);
+  config.dynamicSmemBytes = sweep_bytes<kSide>(tiles);
+  config.stream = stream;
+  if (kSide > 1) {
+    cluster->id = cudaLaunchAttributeClusterDimension;
+    cluster->val.clusterDim = {kBlocks, 1, 1};
+    config.attrs = cluster;
+    config.numAttrs = 1;
+  }
+  return config;
+}
+
+// Whether the device at hand can run it: enough shared memory, and room for a cluster if it is one.
+template <int kSide>
+bool can_sweep(int device, int tiles) {
+  int available = 0;
+  check(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device attribute");
+  if (sweep_bytes<kSide>(tiles) > static_cast<size_t>(available)) return false;
+  allow_shared(sweep_kernel<kSide>, available);
+  if (kSide == 1) return true;
+  int has_clusters = 0;
+  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device), "device attribute");
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, sweep_kernel<kSide>), "kernel attributes");
+  if (!has_clusters || code.ptxVersion < 90) return false;  // code for older architectures knows no clusters
+  check(cudaFuncSetAttribute(sweep_kernel<kSide>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
+  cudaLaunchAttribute cluster[1];
+  const cudaLaunchConfig_t config = sweep_config<kSide>(1, tiles, nullptr, cluster);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, sweep_kernel<kSide>, &config) != cudaSuccess) cudaGetLastError();
+  return clusters > 0;
+}
+
+// Blocks along a side of the cluster for matrices of so many tiles a side, 0 where none fits. Four blocks pay as
+// soon as each has a few tiles; sixteen wait longer for each other.
+int choose_cluster_side(int device, int tiles) {
+  if (tiles <= 4 && can_sweep<1>(device, tiles)) return 1;
+  if (can_sweep<2>(device, tiles)) return 2;
+  if (can_sweep<1>(device, tiles)) return 1;
+  return can_sweep<4>(device, tiles) ? 4 : 0;
+}
+
+// The same, found once for a device and a size.
+int cluster_side(int device, int tiles) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, int>, int> found;
+  const std::lock_guard lock(mutex);
+  const auto [place, is_new] = found.try_emplace({device, tiles});
+  if (is_new) place->second = choose_cluster_side(device, tiles);
+  return place->second;
+}
+
+template <int kSide>
+void launch_sweep(const SweepArguments& arguments, int64_t matrices, cudaStream_t stream) {
+  cudaLaunchAttribute cluster[1];
+  const auto config = sweep_config<kSide>(matrices, static_cast<int>(tiles_of(arguments.n)), stream, cluster);
+  check(cudaLaunchKernelEx(&config, sweep_kernel<kSide>, arguments), "sweep");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> coding_rate_sweep(Tensor gram_) {
+  const Tensor gram = torch::stable::contiguous(gram_);
+  STD_TORCH_CHECK(gram.dim() == 3 && gram.size(1) == gram.size(2) && gram.scalar_type() == ScalarType::Float,
+                  "gram: expected (V, m, m) float32");
+  const int64_t matrices = gram.size(0), n = gram.size(1);
+  const DeviceGuard guard(gram.get_device_index());
+  Tensor rate = torch::stable::new_empty(gram, {matrices});
+  Tensor inverse = torch::stable::new_empty(gram, {matrices, n, n});
+  Tensor smallest = torch::stable::new_empty(gram, {matrices});
+  Tensor clamped = torch::stable::new_empty(gram, {matrices}, ScalarType::Int);
+  if (matrices > 0) {
+    const SweepArguments arguments{static_cast<const float*>(gram.const_data_ptr()),
+                                   static_cast<float*>(inverse.mutable_data_ptr()),
+                                   static_cast<float*>(rate.mutable_data_ptr()),
+                                   static_cast<float*>(smallest.mutable_data_ptr()),
+                                   static_cast<int*>(clamped.mutable_data_ptr()),
+                                   static_cast<int>(n)};
+    const cudaStream_t stream = stream_of(gram.get_device_index());
+    switch (cluster_side(gram.get_device_index(), static_cast<int>(tiles_of(n)))) {
+      case 1: launch_sweep<1>(arguments, matrices, stream); break;
+      case 2: launch_sweep<2>(arguments, matrices, stream); break;
+      case 4: launch_sweep<4>(arguments, matrices, stream); break;
+      default: STD_TORCH_CHECK(false, "gram: a side of ", n, " is too large for the CUDA kernel on this GPU");
+    }
+  }
+  return {rate, inverse, smallest, clamped};
+}
+
+// ---- Logits
+
+template <typename T>
+Logits<T> view_of(const Tensor& logits, const float* reciprocal) {
+  return {static_cast<const T*>(logits.const_data_ptr()), reciprocal, logits.stride(0), logits.stride(1),
+          logits.stride(2), static_cast<int>(logits.size(1)), static_cast<int>(logits.size(2))};
+}
+
+// Calls `act` with a null pointer of the type the logits are stored in.
+template <typename Act>
+void with_type(const Tensor& logits, const Act& act) {
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  STD_TORCH_CHECK(logits.dim() == 3 && logits.size(1) <= kMost && logits.size(2) <= kMost,
+                  "logits: expected (V, n, K)");
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: act(static_cast<float*>(nullptr)); break;
+    case ScalarType::Half: act(static_cast<__half*>(nullptr)); break;
+    case ScalarType::BFloat16: act(static_cast<__nv_bfloat16*>(nullptr)); break;
+    default: STD_TORCH_CHECK(false, "logits: expected float32, float16 or bfloat16");
+  }
+}
+
+// Threads and shared memory of a product over so long a sum: no more warps than there are tiles of it.
+struct ProductShape {
+  int threads;
+  size_t bytes;
+
+  explicit ProductShape(int64_t depth) {
+    const int warps = static_cast<int>(std::min<int64_t>(kProductWarps, tiles_of(depth)));
+    threads = warps * kTile;
+    bytes = 2 * warps * kTileSize * sizeof(float);
+  }
+};
+
+std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits, double alpha, bool of_images) {
+  const int64_t views = logits.size(0), n = logits.size(1), bits = logits.size(2);
+  const int64_t side = of_images ? n : bits;
+  const DeviceGuard guard(logits.get_device_index());
+  Tensor out = torch::stable::new_empty(logits, {views, side, side}, ScalarType::Float);
+  Tensor reciprocal = torch::stable::new_empty(logits, {views, n}, ScalarType::Float);
+  if (views == 0) return {out, reciprocal};
+  with_type(logits, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const cudaStream_t stream = stream_of(logits.get_device_index());
+    float* const r = static_cast<float*>(reciprocal.mutable_data_ptr());
+    const Logits<T> a = view_of<T>(logits, r);
+    reciprocal_norms_kernel<<<grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock), kRowsPerBlock * kTile, 0,
+                              stream>>>(a, r, views * n);
+    const auto kernel = of_images ? gram_kernel<T, true> : gram_kernel<T, false>;
+    const ProductShape shape(of_images ? bits : n);
+    allow_shared(kernel, kProductBytes);
+    const int64_t tiles = tiles_of(side);
+    kernel<<<grid(views * tiles * (tiles + 1) / 2), shape.threads, shape.bytes, stream>>>(
+        a, static_cast<float>(alpha), static_cast<float*>(out.mutable_data_ptr()));
+    check(cudaGetLastError(), "gram");
+  });
+  return {out, reciprocal};
+}
+
+Tensor coding_rate_backward(Tensor arriving_, Tensor logits, Tensor inverse_, Tensor reciprocal_, double alpha,
+                            bool of_images) {
+  const int64_t views = logits.size(0), n = logits.size(1), bits = logits.size(2);
+  const Tensor arriving = torch::stable::contiguous(arriving_);
+  const Tensor inverse = torch::stable::contiguous(inverse_);
+  const Tensor reciprocal = torch::stable::contiguous(reciprocal_);
+  const DeviceGuard guard(logits.get_device_index());
+  Tensor out = torch::stable::new_empty(logits, {views, n, bits});
+  if (views == 0) return out;
+  Tensor g = logits.scalar_type() == ScalarType::Float
+                 ? out
+                 : torch::stable::new_empty(logits, {views, n, bits}, ScalarType::Float);
+  const int64_t tiles = tiles_of(bits);
+  Tensor radial = torch::stable::new_empty(logits, {views, n, tiles}, ScalarType::Float);
+  with_type(logits, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const cudaStream_t stream = stream_of(logits.get_device_index());
+    const Logits<T> a = view_of<T>(logits, static_cast<const float*>(reciprocal.const_data_ptr()));
+    const auto kernel = of_images ? direction_kernel<T, true> : direction_kernel<T, false>;
+    const ProductShape shape(of_images ? n : bits);
+    allow_shared(kernel, kProductBytes);
+    float* const g_data = static_cast<float*>(g.mutable_data_ptr());
+    float* const radial_data = static_cast<float*>(radial.mutable_data_ptr());
+    kernel<<<grid(views * tiles_of(n) * tiles), shape.threads, shape.bytes, stream>>>(
+        a, static_cast<const float*>(inverse.const_data_ptr()), g_data, radial_data);
+    gradient_kernel<<<grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock), kRowsPerBlock * kTile, 0, stream>>>(
+        a, static_cast<const float*>(arriving.const_data_ptr()), static_cast<float>(alpha), g_data, radial_data,
+        static_cast<T*>(out.mutable_data_ptr()), views * n);
+    check(cudaGetLastError(), "gradient");
+  });
+  return out;
+}
+
+}  // namespace
+
+int largest_side(int device) {
+  int previous = 0;
+  check(cudaGetDevice(&previous), "cudaGetDevice");
+  check(cudaSetDevice(device), "cudaSetDevice");
+  int tiles = 0;
+  while (cluster_side(device, tiles + 1) > 0) ++tiles;
+  check(cudaSetDevice(previous), "cudaSetDevice");
+  return tiles * kTile;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bincomm, CUDA, m) {
+  m.impl("coding_rate_gram", TORCH_BOX(&coding_rate_gram));
+  m.impl("coding_rate_sweep", TORCH_BOX(&coding_rate_sweep));
+  m.impl("coding_rate_backward", TORCH_BOX(&coding_rate_backward));
+}
+
+}  // namespace bincomm

@@ -1,0 +1,649 @@
+// Device code of the coding rate R = 1/2 logdet(I + alpha G) and its gradient. The tests run this file on a CPU.
+//
+// The rows of logits a are z = a / |a|. G is z^T z (bits by bits) or z z^T (images by images): both have the same
+// determinant, and the inverse of either gives the gradient:
+//
+//     dR/dz = alpha z (I + alpha z^T z)^-1 = alpha (I + alpha z z^T)^-1 z
+//
+// Everything is done in tiles of 32 x 32. A warp multiplies two of them; `sweep` inverts a matrix of them in shared
+// memory, one block a matrix or a cluster of blocks, and finds its determinant on the way.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#else
+#include "fibres.h"
+#endif
+
+namespace bincomm {
+
+constexpr int kTile = 32;
+constexpr int kTileSize = kTile * kTile;
+constexpr int kSweepThreads = 512;
+constexpr int kProductWarps = 8;
+constexpr double kNormEps = 1e-12;  // smallest norm a row is divided by, as in torch.nn.functional.normalize
+constexpr unsigned kEveryLane = 0xffffffffu;
+
+// ---- What only the hardware has, and beside it what stands for it on a CPU
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ float* shared_memory() {
+  extern __shared__ float4 memory[];
+  return reinterpret_cast<float*>(memory);
+}
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+// A finite gradient stays finite: beyond the largest half it is that. An infinite one stays infinite.
+__device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
+__device__ __forceinline__ void narrow(float x, __half* to) {
+  *to = __float2half_rn(isfinite(x) ? fminf(fmaxf(x, -65504.0f), 65504.0f) : x);
+}
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) {
+  constexpr float kLargest = 3.38953139e38f;
+  *to = __float2bfloat16_rn(isfinite(x) ? fminf(fmaxf(x, -kLargest), kLargest) : x);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ float* of_block(float* mine, unsigned rank) {
+  uint64_t there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
+  return reinterpret_cast<float*>(there);
+}
+
+#else  // Architectures without clusters launch only sweep<1>, which calls none of these.
+
+__device__ __forceinline__ unsigned cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_barrier() { __trap(); }
+__device__ __forceinline__ float* of_block(float* mine, unsigned) { return mine; }
+
+#endif
+#else
+
+inline float* shared_memory() { return fibres::shared(); }
+inline float widen(float x) { return x; }
+inline void narrow(float x, float* to) { *to = x; }
+inline unsigned cluster_rank() { return fibres::cluster_rank(); }
+inline void cluster_barrier(fibres::Where where = fibres::Where::current()) { fibres::cluster_barrier(where); }
+inline float* of_block(float* mine, unsigned rank) { return fibres::shared_of(rank) + (mine - fibres::shared()); }
+
+#endif
+
+// ---- Tiles
+
+// Float4 number `four` of row `row`. The exclusive or spreads what a quarter of a warp reads at once, rows 4 i + a or
+// neighbouring rows, over all banks.
+__device__ __forceinline__ int place(int row, int four) { return kTile * row + ((four ^ row ^ (row >> 3)) & 7) * 4; }
+__device__ __forceinline__ int element(int row, int column) { return place(row, column >> 2) + (column & 3); }
+__device__ __forceinline__ float4& four_of(float* tile, int row, int four) {
+  return *reinterpret_cast<float4*>(tile + place(row, four));
+}
+__device__ __forceinline__ float4 four_of(const float* tile, int row, int four) {
+  return *reinterpret_cast<const float4*>(tile + place(row, four));
+}
+
+// A warp's 32 x 32 product: lane l holds rows 4 (l / 4) + a, a < 4, and columns 16 h + 4 (l % 4) + b, h < 2, b < 4.
+struct Product {
+  float value[4][8] = {};
+
+  // Adds sum over s of X(row, s) Y(column, s). A tile is stored by rows, T[row][s], or the other way, T[s][row].
+  template <bool kXByRow, bool kYByRow>
+  __device__ __forceinline__ void add(const float* x_tile, const float* y_tile, int lane) {
+    const float* const shared = shared_memory();
+    const int x_start = start<kXByRow>(static_cast<int>(x_tile - shared), lane >> 2);
+    const int y_start = start<kYByRow>(static_cast<int>(y_tile - shared), lane & 3);
+#pragma unroll 1
+    for (int eight = 0; eight < kTile / 8; ++eight) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x[4][4], y[4][4];
+        load<kXByRow>(shared, x_start, eight, half, 0, x);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          load<kYByRow>(shared, y_start, eight, half, h, y);
+#pragma unroll
+          for (int s = 0; s < 4; ++s) {
+#pragma unroll
+            for (int a = 0; a < 4; ++a) {
+#pragma unroll
+              for (int b = 0; b < 4; ++b) value[a][4 * h + b] = fmaf(x[a][s], y[b][s], value[a][4 * h + b]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // tile <- keep * tile + sign * product; a tile that is not kept is not read.
+  template <bool kKeep>
+  __device__ __forceinline__ void store(float* tile, float sign, int lane) const {
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float4& to = four_of(tile, 4 * (lane >> 2) + a, 4 * h + (lane & 3));
+        const float* p = &value[a][4 * h];
+        const float4 old = kKeep ? to : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        to = make_float4(fmaf(sign, p[0], old.x), fmaf(sign, p[1], old.y), fmaf(sign, p[2], old.z),
+                         fmaf(sign, p[3], old.w));
+      }
+    }
+  }
+
+ private:
+  // load() reads rows 4 (group + 4 h) + i, i < 4, at s = 8 eight + 4 half + j, j < 4. Of `place` for these,
+  // the lane's part is `start` and the rest, but for `eight`, known when compiled: one exclusive or a load.
+  template <bool kByRow>
+  __device__ static __forceinline__ int start(int tile, int group) {
+    return kByRow ? tile + place(4 * group, 0) : tile + 4 * group;
+  }
+  template <bool kByRow>
+  __device__ static __forceinline__ void load(const float* shared, int start, int eight, int half, int h,
+                                              float (&to)[4][4]) {
+    const int there = kByRow ? start ^ (8 * eight) : (start + 8 * kTile * eight) ^ (4 * eight);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = kByRow ? (there ^ (4 * (half ^ i ^ (2 * h)))) + kTile * (16 * h + i)
+                            : (there ^ (4 * ((4 * half + i) ^ (4 * h)))) + kTile * (4 * half + i);
+      const float4 f = *reinterpret_cast<const float4*>(shared + at);
+      const float part[4] = {f.x, f.y, f.z, f.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) (kByRow ? to[i][j] : to[j][i]) = part[j];
+    }
+  }
+};
+
+// ---- Determinant and inverse
+//
+// The symmetric sweep operator, block by block. With D the inverse of the block (k, k), and all i, j other than k,
+//
+//     A_ij <- A_ij - A_ik D A_kj        A_ik <- A_ik D        A_kk <- -D
+//
+// and after the last k, A holds minus its inverse. The block (k, k) it meets is the Schur complement that a Cholesky
+// factorisation would meet there, so the pivots are the same; the work is the same as factor plus inverse, n^3
+// multiplications, but every step has all of the matrix to work on, in place, and there are as many steps as blocks.
+// From D = W^T W, W the inverse of the Cholesky factor of the block, one rule does all three:
+//
+//     R_i = A_ik W^T,   R_k = -W^T;   A_ij <- (i, j != k: A_ij) - R_i R_j^T
+//
+// Only the tiles with i >= j are held. A panel tile is R_i^T; its rows are indices of the block (k, k).
+
+// Tiles (i, j), i >= j, dealt to kSide x kSide blocks: (i, j) belongs to block (i % kSide, j % kSide).
+template <int kSide>
+struct Deal {
+  int p, q;  // this block
+
+  __device__ explicit Deal(unsigned rank) : p(rank / kSide), q(rank % kSide) {}
+  __device__ static unsigned rank_of(int p, int q) { return p * kSide + q; }
+  __device__ static int of(int i) { return i % kSide; }
+  // Number of this block's tiles in its first `rows` rows, which is the place of the first tile after them.
+  __device__ int before(int rows) const { return q <= p ? rows * (rows + 1) / 2 : rows * (rows - 1) / 2; }
+  __device__ int count(int tiles) const { return before((tiles - p + kSide - 1) / kSide); }
+  __device__ int slot(int i, int j) const { return before(i / kSide) + j / kSide; }
+};
+
+// Shared memory of a block of `sweep`, in floats.
+template <int kSide>
+struct SweepMemory {
+  int rows;  // most rows of tiles that a block has
+
+  __host__ __device__ constexpr explicit SweepMemory(int tiles) : rows((tiles + kSide - 1) / kSide) {}
+  __host__ __device__ constexpr int panels() const { return rows * (rows + 1) / 2 * kTileSize; }
+  // One block alone keeps R_i where A_ik was.
+  __host__ __device__ constexpr int factors() const { return panels() + (kSide > 1 ? 2 * rows * kTileSize : 0); }
+  __host__ __device__ constexpr int line() const { return factors() + 2 * kTileSize; }
+  __host__ __device__ constexpr int pivots() const { return line() + 2 * kTile; }
+  __host__ __device__ constexpr int size(int tiles) const { return pivots() + tiles * kTile; }
+};
+
+// What a block may have: 163 KiB on sm_80, 99 KiB on sm_86, sm_89 and sm_120, 227 KiB on sm_90 and sm_100.
+template <int kSide>
+constexpr bool fits(int n, int kibibytes) {
+  return SweepMemory<kSide>(n / kTile).size(n / kTile) * sizeof(float) <= kibibytes * 1024u;
+}
+static_assert(fits<1>(256, 163) && fits<1>(192, 99) && fits<2>(512, 227) && fits<4>(1024, 227));
+
+// -W for the inverse W of a tile's Cholesky factor, and its pivots, by one warp: row `lane` of the tile lies in
+// registers. Gauss-Jordan elimination: at step j, x[c] is the Schur complement for c > j, the inverse for c < j.
+__device__ __forceinline__ void factor(const float* tile, float* minus_w, float* line, float* pivots, int lane) {
+  float x[kTile], v[kTile];
+#pragma unroll
+  for (int four = 0; four < kTile / 4; ++four) {
+    const float4 f = four_of(tile, lane, four);
+    x[4 * four] = f.x, x[4 * four + 1] = f.y, x[4 * four + 2] = f.z, x[4 * four + 3] = f.w;
+  }
+  float own = 1.0f;
+#pragma unroll
+  for (int j = 0; j < kTile; ++j) {
+    float* shown = line + (j & 1) * kTile;  // two by turns: the next row may be written while this one is read
+    if (lane == j) {
+#pragma unroll
+      for (int c = 0; c < kTile; c += 4) {
+        *reinterpret_cast<float4*>(shown + c) = make_float4(x[c], x[c + 1], x[c + 2], x[c + 3]);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int c = 0; c < kTile; c += 4) {
+      const float4 f = *reinterpret_cast<const float4*>(shown + c);
+      v[c] = f.x, v[c + 1] = f.y, v[c + 2] = f.z, v[c + 3] = f.w;
+    }
+    // Of identity plus positive semi-definite every pivot is at least 1: below is rounding. NaN stays NaN.
+    const float pivot = v[j] < 1.0f ? 1.0f : v[j];
+    if (lane == j) own = v[j];
+    const float m = lane > j ? x[j] * (1.0f / pivot) : 0.0f;
+#pragma unroll
+    for (int c = 0; c < kTile; ++c) {
+      if (c != j) x[c] = fmaf(-m, v[c], x[c]);
+    }
+    if (lane > j) x[j] = -m;
+  }
+  const float scale = 1.0f / sqrtf(own < 1.0f ? 1.0f : own);
+#pragma unroll
+  for (int c = 0; c < kTile; ++c) x[c] = c < lane ? -scale * x[c] : (c == lane ? -scale : 0.0f);
+#pragma unroll
+  for (int four = 0; four < kTile / 4; ++four) {
+    four_of(minus_w, lane, four) = make_float4(x[4 * four], x[4 * four + 1], x[4 * four + 2], x[4 * four + 3]);
+  }
+  pivots[lane] = own;
+}
+
+struct SweepArguments {
+  const float* gram;  // (matrices, n, n): alpha G, without the identity
+  float* inverse;     // (matrices, n, n): (I + alpha G)^-1
+  float* rate;        // (matrices,)
+  float* smallest;    // (matrices,): the smallest pivot, before it was held at 1
+  int* clamped;       // (matrices,): how many were held at 1
+  int n;
+};
+
+// One cluster of kSide x kSide blocks a matrix.
+template <int kSide>
+__device__ __forceinline__ void sweep(const SweepArguments& p) {
+  constexpr int kBlocks = kSide * kSide;
+  constexpr int kWarps = kSweepThreads / kTile;
+  const int thread = threadIdx.x, warp = thread / kTile, lane = thread % kTile;
+  const Deal<kSide> deal(kSide > 1 ? cluster_rank() : 0);
+  const int tiles = (p.n + kTile - 1) / kTile;
+  const SweepMemory<kSide> memory(tiles);
+  float* const shared = shared_memory();
+  float* const row_panel = shared + memory.panels();  // R_i^T for the rows i of this block's tiles,
+  float* const column_panel = deal.p == deal.q ? row_panel : row_panel + memory.rows * kTileSize;  // and columns
+  float* const line = shared + memory.line();
+  float* const pivots = shared + memory.pivots();
+  const int64_t matrix = blockIdx.x / kBlocks;
+  const int64_t start = matrix * p.n * p.n;
+
+  const auto slot = [&](int i, int j) { return shared + deal.slot(i, j) * kTileSize; };
+  const auto minus_w = [&](int k) { return shared + memory.factors() + (k & 1) * kTileSize; };
+  const auto panel = [&](float* panels, int i) { return panels + i / kSide * kTileSize; };
+  const auto owns = [&](int i, int j) { return deal.p == deal.of(i) && deal.q == deal.of(j); };
+  // R_i^T for the row i, or the column i, of a tile of this block, at step k.
+  const auto r_of = [&](float* panels, int i, int k) {
+    if (i == k) return minus_w(k);
+    if (kSide == 1) return i > k ? slot(i, k) : slot(k, i);
+    return panel(panels, i);
+  };
+  const auto update = [&](int i, int j, int k) {
+    Product product;
+    product.add<false, false>(r_of(row_panel, i, k), r_of(column_panel, j, k), lane);
+    __syncwarp();  // one block alone overwrites R_i with A_ik
+    if (i == k || j == k) {
+      product.store<false>(slot(i, j), -1.0f, lane);
+    } else {
+      product.store<true>(slot(i, j), -1.0f, lane);
+    }
+  };
+  const auto factor_block = [&](int k) {
+    float* const first = kSide > 1 ? of_block(pivots, 0) : pivots;
+    factor(slot(k, k), minus_w(k), line, first + k * kTile, lane);
+  };
+  // This block's tiles, as far as they are wanted, by turns to the warps from `first_warp` on.
+  const auto for_tiles = [&](int first_warp, const auto& wanted, const auto& act) {
+    int turn = first_warp;
+    for (int i = deal.p; i < tiles; i += kSide) {
+      for (int j = deal.q; j <= i; j += kSide) {
+        if (!wanted(i, j)) continue;
+        if (turn == warp) act(i, j);
+        turn = turn + 1 < kWarps ? turn + 1 : first_warp;
+      }
+    }
+  };
+  const auto every = [](int, int) { return true; };
+
+  for_tiles(0, every, [&](int i, int j) {
+    float* const tile = slot(i, j);
+    const int column = j * kTile + lane;
+#pragma unroll 8
+    for (int r = 0; r < kTile; ++r) {
+      const int row = i * kTile + r;
+      const float g = row < p.n && column < p.n ? p.gram[start + static_cast<int64_t>(row) * p.n + column] : 0.0f;
+      tile[element(r, lane)] = g + (row == column ? 1.0f : 0.0f);
+    }
+  });
+  __syncthreads();
+  if (owns(0, 0) && warp == 0) factor_block(0);
+
+  for (int k = 0; k < tiles; ++k) {
+    // All have updated their tiles, and W is there for the block that owns (k, k).
+    if (kSide > 1) {
+      cluster_barrier();
+    } else {
+      __syncthreads();
+    }
+    const int turn = deal.of(k);
+    const bool in_row = deal.p == turn, in_column = deal.q == turn;  // whether tiles (k, j), (i, k) lie here
+    if (kSide > 1) {
+      if (in_row != in_column) {
+        const float* there = of_block(minus_w(k), deal.rank_of(turn, turn));
+        for (int e = 4 * thread; e < kTileSize; e += 4 * kSweepThreads) {
+          *reinterpret_cast<float4*>(minus_w(k) + e) = *reinterpret_cast<const float4*>(there + e);
+        }
+      }
+      __syncthreads();
+    }
+
+    // R_i^T = W A_ki.
+    for_tiles(
+        0, [&](int i, int j) { return (i == k) != (j == k); },
+        [&](int i, int j) {
+          Product product;
+          if (j == k) {
+            product.add<true, true>(minus_w(k), slot(i, k), lane);
+          } else {
+            product.add<true, false>(minus_w(k), slot(k, j), lane);
+          }
+          __syncwarp();  // one block alone overwrites A_ik with R_i
+          product.store<false>(j == k ? r_of(row_panel, i, k) : r_of(column_panel, j, k), -1.0f, lane);
+        });
+
+    if (kSide > 1) {
+      cluster_barrier();
+      // From where it was made: R_i with i > k in the row panel of the block of (i, k), with i < k in the column
+      // panel of the block of (k, i). Nobody reads here what is fetched here.
+      const auto fetch = [&](float* panels, int of_this) {
+        for (int i = of_this; i < tiles; i += kSide) {
+          const unsigned maker = i > k ? deal.rank_of(of_this, turn) : deal.rank_of(turn, of_this);
+          if (i == k || maker == deal.rank_of(deal.p, deal.q)) continue;
+          const bool in_rows = i > k || of_this == turn;
+          float* const made = row_panel + (in_rows ? 0 : memory.rows * kTileSize);
+          const float* there = of_block(panel(made, i), maker);
+          for (int e = 4 * thread; e < kTileSize; e += 4 * kSweepThreads) {
+            *reinterpret_cast<float4*>(panel(panels, i) + e) = *reinterpret_cast<const float4*>(there + e);
+          }
+        }
+      };
+      fetch(row_panel, deal.p);
+      if (deal.p != deal.q) fetch(column_panel, deal.q);
+    }
+    __syncthreads();
+
+    // The next block to be factored comes first, so that its factorisation runs beside the other updates.
+    const bool ahead = k + 1 < tiles && owns(k + 1, k + 1);
+    if (ahead && warp == 0) {
+      update(k + 1, k + 1, k);
+      __syncwarp();
+      factor_block(k + 1);
+    }
+    const auto is_next = [&](int i, int j) { return i == k + 1 && j == k + 1; };
+    const auto has_k = [&](int i, int j) { return i == k || j == k; };
+    const auto step = [&](int i, int j) { update(i, j, k); };
+    if (kSide > 1) {
+      for_tiles(ahead, [&](int i, int j) { return !is_next(i, j); }, step);
+    } else {
+      for_tiles(ahead, [&](int i, int j) { return !is_next(i, j) && !has_k(i, j); }, step);
+      __syncthreads();  // R_i is not needed any more where A_ik goes
+      for_tiles(0, has_k, step);
+    }
+  }
+
+  if (kSide > 1) {
+    cluster_barrier();  // the pivots are there, and nobody reads another block's memory any more
+  } else {
+    __syncthreads();
+  }
+  for_tiles(0, every, [&](int i, int j) {
+    const float* tile = slot(i, j);
+#pragma unroll 8
+    for (int r = 0; r < kTile; ++r) {
+      const int row = i * kTile + r, column = j * kTile + lane;
+      if (row < p.n && column < p.n) {
+        p.inverse[start + static_cast<int64_t>(row) * p.n + column] = -tile[element(r, lane)];
+      }
+      const int mirrored_row = j * kTile + r, mirrored_column = i * kTile + lane;
+      if (i != j && mirrored_row < p.n && mirrored_column < p.n) {
+        p.inverse[start + static_cast<int64_t>(mirrored_row) * p.n + mirrored_column] = -tile[element(lane, r)];
+      }
+    }
+  });
+  if (deal.p == 0 && deal.q == 0 && warp == 0) {
+    float sum = 0.0f, smallest = INFINITY;
+    int clamped = 0;
+    for (int i = lane; i < p.n; i += kTile) {
+      const float pivot = pivots[i];
+      sum += logf(pivot < 1.0f ? 1.0f : pivot);
+      clamped += pivot < 1.0f;
+      smallest = pivot < smallest || pivot != pivot ? pivot : smallest;  // NaN stays
+    }
+    for (int step = kTile / 2; step > 0; step /= 2) {
+      sum += __shfl_xor_sync(kEveryLane, sum, step);
+      clamped += __shfl_xor_sync(kEveryLane, clamped, step);
+      const float other = __shfl_xor_sync(kEveryLane, smallest, step);
+      smallest = other < smallest || other != other ? other : smallest;
+    }
+    if (lane == 0) {
+      p.rate[matrix] = sum / 2;
+      p.smallest[matrix] = smallest;
+      p.clamped[matrix] = clamped;
+    }
+  }
+}
+
+// ---- Logits
+
+// Logits of any strides with the reciprocals of their rows' norms.
+template <typename T>
+struct Logits {
+  const T* a;
+  const float* reciprocal;  // (views, n)
+  int64_t view_stride, image_stride, bit_stride;
+  int n, bits;
+
+  __device__ __forceinline__ float raw(int64_t view, int image, int bit) const {
+    return widen(a[view * view_stride + image * image_stride + bit * bit_stride]);
+  }
+  __device__ __forceinline__ float z(int64_t view, int image, int bit) const {
+    return raw(view, image, bit) * reciprocal[view * n + image];
+  }
+  // 32 images by 32 bits, zero beyond the ends.
+  __device__ __forceinline__ void fill(float* tile, int64_t view, int image, int bit, int lane) const {
+    const T* from = a + view * view_stride + image * image_stride + (bit + lane) * bit_stride;
+    const float* scale = reciprocal + view * n + image;
+    const int inside = bit + lane < bits ? n - image : 0;
+#pragma unroll 8
+    for (int r = 0; r < kTile; ++r) {
+      tile[element(r, lane)] = r < inside ? widen(from[r * image_stride]) * scale[r] : 0.0f;
+    }
+  }
+};
+
+// 1 / |a| for one row a warp. In double precision no square of a float overflows or vanishes.
+template <typename T>
+__device__ __forceinline__ void reciprocal_norms(const Logits<T>& logits, float* reciprocal, int64_t rows) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kTile;
+  const int lane = threadIdx.x % kTile;
+  if (row >= rows) return;
+  double sum = 0.0;
+  for (int bit = lane; bit < logits.bits; bit += kTile) {
+    const double a = logits.raw(row / logits.n, static_cast<int>(row % logits.n), bit);
+    sum += a * a;
+  }
+  for (int step = kTile / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kEveryLane, sum, step);
+  const double norm = sqrt(sum);
+  if (lane == 0) reciprocal[row] = static_cast<float>(1.0 / (norm < kNormEps ? kNormEps : norm));
+}
+
+// A block's sum over the warps of their products: afterwards warp 0's first tile holds it.
+__device__ __forceinline__ void sum_of_warps(const Product& product, float* shared, int warps, int warp, int lane) {
+  __syncwarp();  // the other lanes have done with this tile
+  product.store<false>(shared + 2 * warp * kTileSize, 1.0f, lane);
+  __syncthreads();
+  for (int e = warp * kTile + lane; e < kTileSize; e += warps * kTile) {
+    float sum = shared[e];
+    for (int w = 1; w < warps; ++w) sum += shared[2 * w * kTileSize + e];
+    shared[e] = sum;
+  }
+  __syncthreads();
+}
+
+// alpha z^T z, or alpha z z^T `of_images`: a block makes a tile (i, j), i >= j, of one view, and its mirror image.
+template <typename T, bool kOfImages>
+__device__ __forceinline__ void gram(const Logits<T>& logits, float alpha, float* out) {
+  const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = threadIdx.x % kTile;
+  const int side = kOfImages ? logits.n : logits.bits, depth = kOfImages ? logits.bits : logits.n;
+  const int tiles = (side + kTile - 1) / kTile, pairs = tiles * (tiles + 1) / 2;
+  const int64_t view = blockIdx.x / pairs;
+  int i = 0, j = blockIdx.x % pairs;
+  while (j > i) j -= ++i;
+  float* const shared = shared_memory();
+  float* const x = shared + 2 * warp * kTileSize;
+  float* const y = i == j ? x : x + kTileSize;
+  Product product;
+  for (int s = warp * kTile; s < depth; s += warps * kTile) {
+    __syncwarp();
+    if (kOfImages) {
+      logits.fill(x, view, i * kTile, s, lane);
+      if (i != j) logits.fill(y, view, j * kTile, s, lane);
+    } else {
+      logits.fill(x, view, s, i * kTile, lane);
+      if (i != j) logits.fill(y, view, s, j * kTile, lane);
+    }
+    __syncwarp();
+    product.add<kOfImages, kOfImages>(x, y, lane);
+  }
+  sum_of_warps(product, shared, warps, warp, lane);
+  float* const to = out + view * side * side;
+  for (int r = warp; r < kTile; r += warps) {
+    const int row = i * kTile + r, column = j * kTile + lane;
+    if (row < side && column < side) to[static_cast<int64_t>(row) * side + column] = alpha * shared[element(r, lane)];
+    const int mirrored_row = j * kTile + r, mirrored_column = i * kTile + lane;
+    if (i != j && mirrored_row < side && mirrored_column < side) {
+      to[static_cast<int64_t>(mirrored_row) * side + mirrored_column] = alpha * shared[element(lane, r)];
+    }
+  }
+}
+
+// g = z M, or M z `of_images`, M the inverse: a block makes 32 images by 32 bits of one view. Beside it goes the
+// tile's share of every row's g.z, which is to be taken out again: (views, n, tiles of bits).
+template <typename T, bool kOfImages>
+__device__ __forceinline__ void direction(const Logits<T>& logits, const float* inverse, float* g, float* radial) {
+  const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = threadIdx.x % kTile;
+  const int side = kOfImages ? logits.n : logits.bits;
+  const int tiles = (logits.bits + kTile - 1) / kTile, rows = (logits.n + kTile - 1) / kTile;
+  const int64_t view = blockIdx.x / (rows * tiles);
+  const int image = blockIdx.x / tiles % rows * kTile, column = blockIdx.x % tiles, bit = column * kTile;
+  float* const shared = shared_memory();
+  float* const x = shared + 2 * warp * kTileSize;
+  float* const y = x + kTileSize;
+  const auto fill_inverse = [&](float* tile, int row, int at) {
+    const float* from = inverse + (view * side + row) * side + at + lane;
+    const int inside = at + lane < side ? side - row : 0;
+#pragma unroll 8
+    for (int r = 0; r < kTile; ++r) tile[element(r, lane)] = r < inside ? from[static_cast<int64_t>(r) * side] : 0.0f;
+  };
+  Product product;
+  for (int s = warp * kTile; s < side; s += warps * kTile) {
+    __syncwarp();
+    if (kOfImages) {
+      fill_inverse(x, image, s);
+      logits.fill(y, view, s, bit, lane);
+    } else {
+      logits.fill(x, view, image, s, lane);
+      fill_inverse(y, s, bit);
+    }
+    __syncwarp();
+    product.add<true, false>(x, y, lane);
+  }
+  sum_of_warps(product, shared, warps, warp, lane);
+  for (int r = warp; r < kTile && image + r < logits.n; r += warps) {
+    float part = 0.0f;
+    if (bit + lane < logits.bits) {
+      const float value = shared[element(r, lane)];
+      g[(view * logits.n + image + r) * logits.bits + bit + lane] = value;
+      part = value * logits.z(view, image + r, bit + lane);
+    }
+    for (int step = kTile / 2; step > 0; step /= 2) part += __shfl_xor_sync(kEveryLane, part, step);
+    if (lane == 0) radial[(view * logits.n + image + r) * tiles + column] = part;
+  }
+}
+
+// dR/da = alpha (g - (g.z) z) / |a|, times the gradient that arrives, one row a warp. A norm held at its floor is a
+// constant, and nothing is taken out.
+template <typename T>
+__device__ __forceinline__ void gradient(const Logits<T>& logits, const float* arriving, float alpha, const float* g,
+                                         const float* radial, T* out, int64_t rows) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kTile;
+  const int lane = threadIdx.x % kTile;
+  if (row >= rows) return;
+  const int64_t view = row / logits.n;
+  const int image = static_cast<int>(row % logits.n), tiles = (logits.bits + kTile - 1) / kTile;
+  float along = 0.0f;
+  for (int t = lane; t < tiles; t += kTile) along += radial[row * tiles + t];
+  for (int step = kTile / 2; step > 0; step /= 2) along += __shfl_xor_sync(kEveryLane, along, step);
+  const float reciprocal = logits.reciprocal[row];
+  if (reciprocal >= static_cast<float>(1.0 / kNormEps)) along = 0.0f;
+  const float scale = arriving[view] * alpha * reciprocal;
+  for (int bit = lane; bit < logits.bits; bit += kTile) {
+    const int64_t place = row * logits.bits + bit;
+    narrow((g[place] - along * logits.z(view, image, bit)) * scale, out + place);
+  }
+}
+
+// ---- The kernels
+
+template <int kSide>
+__global__ void __launch_bounds__(kSweepThreads) sweep_kernel(SweepArguments p) {
+  sweep<kSide>(p);
+}
+
+template <typename T>
+__global__ void reciprocal_norms_kernel(Logits<T> logits, float* reciprocal, int64_t rows) {
+  reciprocal_norms(logits, reciprocal, rows);
+}
+
+template <typename T, bool kOfImages>
+__global__ void __launch_bounds__(kProductWarps* kTile) gram_kernel(Logits<T> logits, float alpha, float* out) {
+  gram<T, kOfImages>(logits, alpha, out);
+}
+
+template <typename T, bool kOfImages>
+__global__ void __launch_bounds__(kProductWarps* kTile)
+    direction_kernel(Logits<T> logits, const float* inverse, float* g, float* radial) {
+  direction<T, kOfImages>(logits, inverse, g, radial);
+}
+
+template <typename T>
+__global__ void gradient_kernel(Logits<T> logits, const float* arriving, float alpha, const float* g,
+                                const float* radial, T* out, int64_t rows) {
+  gradient(logits, arriving, alpha, g, radial, out, rows);
+}
+
+}  // namespace bincomm

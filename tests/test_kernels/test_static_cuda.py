@@ -1,0 +1,69 @@
+"""What the CUDA kernels compile to, without a GPU: budgets that a change must not exceed unseen."""
+
+import re
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+nvidia = pytest.importorskip("triton.backends.nvidia", reason="its tools read the machine code")
+_C = pytest.importorskip("bincomm._C", reason="the extension is not built")
+if not _C.build_facts()["cuda"]:
+    pytest.skip(f"no CUDA code: {_C.build_facts()['no_cuda_reason']}", allow_module_level=True)
+
+CUOBJDUMP = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+ARCHITECTURES = [a for a in (80, 90, 100) if f"{a // 10}.{a % 10}" in _C.build_facts()["cuda_architectures"]]
+# A thread's registers, and how often the kernel is compiled: for cluster sizes, or types and sides of G.
+BUDGETS = {
+    "sweep": (128, 3),  # 512 threads
+    "gram": (128, 6),  # 256 threads, so two blocks an SM
+    "direction": (128, 6),
+    "reciprocal_norms": (40, 3),
+    "gradient": (40, 3),
+}
+
+
+def dump(*arguments):
+    done = subprocess.run([CUOBJDUMP, *arguments, _C.__file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_spills_and_few_registers(architecture):
+    usage = dump("-res-usage", "-arch", f"sm_{architecture}")
+    found = defaultdict(int)
+    for name, registers, stack, local in re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage
+    ):
+        kernel = re.search(r"7bincomm\d+(\w+?)_kernel", name)
+        if kernel:
+            found[kernel.group(1)] += 1
+            assert (int(stack), int(local)) == (0, 0), name  # what spills lies there
+            assert int(registers) <= BUDGETS[kernel.group(1)][0], name
+    assert found == {kernel: number for kernel, (_, number) in BUDGETS.items()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_products_are_mostly_multiplications(architecture):
+    """In the innermost loop of a product of tiles at least four of five instructions multiply and add."""
+    lengths = defaultdict(list)
+    for function in dump("-sass", "-arch", f"sm_{architecture}").split("Function : ")[1:]:
+        kernel = re.search(r"7bincomm\d+(\w+?)_kernel", function)
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]*?)\s*;", function)
+        place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+        last = 0  # end of the last loop, which lies inside those that end later and begin before it
+        for end, (_, instruction) in enumerate(lines):
+            jump = re.match(r"BRA.* 0x([0-9a-f]+)$", instruction)
+            start = place[int(jump.group(1), 16)] if jump else end
+            if kernel and last <= start < end:
+                body = [text for _, text in lines[start : end + 1]]
+                if sum(text.startswith("FFMA") for text in body) == 256:  # a lane's share of 32 x 32 x 8
+                    lengths[kernel.group(1)].append(len(body))
+            if start < end:
+                last = end
+    assert set(lengths) == {"sweep", "gram", "direction"}
+    for kernel, found in lengths.items():
+        print(f"sm_{architecture} {kernel}: {min(found)} to {max(found)} instructions for 256 FFMA")
+        assert max(found) * 4 <= 256 * 5, (kernel, found)
