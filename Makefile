@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup pretrain test lint bench gpu-test gpu-bench clean
+.PHONY: setup pretrain test lint bench gpu-test gpu-sanitize gpu-bench clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -38,6 +38,13 @@ bench: setup
 gpu-test:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest tests/test_gpu $(ARGS)
+
+# Accesses out of bounds, and to shared memory without a barrier between, in our CUDA kernels.
+gpu-sanitize:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	for tool in memcheck racecheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PYTHON) -m pytest tests/test_gpu -k "coding_rate and not graph" $(ARGS) || exit 1; done
 
 gpu-bench:
 	$(PYTHON) setup.py --quiet build_ext --inplace

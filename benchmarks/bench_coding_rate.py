@@ -1,4 +1,6 @@
-"""coding_rate beside a Cholesky factorisation differentiated by autograd."""
+"""coding_rate beside the ways it is written without it, differentiated by autograd."""
+
+import functools
 
 import pytest
 import torch
@@ -8,33 +10,73 @@ import bincomm
 from benchmarks.measuring import value_and_gradient
 from bincomm.ops import reference
 
+SHAPES = [
+    *((2, n, bits) for n, bits in [(64, 64), (128, 256), (256, 256), (2048, 256), (512, 512)]),
+    *((2, n, 1024) for n in (64, 128, 1024, 2048)),
+    *(
+        (12, n, bits)
+        for n, bits in [(64, 64), (256, 256), (2048, 256), (512, 512), (256, 1024), (1024, 1024)]
+    ),
+]
 
-def cholesky_of_every_view(logits):
+
+def regularised_gram(logits):
     n, bits = logits.shape[-2:]
-    total = 0
-    for view in logits:
-        z = F.normalize(view, dim=-1)
-        gram = torch.eye(bits, device=z.device) + bits / (n * 0.05) * (z.T @ z)
-        factor, _ = torch.linalg.cholesky_ex(gram)
-        total = total + factor.diagonal().log().sum()
-    return total
+    z = F.normalize(logits, dim=-1)
+    return torch.eye(bits, device=z.device) + bits / (n * 0.05) * (z.mT @ z)
+
+
+def half_logdet(factor):
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def loop_over_views(logits):
+    return sum(half_logdet(torch.linalg.cholesky_ex(regularised_gram(view))[0]) for view in logits)
+
+
+def batched(logits):
+    return half_logdet(torch.linalg.cholesky_ex(regularised_gram(logits))[0]).sum()
 
 
 CONTENDERS = {
     "bincomm": lambda logits: bincomm.coding_rate(logits).sum(),
-    "cholesky_ex through autograd": cholesky_of_every_view,
-    "logdet through autograd": lambda logits: reference.coding_rate(logits).sum(),
+    "cholesky_ex, loop over views": loop_over_views,
+    "cholesky_ex, batched": batched,
+    "cholesky_ex, batched, torch.compile": torch.compile(batched, dynamic=False),
+    "logdet": lambda logits: torch.logdet(regularised_gram(logits)).sum() / 2,
+    "slogdet": lambda logits: torch.linalg.slogdet(regularised_gram(logits))[1].sum() / 2,
 }
 
 
+def logits_of(shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@functools.cache
+def truth(shape):
+    """Value and gradient in fp64."""
+    torch.compiler.reset()  # with a new shape: what was compiled for others counts against a limit
+    return value_and_gradient(lambda a: reference.coding_rate(a).sum(), logits_of(shape).double())
+
+
+def bytes_moved(direction, logits):
+    """What has to be read and written: logits, the inverse or factor, the gradient."""
+    views, n, bits = logits.shape
+    inverse = 4 * views * min(n, bits) ** 2
+    forward, backward = logits.nbytes + inverse, 2 * logits.nbytes + inverse
+    return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+
+
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("shape", [(2, 128, 256), (2, 256, 256), (2, 128, 1024)], ids=str)
-def test_coding_rate(measure, device, shape, contender):
-    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_coding_rate(measure, device, shape, direction, contender):
+    logits = logits_of(shape).to(device)
     measure(
         CONTENDERS[contender],
         logits,
-        value_and_gradient(lambda x: reference.coding_rate(x).sum(), logits.double()),
-        "both",
+        truth(shape),
+        direction,
         {"table": "coding_rate", "shape": shape, "dtype": "fp32", "contender": contender},
+        bytes_moved(direction, logits),
     )

@@ -17,7 +17,6 @@ from bincomm import __version__
 from bincomm.diagnosis import doctor
 
 ROUNDS = 40
-LARGE = 1 << 24  # logits, above which a quarter of the rounds has to do
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -66,9 +65,8 @@ def measure(benchmark):
             "backward": Tensor.backward,
             "both": lambda: function(logits).backward(),
         }[direction]
-        rounds = ROUNDS // 4 if logits.numel() > LARGE else ROUNDS
         labels |= {"direction": direction, "error": error, "elements": logits.numel()}
-        time_it(benchmark, step, prepare, rounds, labels, moved)
+        time_it(benchmark, step, prepare, ROUNDS, labels, moved)
 
     return run
 

@@ -1,6 +1,7 @@
 """Values and gradients held against fp64, times and memory of a step, on a CPU and on a GPU."""
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 GPU = torch.cuda.is_available()
+SECONDS = 2.0  # of rounds for one figure, about, but
+FEWEST_ROUNDS = 10
 
 
 def value_and_gradient(function: Callable, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +51,13 @@ def time_it(
     What `prepare` returns are the step's arguments; preparing is not timed.
     """
     for _ in range(3):
-        step(*prepare())
+        arguments = prepare()
+        started = time.perf_counter()
+        step(*arguments)
+        if GPU:
+            torch.cuda.synchronize()
+        took = time.perf_counter() - started
+    rounds = max(FEWEST_ROUNDS, min(rounds, int(SECONDS / took)))
     benchmark.extra_info |= labels | {"peak_memory": peak_memory(step, prepare())}
     if GPU:
         benchmark.extra_info |= {"eager": events(step, prepare, rounds), "moved": moved}

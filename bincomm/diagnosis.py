@@ -90,6 +90,7 @@ def _devices() -> list[str]:
             try:
                 major, minor, from_ptx = library._C.device_code(index)
                 line += f", bincomm's CUDA code: sm_{major}{minor}{' compiled from PTX' if from_ptx else ''}"
+                line += f", coding_rate up to min(n, K) = {library._C.largest_side(index)}, beyond in PyTorch"
             except RuntimeError as error:
                 line += f", bincomm's CUDA code: none ({error})"
         devices.append(line)
@@ -108,7 +109,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
         facts = report["extension"]
         if facts["no_cuda_reason"]:
             notes.append(
-                f"bincomm._C was built without CUDA code: {facts['no_cuda_reason']}. No operation needs it."
+                f"bincomm._C was built without CUDA code: {facts['no_cuda_reason']}. On CUDA tensors "
+                "coding_rate takes its slower PyTorch form."
             )
         if facts["torch"].split("+")[0] != torch.__version__.split("+")[0]:
             notes.append(
@@ -120,10 +122,6 @@ def _notes(report: dict[str, Any]) -> list[str]:
     elif report["kernels"]["sign_bce"]["cuda"] == "PyTorch":
         notes.append(
             "no Triton kernels for CUDA tensors: sign_bce and the messages take their PyTorch form there."
-        )
-    if report["kernels"]["coding_rate"]["cuda"] == "PyTorch":
-        notes.append(
-            "coding_rate on CUDA tensors takes its closed form in PyTorch; there is no CUDA kernel for it."
         )
     for package, found in report["packages"].items():
         if found is None:

@@ -1,6 +1,6 @@
 """Training objectives. Each maps student and teacher logits to a dict of scalars with the key "loss"."""
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bincomm.ops.coding_rate import coding_rate
@@ -18,6 +18,10 @@ class DiscreteCommunication(nn.Module):
     Args:
         beta: β. Too small and every bit becomes constant, too large and nothing is transmitted.
         eps_squared: ε² of the coding rate.
+
+    Where torch.distributed is initialised, the rate is that of all ranks' images and n in γ their number, so
+    the objective depends on the whole batch and not on how many ranks share it; all ranks must have equally
+    many images, and gradients be averaged over them, as DistributedDataParallel does.
     """
 
     def __init__(self, beta: float = 0.1, eps_squared: float = 0.05):
@@ -30,18 +34,13 @@ class DiscreteCommunication(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Student (V, n, K) and teacher (U, n, K) logits -> loss, agreement, rate (nats)."""
         agreement = sign_bce(student, teacher)
-        rate = coding_rate(student[: len(teacher)], eps_squared=self.eps_squared).mean()
+        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        rate = coding_rate(student[: len(teacher)], eps_squared=self.eps_squared, group=group).mean()
         n, bits = student.shape[1:]
+        n *= 1 if group is None else group.size()
         gamma = (bits + n) / (bits * n)
         return {
             "loss": agreement - self.beta * gamma * rate,
             "agreement": agreement.detach(),
             "rate": rate.detach(),
         }
-
-
-def rate_ceiling(n: int, bits: int, eps_squared: float = 0.05) -> float:
-    """Largest coding rate of n unit rows of K bits, in nats: `k/2·log(1 + αn/k)` with k = min(n, K)."""
-    k = min(n, bits)
-    alpha = bits / (n * eps_squared)
-    return k / 2 * float(torch.log1p(torch.tensor(alpha * n / k, dtype=torch.float64)))

@@ -23,7 +23,8 @@ from bincomm.engine.schedules import cosine, warmup_cosine
 from bincomm.evaluation.features import extract
 from bincomm.evaluation.knn import knn_accuracy
 from bincomm.networks import Head, Network, create_backbone, create_teacher, feature_width, update_teacher
-from bincomm.objectives import DiscreteCommunication, rate_ceiling
+from bincomm.objectives import DiscreteCommunication
+from bincomm.ops.coding_rate import rate_ceiling
 
 
 class TrainingError(RuntimeError):
@@ -233,7 +234,9 @@ def evaluate(
     metrics = (run / "metrics.jsonl").read_text().splitlines()
     result: dict[str, Any] = {
         "last_metrics": json.loads(metrics[-1]),
-        "rate_ceiling": rate_ceiling(config.batch_size, config.bits, config.eps_squared),
+        "rate_ceiling": rate_ceiling(
+            torch.tensor(config.batch_size, dtype=torch.float64), config.bits, config.eps_squared
+        ).item(),
         "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "machine": {"device": device.type, "python": platform.python_version()},
     }

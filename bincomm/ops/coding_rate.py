@@ -1,114 +1,301 @@
 """Coding rate: how many nats a batch of messages can carry, so how far from collapse the code is."""
 
+import functools
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from bincomm.ops import reference
-from bincomm.ops.library import LIBRARY, define, refuse_tangent, takes_reference
+from bincomm.ops.library import (
+    _C,
+    BACKEND,
+    LIBRARY,
+    define,
+    has_cuda_code,
+    refuse_tangent,
+    takes_reference,
+)
 from bincomm.ops.messages import check_logits
 
+# The trace of αG is at most K/ε², which bounds the rounding of a pivot: up to the first limit fp32 has digits
+# enough, up to the second fp64.
+LARGEST_IN_FP32 = 2**17
+LARGEST = 1e12
 
-def coding_rate(logits: Tensor, *, eps_squared: float = 0.05) -> Tensor:
+
+class CodingRate(NamedTuple):
+    """What `coding_rate(..., diagnostics=True)` returns, all on the logits' device.
+
+    A code that collapses shows here before its rate is at the bottom: the smallest pivot, the one direction
+    used least given the others, falls to 1 first.
+    """
+
+    rate: Tensor  # (...,) nats
+    ceiling: Tensor  # scalar: the rate of as many images and bits, all directions used alike
+    smallest_pivot: Tensor  # (...,) of the factorisation of the smaller matrix; 1 is a direction nobody uses
+    clamped: (
+        Tensor  # (...,) int32: pivots that rounding took below 1, the least there is, and that were held at 1
+    )
+
+
+def coding_rate(
+    logits: Tensor,
+    *,
+    eps_squared: float = 0.05,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    diagnostics: bool = False,
+) -> Tensor | CodingRate:
     """Coding rate of logits with L2-normalised rows: `R = ½ logdet(I + α zᵀz)`, `z = a/‖a‖`, `α = K/(n·ε²)`.
 
     Uncentred, as in SimDINO (arXiv 2502.10385) and "Self-Supervised Learning as Discrete Communication"
     (arXiv 2602.09764). Its gradient is the closed form `∂R/∂z = α·z·(I + αzᵀz)⁻¹` followed by the row norm's,
-    in fp32 whatever the dtype of the logits and outside autocast; of the two equal determinants (K×K or n×n)
-    the smaller is factored.
+    in fp32 whatever the dtype of the logits, outside autocast and whatever the precision set for matrix
+    products; of the two equal determinants (K×K or n×n) the smaller is taken. Finite logits never give NaN or
+    infinity: pivots are held at 1, and a gradient too large for fp16 is fp16's largest number.
 
     Args:
         logits: (..., n, K), n rows of K logits; fp32, fp16, bf16 or fp64, any strides. Leading dimensions,
             views for example, are a batch.
         eps_squared: ε², the squared distortion (SimDINO's argument `eps` is this square), > 0.
+        group: sum `zᵀz` over the ranks of this process group, which need not have equally many images: the
+            rate is that of all N = Σn images together, and gradients averaged over the ranks, as
+            DistributedDataParallel does, are those of one rank with all images. Every rank must call, forward
+            and backward. None: this rank's images alone.
+        diagnostics: return a `CodingRate` with what shows a collapse coming, at no further pass.
 
     Returns:
         (...,) in nats, fp32 (fp64 for fp64 logits): from ½·log(1 + K/ε²), all rows parallel, to
-        `k/2·log(1 + αn/k)`, k = min(n, K), all directions used alike.
+        `k/2·log(1 + αn/k)`, k = min(n, K), all directions used alike. NaN logits give NaN.
 
     Raises:
         TypeError: `logits` is no tensor of the dtypes above.
-        ValueError: its shape or `eps_squared` does not fit.
+        ValueError: its shape, or `eps_squared`, does not fit.
+        NotImplementedError: a second derivative is asked for, or a forward-mode one; fp64 logits have both.
     """
     check_logits("logits", logits)
     if logits.dim() < 2 or logits.shape[-2] == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (..., n, K) with n, K ≥ 1, got {tuple(logits.shape)}")
-    if not eps_squared > 0:
-        raise ValueError(f"eps_squared: expected a number > 0, got {eps_squared}")
-    if takes_reference(logits):
-        return reference.coding_rate(logits, eps_squared)
+    bits = logits.shape[-1]
+    if not bits / LARGEST <= eps_squared < math.inf:
+        raise ValueError(
+            f"eps_squared: expected a number > 0, of at least K/1e12 = {bits / LARGEST:g}, got {eps_squared}"
+        )
+    if group is not None and group.size() == 1:
+        group = None
+    if takes_reference(logits) or bits / eps_squared > LARGEST_IN_FP32:
+        return _by_definition(logits, eps_squared, group, diagnostics)
     refuse_tangent("logits", logits)
-    return torch.ops.bincomm.coding_rate(logits, eps_squared)[0]
+    batch = logits.shape[:-2]
+    flat = logits.unsqueeze(0) if logits.dim() == 2 else logits.flatten(0, -3)
+    rate, _, _, images, smallest, clamped = torch.ops.bincomm.coding_rate(
+        flat, eps_squared, group.group_name if group is not None else ""
+    )
+    if not diagnostics:
+        return rate.view(batch)
+    images = images.squeeze() if group is not None else rate.new_full((), logits.shape[-2])
+    return CodingRate(
+        rate.view(batch), rate_ceiling(images, bits, eps_squared), smallest.view(batch), clamped.view(batch)
+    )
 
 
-def _normalised(logits: Tensor) -> tuple[Tensor, Tensor]:
-    a = logits.to(torch.float32)
-    norms = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
-    return a, norms.clamp_min_(reference.NORM_EPS)
+def rate_ceiling(images: Tensor, bits: int, eps_squared: float) -> Tensor:
+    """Largest coding rate of so many unit rows, in nats: `k/2·log(1 + αn/k)` with k = min(n, K)."""
+    k = images.clamp(max=bits)
+    return k / 2 * torch.log1p(bits / eps_squared / k)
 
 
-def _pytorch_form(logits: Tensor, eps_squared: float) -> tuple[Tensor, Tensor, Tensor]:
+def _by_definition(logits: Tensor, eps_squared: float, group, diagnostics: bool) -> Tensor | CodingRate:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    wide = logits.double() if logits.shape[-1] / eps_squared > LARGEST_IN_FP32 else logits
+    matrix, images = reference.regularised_gram(wide, eps_squared, group)
+    rate = (torch.logdet(matrix) / 2).to(dtype)
+    if not diagnostics:
+        return rate
+    of_images = group is None and logits.shape[-2] < logits.shape[-1]
+    smaller, _ = reference.regularised_gram(wide.detach(), eps_squared, group, of_images)
+    pivots = torch.linalg.cholesky_ex(smaller)[0].diagonal(dim1=-2, dim2=-1) ** 2
+    return CodingRate(
+        rate,
+        rate_ceiling(images.to(dtype), logits.shape[-1], eps_squared),
+        pivots.amin(-1).to(dtype),
+        (pivots < 1).sum(-1, dtype=torch.int32),
+    )
+
+
+def _forward(
+    logits: Tensor, eps_squared: float, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, bits = logits.shape[-2:]
-    alpha = bits / (n * eps_squared)
-    with torch.autocast(logits.device.type, enabled=False):
-        a, norms = _normalised(logits)
-        z = a / norms
-        # det(I + αzᵀz) = det(I + αzzᵀ), and the inverse of either gives the gradient: take the smaller.
-        gram = z @ z.mT if n < bits else z.mT @ z
-        gram.mul_(alpha).diagonal(dim1=-2, dim2=-1).add_(1)
-        factor, _ = torch.linalg.cholesky_ex(gram)
-        # Every pivot of I + (positive semi-definite) is at least 1: what is below 1 is rounding.
-        rate = factor.diagonal(dim1=-2, dim2=-1).clamp_min(1).log().sum(-1)
-        # LAPACK returns the symmetric inverse column by column: its transpose is the contiguous one.
-        return rate, torch.cholesky_inverse(factor).mT.contiguous(), norms.squeeze(-1)
+    if not group:
+        gram, reciprocal = torch.ops.bincomm.coding_rate_gram(logits, bits / (n * eps_squared), n < bits)
+        images = logits.new_empty(0, dtype=torch.float32)
+    else:
+        # Rows that lie on other ranks leave only zᵀz, whichever side is smaller.
+        gram, reciprocal = torch.ops.bincomm.coding_rate_gram(logits, 1.0, False)
+        everything = reference.SumOverRanks.apply(torch.cat([gram.flatten(), gram.new_full((1,), n)]), group)
+        images = everything[-1:].clone()
+        gram = everything[:-1].view_as(gram) * (bits / eps_squared / images)
+    rate, factor, smallest, clamped = torch.ops.bincomm.coding_rate_factor(gram)
+    return rate, factor, reciprocal, images, smallest, clamped
 
 
-def _pytorch_form_backward(
-    grad: Tensor, logits: Tensor, inverse: Tensor, norms: Tensor, eps_squared: float
-) -> Tensor:
-    n, bits = logits.shape[-2:]
-    alpha = bits / (n * eps_squared)
-    with torch.autocast(logits.device.type, enabled=False):
-        norms = norms.unsqueeze(-1)
-        z = logits.to(torch.float32) / norms
-        g = inverse @ z if n < bits else z @ inverse
-        # Through z = a/‖a‖ a gradient g becomes (g - (g·z)z)/‖a‖; a norm held at its floor is a constant.
-        radial = torch.linalg.vecdot(g, z).unsqueeze(-1)
-        radial.masked_fill_(norms <= reference.NORM_EPS, 0)
-        scale = grad[..., None, None] * alpha / norms
-        return g.addcmul_(radial, z, value=-1).mul_(scale).to(logits.dtype)
-
-
-def _fake(logits: Tensor, eps_squared: float) -> tuple[Tensor, Tensor, Tensor]:
-    *batch, n, bits = logits.shape
-    side = torch.sym_min(n, bits)
-    new = lambda *shape: logits.new_empty(shape, dtype=torch.float32)  # noqa: E731
-    return new(*batch), new(*batch, side, side), new(*batch, n)
+def _fake(
+    logits: Tensor, eps_squared: float, group: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    views, n, bits = logits.shape
+    side = bits if group else torch.sym_min(n, bits)
+    new = functools.partial(logits.new_empty, dtype=torch.float32)
+    clamped = logits.new_empty((views,), dtype=torch.int32)
+    return (
+        new((views,)),
+        new((views, side, side)),
+        new((views, n)),
+        new((int(bool(group)),)),
+        new((views,)),
+        clamped,
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    logits, ctx.eps_squared = inputs
-    _, inverse, norms = output
-    ctx.save_for_backward(logits, inverse, norms)
-    ctx.mark_non_differentiable(inverse, norms)
+    logits, ctx.eps_squared, ctx.group = inputs
+    _, factor, reciprocal, images, smallest, clamped = output
+    ctx.save_for_backward(logits, factor, reciprocal, images)
+    ctx.mark_non_differentiable(factor, reciprocal, images, smallest, clamped)
 
 
-def _backward(ctx, grad_rate: Tensor, *_: Tensor | None) -> tuple[Tensor, None]:
-    logits, inverse, norms = ctx.saved_tensors
-    return torch.ops.bincomm.coding_rate_backward(grad_rate, logits, inverse, norms, ctx.eps_squared), None
+def _backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]:
+    logits, factor, reciprocal, images = ctx.saved_tensors
+    n, bits = logits.shape[-2:]
+    if ctx.group:
+        # Every rank's loss depends on this rank's logits.
+        arriving = reference.SumOverRanks.apply(grad, ctx.group) * (bits / ctx.eps_squared / images)
+        alpha, of_images = 1.0, False
+    else:
+        arriving, alpha, of_images = grad, bits / (n * ctx.eps_squared), n < bits
+    gradient = torch.ops.bincomm.coding_rate_backward(arriving, logits, factor, reciprocal, alpha, of_images)
+    return gradient, None, None
 
 
-# Results: the rates, and what backward needs: the inverse of I + αzᵀz or I + αzzᵀ, and the row norms.
+def _refuse_second_derivative(ctx, *_: Tensor | None) -> None:
+    raise NotImplementedError(
+        "logits: coding_rate has no second derivative; its definition has "
+        "(BINCOMM_BACKEND=reference, or fp64)"
+    )
+
+
+# ---- The parts in PyTorch: where there is no kernel, and, where one names BLAS, what calls it
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """fp32 where a product of matrices keeps its digits whatever the program has allowed, else fp64."""
+    reduced = x.device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    return torch.float64 if reduced else torch.float32
+
+
+def _rows_form(logits: Tensor) -> tuple[Tensor, Tensor]:
+    a = logits.to(torch.float32)
+    # In double precision no square of a float overflows or vanishes.
+    norms = torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64).clamp_min(reference.NORM_EPS)
+    reciprocal = (1 / norms).to(torch.float32)
+    return (a * reciprocal.unsqueeze(-1)).contiguous(), reciprocal.contiguous()
+
+
+def _gram_form(logits: Tensor, alpha: float, of_images: bool) -> tuple[Tensor, Tensor]:
+    z, reciprocal = torch.ops.bincomm.coding_rate_rows(logits)
+    with torch.autocast(logits.device.type, enabled=False):
+        wide = z.to(_product_dtype(z))
+        gram = wide @ wide.mT if of_images else wide.mT @ wide
+        return gram.mul_(alpha).to(torch.float32), reciprocal
+
+
+def _factor_form(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    matrix = gram.double()
+    matrix.diagonal(dim1=-2, dim2=-1).add_(1)
+    factor, _ = torch.linalg.cholesky_ex(matrix)
+    pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
+    # Every pivot of I + (positive semi-definite) is at least 1: what is below 1 is rounding.
+    rate = pivots.clamp_min(1).log().sum(-1) / 2
+    clamped = (pivots < 1).sum(-1, dtype=torch.int32)
+    return rate.float(), factor.float().contiguous(), pivots.amin(-1).float(), clamped
+
+
+def _inverse_form(factor: Tensor) -> Tensor:
+    return torch.cholesky_inverse(factor.double()).float().contiguous()
+
+
+def _backward_form(
+    grad: Tensor, logits: Tensor, factor: Tensor, reciprocal: Tensor, alpha: float, of_images: bool
+) -> Tensor:
+    inverse = torch.ops.bincomm.coding_rate_inverse(factor)
+    with torch.autocast(logits.device.type, enabled=False):
+        z = logits.to(torch.float32) * reciprocal.unsqueeze(-1)
+        left, right = (inverse, z) if of_images else (z, inverse)
+        dtype = _product_dtype(z)
+        g = (left.to(dtype) @ right.to(dtype)).to(torch.float32)
+        # Through z = a/‖a‖ a gradient g becomes (g - (g·z)z)/‖a‖; a norm held at its floor is a constant.
+        radial = torch.linalg.vecdot(g, z).masked_fill_(reciprocal >= 1 / reference.NORM_EPS, 0)
+        scale = (grad[:, None] * alpha * reciprocal).unsqueeze(-1)
+        g = g.addcmul_(radial.unsqueeze(-1), z, value=-1).mul_(scale)
+        if logits.dtype != torch.float32:  # finite stays finite, infinite infinite
+            largest = torch.finfo(logits.dtype).max
+            g = torch.where(g.isinf(), g, g.clamp(-largest, largest))
+        return g.to(logits.dtype).contiguous()
+
+
+@functools.cache
+def largest_side(device: int) -> int:
+    """Largest side of a matrix that the CUDA kernel inverts on this GPU; 0 where there is no kernel."""
+    return _C.largest_side(device) if has_cuda_code() else 0
+
+
+def _factor_on_cuda(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the CUDA backward takes is the inverse itself."""
+    if gram.shape[-1] <= largest_side(gram.get_device()):
+        return torch.ops.bincomm.coding_rate_sweep(gram)
+    if BACKEND == "native":
+        raise RuntimeError(
+            f"BINCOMM_BACKEND=native, but coding_rate's kernel takes sides of up to "
+            f"{largest_side(gram.get_device())} on this GPU, not {gram.shape[-1]}"
+        )
+    rate, factor, smallest, clamped = _factor_form(gram)
+    return rate, _inverse_form(factor), smallest, clamped
+
+
+# `factor` is what the device's backward takes: packed Cholesky factor, Cholesky factor or inverse of I + αG.
+define("coding_rate_rows(Tensor logits) -> (Tensor, Tensor)", cpu="C++", cuda=None, pytorch_form=_rows_form)
 define(
-    "coding_rate(Tensor logits, float eps_squared) -> (Tensor, Tensor, Tensor)",
-    cpu="LAPACK",
-    pytorch_form=_pytorch_form,
+    "coding_rate_gram(Tensor logits, float alpha, bool of_images) -> (Tensor, Tensor)",
+    cpu="BLAS",
+    cuda="CUDA",
+    pytorch_form=_gram_form,
+)
+define(
+    "coding_rate_factor(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu="C++",
+    cuda="CUDA",
+    pytorch_form=_factor_form,
+)
+define("coding_rate_inverse(Tensor factor) -> Tensor", cpu="C++", cuda=None, pytorch_form=_inverse_form)
+define(
+    "coding_rate_backward(Tensor grad, Tensor logits, Tensor factor, Tensor reciprocal, float alpha,"
+    " bool of_images) -> Tensor",
+    cpu="BLAS",
+    cuda="CUDA",
+    pytorch_form=_backward_form,
+    fake=lambda grad, logits, factor, reciprocal, alpha, of_images: logits.new_empty(logits.shape),
+)
+define(
+    "coding_rate(Tensor logits, float eps_squared, str group)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    cpu=None,
+    cuda=None,
+    pytorch_form=_forward,
     fake=_fake,
 )
-define(
-    "coding_rate_backward(Tensor grad, Tensor logits, Tensor inverse, Tensor norms, float eps_squared)"
-    " -> Tensor",
-    cpu="LAPACK",
-    pytorch_form=_pytorch_form_backward,
-    fake=lambda grad, logits, inverse, norms, eps_squared: torch.empty_like(logits),
-)
+if has_cuda_code():
+    LIBRARY.define("coding_rate_sweep(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)")
+    LIBRARY.impl("coding_rate_factor", _factor_on_cuda, "CUDA")
 torch.library.register_autograd("bincomm::coding_rate", _backward, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("bincomm::coding_rate_backward", _refuse_second_derivative, lib=LIBRARY)

@@ -36,18 +36,38 @@ def load(module: str) -> tuple[ModuleType | None, str]:
 _C, _C_MISSING = load("bincomm._C")
 
 
-def define(schema: str, *, cpu: str, pytorch_form: Callable, fake: Callable, cuda: str = "PyTorch") -> None:
-    """Declare an operation with its form in PyTorch and its shape rule.
+def has_cuda_code() -> bool:
+    """Whether `bincomm._C` was built with its CUDA kernels."""
+    return _C is not None and bool(_C.build_facts()["cuda"])
 
-    `cpu` and `cuda` name what serves tensors there: "C++" from `_C`, a library whose kernels the form in
-    PyTorch calls, or "PyTorch" where that only stands in; for Triton see `use_triton`.
+
+def define(
+    schema: str,
+    *,
+    cpu: str | None,
+    cuda: str | None = "PyTorch",
+    pytorch_form: Callable,
+    fake: Callable | None = None,
+) -> None:
+    """Declare an operation with its form in PyTorch and, where PyTorch is to trace it, its shape rule.
+
+    `cpu` and `cuda` name what serves tensors there: "C++" and "CUDA" are kernels of `_C`, "BLAS" a library
+    that the form in PyTorch calls, "PyTorch" that form where it only stands in (for Triton see `use_triton`),
+    None that it is not used there; None for both, that it is made of other operations.
     """
     name = schema.partition("(")[0]
-    native = {device for device, what in (("cpu", cpu), ("cuda", cuda)) if what not in ("C++", "PyTorch")}
     LIBRARY.define(schema)
-    LIBRARY.impl(name, _form(name, pytorch_form, native), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bincomm::{name}", fake, lib=LIBRARY)
-    KERNELS[name] = {"cpu": cpu if _C or cpu != "C++" else "PyTorch", "cuda": cuda}
+    LIBRARY.impl(name, _form(name, pytorch_form), "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"bincomm::{name}", fake, lib=LIBRARY)
+    missing = {"C++": _C is None, "CUDA": not has_cuda_code()}
+    where = {
+        device: "PyTorch" if missing.get(kernel) else kernel
+        for device, kernel in (("cpu", cpu), ("cuda", cuda))
+        if kernel is not None
+    }
+    if where:
+        KERNELS[name] = where
 
 
 def use_triton(name: str, module: str, function: str) -> None:
@@ -61,14 +81,14 @@ def use_triton(name: str, module: str, function: str) -> None:
     KERNELS[name]["cuda"] = "Triton"
 
 
-def _form(name: str, pytorch_form: Callable, native: set[str]) -> Callable:
+def _form(name: str, pytorch_form: Callable) -> Callable:
     """The form in PyTorch; under BINCOMM_BACKEND=native it refuses where it would stand in for a kernel."""
     if BACKEND != "native":
         return pytorch_form
 
     def refuse_stand_in(*args):
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        if device in native:
+        if name not in KERNELS or KERNELS[name].get(device, "PyTorch") != "PyTorch":
             return pytorch_form(*args)
         why = f" ({_C_MISSING})" if device == "cpu" and _C_MISSING else ""
         raise RuntimeError(f"BINCOMM_BACKEND=native, but {name} has no native kernel for {device} here{why}")

@@ -69,10 +69,45 @@ def sign_bce(student: Tensor, teacher: Tensor, pairs: str = "cross") -> Tensor:
     return -torch.stack(terms).mean()
 
 
-def coding_rate(logits: Tensor, eps_squared: float = 0.05) -> Tensor:
-    """`½ logdet(I + α zᵀz)` with `z = a/‖a‖` row by row and `α = K/(n·ε²)`: (..., n, K) -> (...,), nats."""
-    n, bits = logits.shape[-2:]
+class SumOverRanks(torch.autograd.Function):
+    """Sum of a tensor over the ranks of a process group, by its name; every rank's loss may depend on it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return torch.ops._c10d_functional.wait_tensor(
+            torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group)
+        )
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return SumOverRanks.apply(grad, ctx.group), None
+
+
+def regularised_gram(
+    logits: Tensor,
+    eps_squared: float = 0.05,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    of_images: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`I + α zᵀz` with `z = a/‖a‖` row by row and `α = K/(N·ε²)`, and N: sums over the ranks of a group.
+
+    `of_images` gives `I + α zzᵀ`, which has the same determinant.
+    """
+    bits = logits.shape[-1]
     z = F.normalize(widen(logits), dim=-1, eps=NORM_EPS)
-    gram = z.mT @ z
-    identity = torch.eye(bits, dtype=gram.dtype, device=gram.device)
-    return torch.logdet(identity + bits / (n * eps_squared) * gram) / 2
+    gram, images = (
+        z @ z.mT if of_images else z.mT @ z,
+        torch.tensor(float(logits.shape[-2]), dtype=z.dtype, device=z.device),
+    )
+    if group is not None:
+        gram, images = (SumOverRanks.apply(x, group.group_name) for x in (gram, images))
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return identity + bits / (images * eps_squared) * gram, images
+
+
+def coding_rate(
+    logits: Tensor, eps_squared: float = 0.05, group: "torch.distributed.ProcessGroup | None" = None
+) -> Tensor:
+    """`½ logdet(I + α zᵀz)`: (..., n, K) -> (...,), nats."""
+    return torch.logdet(regularised_gram(logits, eps_squared, group)[0]) / 2

@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
 
 import bincomm
 from bincomm.ops import reference
+from bincomm.ops.coding_rate import largest_side
 from bincomm.ops.library import KERNELS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -88,14 +89,103 @@ def test_sign_bce_beyond_2_31_elements():
     assert 0.5 < loss < 1
 
 
-@pytest.mark.parametrize("shape", [(2, 128, 256), (2, 256, 64), (12, 256, 256)])
-def test_coding_rate(shape):
-    logits = torch.randn(shape, device="cuda")
+CODING_RATES = [  # one block a matrix, clusters of 4 and of 16, and beyond what the kernel takes
+    (2, 1, 1),
+    (2, 9, 1),
+    (3, 33, 100),
+    (2, 128, 256),
+    (12, 256, 256),
+    (2, 300, 500),
+    (12, 600, 512),
+    (2, 1100, 1000),
+    (2, 1024, 2000),
+    (1, 1300, 1200),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CODING_RATES, ids=str)
+def test_coding_rate(shape, dtype, no_sync):
+    logits = torch.randn(shape, device="cuda").to(dtype)
+    torch.cuda.set_sync_debug_mode("default")
     exact = value_and_gradient(reference.coding_rate, logits.double())
-    with torch.autocast("cuda", torch.bfloat16):
-        rate, gradient = value_and_gradient(bincomm.coding_rate, logits)
-    torch.testing.assert_close(rate.double(), exact[0], rtol=1e-5, atol=0)
-    assert (gradient.double() - exact[1]).norm() < 1e-4 * exact[1].norm()
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            torch.cuda.set_sync_debug_mode("error")
+            rate, gradient = value_and_gradient(bincomm.coding_rate, logits)
+            again = value_and_gradient(bincomm.coding_rate, logits)
+            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    torch.testing.assert_close(rate.double(), exact[0], rtol=1e-5, atol=1e-6)
+    error = (gradient.double() - exact[1]).norm()
+    assert error < max(1e-4, torch.finfo(dtype).eps) * exact[1].norm() + 1e-5
+    assert torch.equal(again[0], rate)
+    assert torch.equal(again[1], gradient)
+
+
+def test_coding_rate_takes_its_kernel():
+    assert KERNELS["coding_rate_factor"]["cuda"] == "CUDA"
+    assert largest_side(0) >= 192
+    if torch.cuda.get_device_capability(0)[0] in (9, 10):
+        assert largest_side(0) == 1024
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 100), (2, 300, 256), (2, 600, 512)], ids=str)
+def test_coding_rate_of_any_strides_and_its_diagnostics(shape):
+    logits = torch.randn(shape)
+    expected = bincomm.coding_rate(logits, diagnostics=True)
+    permuted = logits.permute(2, 0, 1).contiguous().cuda().permute(1, 2, 0)
+    found = bincomm.coding_rate(permuted, diagnostics=True)
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.is_cuda
+        torch.testing.assert_close(mine.cpu(), other, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", [16, 256, 512])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_coding_rate_of_finite_logits_is_finite(bits, dtype):
+    one = torch.randn(1, bits, device="cuda")
+    largest = torch.finfo(dtype).max
+    for logits in (
+        torch.zeros(300, bits, device="cuda"),
+        one.expand(300, bits),
+        one.expand(9, bits),
+        1e-20 * torch.randn(300, bits, device="cuda"),
+        (1e18 * torch.randn(300, bits, device="cuda")).clamp(-largest, largest),
+        torch.full((300, bits), largest, device="cuda"),
+    ):
+        rate, gradient = value_and_gradient(bincomm.coding_rate, logits.to(dtype))
+        assert rate.isfinite()
+        assert gradient.isfinite().all()
+    logits = torch.randn(2, 300, bits, device="cuda").to(dtype)
+    logits[1, 3, 5] = torch.nan
+    found = bincomm.coding_rate(logits, diagnostics=True)
+    assert found.rate.isnan().tolist() == [False, True]
+    assert found.smallest_pivot.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("shape", [(12, 256, 256), (2, 128, 1024), (2, 600, 512)], ids=str)
+def test_coding_rate_in_a_cuda_graph(shape):
+    logits = torch.randn(shape, device="cuda", requires_grad=True)
+    expected = value_and_gradient(bincomm.coding_rate, logits)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            logits.grad = None
+            (3 * bincomm.coding_rate(logits).sum()).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    logits.grad = None
+    with torch.cuda.graph(graph, stream=stream):
+        rate = bincomm.coding_rate(logits).sum()
+        (3 * rate).backward()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(rate.detach(), expected[0])
+    assert torch.equal(logits.grad, expected[1])
 
 
 def test_the_objective_never_waits_for_the_gpu(no_sync):
