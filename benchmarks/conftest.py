@@ -5,6 +5,7 @@ pytest-benchmark's; on a GPU it is CUDA events around a step that finds the seco
 GPU idle, so that launching counts, and again around the replay of a CUDA graph of the step.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,7 +63,8 @@ def measure(benchmark):
 
         step = {
             "forward": lambda: function(logits),
-            "backward": Tensor.backward,
+            # A captured backward pass is replayed, and reads every time what the forward pass has left.
+            "backward": functools.partial(Tensor.backward, retain_graph=GPU),
             "both": lambda: function(logits).backward(),
         }[direction]
         labels |= {"direction": direction, "error": error, "elements": logits.numel()}

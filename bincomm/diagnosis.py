@@ -90,9 +90,10 @@ def _devices() -> list[str]:
             try:
                 major, minor, from_ptx = library._C.device_code(index)
                 line += f", bincomm's CUDA code: sm_{major}{minor}{' compiled from PTX' if from_ptx else ''}"
-                line += f", coding_rate up to min(n, K) = {library._C.largest_side(index)}, beyond in PyTorch"
+                side = library._C.largest_side(index)
+                line += f", coding_rate's kernel up to min(n, K) = {side}, beyond PyTorch"
             except RuntimeError as error:
-                line += f", bincomm's CUDA code: none ({error})"
+                line += f", bincomm's CUDA code fails ({error})"
         devices.append(line)
     return devices
 

@@ -20,8 +20,8 @@ class DiscreteCommunication(nn.Module):
         eps_squared: ε² of the coding rate.
 
     Where torch.distributed is initialised, the rate is that of all ranks' images and n in γ their number, so
-    the objective depends on the whole batch and not on how many ranks share it; all ranks must have equally
-    many images, and gradients be averaged over them, as DistributedDataParallel does.
+    the objective depends on the whole batch and not on how many ranks share it. Every rank must call it, all
+    with equally many images, and gradients be averaged over the ranks, as DistributedDataParallel does.
     """
 
     def __init__(self, beta: float = 0.1, eps_squared: float = 0.05):

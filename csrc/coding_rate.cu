@@ -87,13 +87,14 @@ template <int kSide>
 bool can_sweep(int device, int tiles) {
   int available = 0;
   check(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device attribute");
+  cudaFuncAttributes code{};
+  check(cudaFuncGetAttributes(&code, sweep_kernel<kSide>), "kernel attributes");
+  available -= static_cast<int>(code.sharedSizeBytes);  // what newer architectures keep for themselves
   if (sweep_bytes<kSide>(tiles) > static_cast<size_t>(available)) return false;
   allow_shared(sweep_kernel<kSide>, available);
   if (kSide == 1) return true;
   int has_clusters = 0;
   check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device), "device attribute");
-  cudaFuncAttributes code{};
-  check(cudaFuncGetAttributes(&code, sweep_kernel<kSide>), "kernel attributes");
   if (!has_clusters || code.ptxVersion < 90) return false;  // code for older architectures knows no clusters
   check(cudaFuncSetAttribute(sweep_kernel<kSide>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
   cudaLaunchAttribute cluster[1];
@@ -117,9 +118,9 @@ int cluster_side(int device, int tiles) {
   static std::mutex mutex;
   static std::map<std::pair<int, int>, int> found;
   const std::lock_guard lock(mutex);
-  const auto [place, is_new] = found.try_emplace({device, tiles});
-  if (is_new) place->second = choose_cluster_side(device, tiles);
-  return place->second;
+  const auto place = found.find({device, tiles});
+  if (place != found.end()) return place->second;
+  return found.emplace(std::pair(device, tiles), choose_cluster_side(device, tiles)).first->second;
 }
 
 template <int kSide>
@@ -252,12 +253,9 @@ Tensor coding_rate_backward(Tensor arriving_, Tensor logits, Tensor inverse_, Te
 }  // namespace
 
 int largest_side(int device) {
-  int previous = 0;
-  check(cudaGetDevice(&previous), "cudaGetDevice");
-  check(cudaSetDevice(device), "cudaSetDevice");
+  const DeviceGuard guard(device);
   int tiles = 0;
   while (cluster_side(device, tiles + 1) > 0) ++tiles;
-  check(cudaSetDevice(previous), "cudaSetDevice");
   return tiles * kTile;
 }
 

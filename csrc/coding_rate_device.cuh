@@ -40,15 +40,12 @@ __device__ __forceinline__ float* shared_memory() {
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-// A finite gradient stays finite: beyond the largest half it is that. An infinite one stays infinite.
 __device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
-__device__ __forceinline__ void narrow(float x, __half* to) {
-  *to = __float2half_rn(isfinite(x) ? fminf(fmaxf(x, -65504.0f), 65504.0f) : x);
-}
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) {
-  constexpr float kLargest = 3.38953139e38f;
-  *to = __float2bfloat16_rn(isfinite(x) ? fminf(fmaxf(x, -kLargest), kLargest) : x);
-}
+__device__ __forceinline__ void narrow(float x, __half* to) { *to = __float2half_rn(x); }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ float largest(float) { return 3.40282347e38f; }
+__device__ __forceinline__ float largest(__half) { return 65504.0f; }
+__device__ __forceinline__ float largest(__nv_bfloat16) { return 3.38953139e38f; }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
@@ -81,6 +78,7 @@ __device__ __forceinline__ float* of_block(float* mine, unsigned) { return mine;
 inline float* shared_memory() { return fibres::shared(); }
 inline float widen(float x) { return x; }
 inline void narrow(float x, float* to) { *to = x; }
+inline float largest(float) { return 3.40282347e38f; }
 inline unsigned cluster_rank() { return fibres::cluster_rank(); }
 inline void cluster_barrier(fibres::Where where = fibres::Where::current()) { fibres::cluster_barrier(where); }
 inline float* of_block(float* mine, unsigned rank) { return fibres::shared_of(rank) + (mine - fibres::shared()); }
@@ -611,9 +609,13 @@ __device__ __forceinline__ void gradient(const Logits<T>& logits, const float* a
   const float reciprocal = logits.reciprocal[row];
   if (reciprocal >= static_cast<float>(1.0 / kNormEps)) along = 0.0f;
   const float scale = arriving[view] * alpha * reciprocal;
+  // What does not fit the type is its largest number, but where a large gradient arrives, as from a scaled loss, an
+  // infinity is to show that its scale is too large.
+  const float limit = fabsf(arriving[view]) <= 1.0f ? largest(T{}) : INFINITY;
   for (int bit = lane; bit < logits.bits; bit += kTile) {
     const int64_t place = row * logits.bits + bit;
-    narrow((g[place] - along * logits.z(view, image, bit)) * scale, out + place);
+    const float x = (g[place] - along * logits.z(view, image, bit)) * scale;
+    narrow(x < -limit ? -limit : (x > limit ? limit : x), out + place);
   }
 }
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from bincomm.ops import reference
 from bincomm.ops.library import (
     _C,
     BACKEND,
+    KERNELS,
     LIBRARY,
     define,
     has_cuda_code,
@@ -19,10 +21,12 @@ from bincomm.ops.library import (
 )
 from bincomm.ops.messages import check_logits
 
-# The trace of αG is at most K/ε², which bounds the rounding of a pivot: up to the first limit fp32 has digits
-# enough, up to the second fp64.
-LARGEST_IN_FP32 = 2**17
+# The trace of αG is K/ε², and rounding takes a share of that from every pivot, be it 1: up to the first limit
+# fp32 leaves an error of less than 0.01, up to the second fp64.
+LARGEST_IN_FP32 = 2**16
 LARGEST = 1e12
+
+PARTS = torch.ops.bincomm
 
 
 class CodingRate(NamedTuple):
@@ -52,8 +56,10 @@ def coding_rate(
     Uncentred, as in SimDINO (arXiv 2502.10385) and "Self-Supervised Learning as Discrete Communication"
     (arXiv 2602.09764). Its gradient is the closed form `∂R/∂z = α·z·(I + αzᵀz)⁻¹` followed by the row norm's,
     in fp32 whatever the dtype of the logits, outside autocast and whatever the precision set for matrix
-    products; of the two equal determinants (K×K or n×n) the smaller is taken. Finite logits never give NaN or
-    infinity: pivots are held at 1, and a gradient too large for fp16 is fp16's largest number.
+    products; of the two equal determinants (K×K or n×n) the smaller is taken. Logits in fp64, and any where
+    K/ε² > 65536, for which fp32 has not the digits, take the definition in fp64. Finite logits never give NaN
+    or infinity: pivots are held at 1, and a gradient too large for fp16 is fp16's largest number, unless a
+    gradient larger than 1 arrives, as from a GradScaler, which is to see what overflows.
 
     Args:
         logits: (..., n, K), n rows of K logits; fp32, fp16, bf16 or fp64, any strides. Leading dimensions,
@@ -72,7 +78,8 @@ def coding_rate(
     Raises:
         TypeError: `logits` is no tensor of the dtypes above.
         ValueError: its shape, or `eps_squared`, does not fit.
-        NotImplementedError: a second derivative is asked for, or a forward-mode one; fp64 logits have both.
+        NotImplementedError: a second derivative is asked for, or a forward-mode one; fp64 logits have both,
+            and torch.func.grad and its kin.
     """
     check_logits("logits", logits)
     if logits.dim() < 2 or logits.shape[-2] == 0 or logits.shape[-1] == 0:
@@ -82,6 +89,8 @@ def coding_rate(
         raise ValueError(
             f"eps_squared: expected a number > 0, of at least K/1e12 = {bits / LARGEST:g}, got {eps_squared}"
         )
+    if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group: expected a process group that this rank belongs to, or None, got {group!r}")
     if group is not None and group.size() == 1:
         group = None
     if takes_reference(logits) or bits / eps_squared > LARGEST_IN_FP32:
@@ -89,7 +98,7 @@ def coding_rate(
     refuse_tangent("logits", logits)
     batch = logits.shape[:-2]
     flat = logits.unsqueeze(0) if logits.dim() == 2 else logits.flatten(0, -3)
-    rate, _, _, images, smallest, clamped = torch.ops.bincomm.coding_rate(
+    rate, _, _, images, smallest, clamped = PARTS.coding_rate.default(
         flat, eps_squared, group.group_name if group is not None else ""
     )
     if not diagnostics:
@@ -106,11 +115,25 @@ def rate_ceiling(images: Tensor, bits: int, eps_squared: float) -> Tensor:
     return k / 2 * torch.log1p(bits / eps_squared / k)
 
 
+class Widen(torch.autograd.Function):
+    """To fp64; a gradient that is too large for the dtype it goes back to becomes its largest number."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return x.double()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        largest = torch.finfo(ctx.dtype).max
+        return grad.clamp(-largest, largest).to(ctx.dtype)
+
+
 def _by_definition(logits: Tensor, eps_squared: float, group, diagnostics: bool) -> Tensor | CodingRate:
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    wide = logits.double() if logits.shape[-1] / eps_squared > LARGEST_IN_FP32 else logits
+    wide = Widen.apply(logits) if logits.shape[-1] / eps_squared > LARGEST_IN_FP32 else logits
     matrix, images = reference.regularised_gram(wide, eps_squared, group)
-    rate = (torch.logdet(matrix) / 2).to(dtype)
+    rate = reference.half_logdet(matrix).to(dtype)
     if not diagnostics:
         return rate
     of_images = group is None and logits.shape[-2] < logits.shape[-1]
@@ -125,19 +148,20 @@ def _by_definition(logits: Tensor, eps_squared: float, group, diagnostics: bool)
 
 
 def _forward(
-    logits: Tensor, eps_squared: float, group: str
+    factor_gram: Callable, logits: Tensor, eps_squared: float, group: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, bits = logits.shape[-2:]
     if not group:
-        gram, reciprocal = torch.ops.bincomm.coding_rate_gram(logits, bits / (n * eps_squared), n < bits)
+        gram, reciprocal = PARTS.coding_rate_gram.default(logits, bits / (n * eps_squared), n < bits)
         images = logits.new_empty(0, dtype=torch.float32)
     else:
         # Rows that lie on other ranks leave only zᵀz, whichever side is smaller.
-        gram, reciprocal = torch.ops.bincomm.coding_rate_gram(logits, 1.0, False)
-        everything = reference.SumOverRanks.apply(torch.cat([gram.flatten(), gram.new_full((1,), n)]), group)
+        gram, reciprocal = PARTS.coding_rate_gram.default(logits, 1.0, False)
+        everything = torch.cat([gram.flatten(), gram.new_full((1,), n)])
+        everything = reference.SumOverRanks.apply(everything, group)
         images = everything[-1:].clone()
         gram = everything[:-1].view_as(gram) * (bits / eps_squared / images)
-    rate, factor, smallest, clamped = torch.ops.bincomm.coding_rate_factor(gram)
+    rate, factor, smallest, clamped = factor_gram(gram)
     return rate, factor, reciprocal, images, smallest, clamped
 
 
@@ -174,8 +198,11 @@ def _backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]
         alpha, of_images = 1.0, False
     else:
         arriving, alpha, of_images = grad, bits / (n * ctx.eps_squared), n < bits
-    gradient = torch.ops.bincomm.coding_rate_backward(arriving, logits, factor, reciprocal, alpha, of_images)
-    return gradient, None, None
+    return (
+        PARTS.coding_rate_backward.default(arriving, logits, factor, reciprocal, alpha, of_images),
+        None,
+        None,
+    )
 
 
 def _refuse_second_derivative(ctx, *_: Tensor | None) -> None:
@@ -188,10 +215,14 @@ def _refuse_second_derivative(ctx, *_: Tensor | None) -> None:
 # ---- The parts in PyTorch: where there is no kernel, and, where one names BLAS, what calls it
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """fp32 where a product of matrices keeps its digits whatever the program has allowed, else fp64."""
-    reduced = x.device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-    return torch.float64 if reduced else torch.float32
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """`x y` in fp32, with all its digits whatever autocast and the precision set for products allow."""
+    reduced = x.device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision in ("bf16", "tf32")
+    if reduced:
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.bmm(x.double(), y.double()).float()
+    # Autocast leaves alone what has out=.
+    return torch.bmm(x, y, out=x.new_empty((x.shape[0], x.shape[1], y.shape[2])))
 
 
 def _rows_form(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,11 +234,9 @@ def _rows_form(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram_form(logits: Tensor, alpha: float, of_images: bool) -> tuple[Tensor, Tensor]:
-    z, reciprocal = torch.ops.bincomm.coding_rate_rows(logits)
-    with torch.autocast(logits.device.type, enabled=False):
-        wide = z.to(_product_dtype(z))
-        gram = wide @ wide.mT if of_images else wide.mT @ wide
-        return gram.mul_(alpha).to(torch.float32), reciprocal
+    z, reciprocal = PARTS.coding_rate_rows.default(logits)
+    gram = _product(z, z.mT) if of_images else _product(z.mT, z)
+    return gram.mul_(alpha), reciprocal
 
 
 def _factor_form(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -225,23 +254,25 @@ def _inverse_form(factor: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor.double()).float().contiguous()
 
 
+def _gradient_form(grad: Tensor, g: Tensor, logits: Tensor, reciprocal: Tensor, alpha: float) -> Tensor:
+    z = logits.to(torch.float32) * reciprocal.unsqueeze(-1)
+    # Through z = a/‖a‖ a gradient g becomes (g - (g·z)z)/‖a‖; a norm held at its floor is a constant.
+    along = (g * z).sum(-1).masked_fill_(reciprocal >= 1 / reference.NORM_EPS, 0)
+    scale = (grad[:, None] * alpha * reciprocal).unsqueeze(-1)
+    # What does not fit the dtype is its largest number, but where a large gradient arrives, as from a scaled
+    # loss, infinity is to show that its scale is too large.
+    limit = torch.full_like(grad, torch.finfo(logits.dtype).max)
+    limit = limit.masked_fill_(~(grad.abs() <= 1), torch.inf)[:, None, None]
+    return ((g - along.unsqueeze(-1) * z) * scale).clamp(-limit, limit).to(logits.dtype).contiguous()
+
+
 def _backward_form(
     grad: Tensor, logits: Tensor, factor: Tensor, reciprocal: Tensor, alpha: float, of_images: bool
 ) -> Tensor:
-    inverse = torch.ops.bincomm.coding_rate_inverse(factor)
-    with torch.autocast(logits.device.type, enabled=False):
-        z = logits.to(torch.float32) * reciprocal.unsqueeze(-1)
-        left, right = (inverse, z) if of_images else (z, inverse)
-        dtype = _product_dtype(z)
-        g = (left.to(dtype) @ right.to(dtype)).to(torch.float32)
-        # Through z = a/‖a‖ a gradient g becomes (g - (g·z)z)/‖a‖; a norm held at its floor is a constant.
-        radial = torch.linalg.vecdot(g, z).masked_fill_(reciprocal >= 1 / reference.NORM_EPS, 0)
-        scale = (grad[:, None] * alpha * reciprocal).unsqueeze(-1)
-        g = g.addcmul_(radial.unsqueeze(-1), z, value=-1).mul_(scale)
-        if logits.dtype != torch.float32:  # finite stays finite, infinite infinite
-            largest = torch.finfo(logits.dtype).max
-            g = torch.where(g.isinf(), g, g.clamp(-largest, largest))
-        return g.to(logits.dtype).contiguous()
+    inverse = PARTS.coding_rate_inverse.default(factor)
+    z, _ = PARTS.coding_rate_rows.default(logits)
+    g = _product(inverse, z) if of_images else _product(z, inverse)
+    return PARTS.coding_rate_gradient.default(grad, g, logits, reciprocal, alpha)
 
 
 @functools.cache
@@ -253,7 +284,7 @@ def largest_side(device: int) -> int:
 def _factor_on_cuda(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the CUDA backward takes is the inverse itself."""
     if gram.shape[-1] <= largest_side(gram.get_device()):
-        return torch.ops.bincomm.coding_rate_sweep(gram)
+        return PARTS.coding_rate_sweep.default(gram)
     if BACKEND == "native":
         raise RuntimeError(
             f"BINCOMM_BACKEND=native, but coding_rate's kernel takes sides of up to "
@@ -263,25 +294,31 @@ def _factor_on_cuda(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rate, _inverse_form(factor), smallest, clamped
 
 
-# `factor` is what the device's backward takes: packed Cholesky factor, Cholesky factor or inverse of I + αG.
+# `factor` (V, m, m) is the CPU kernel's own, or Cholesky's; where CUDA's kernels serve it is the inverse.
 define("coding_rate_rows(Tensor logits) -> (Tensor, Tensor)", cpu="C++", cuda=None, pytorch_form=_rows_form)
 define(
     "coding_rate_gram(Tensor logits, float alpha, bool of_images) -> (Tensor, Tensor)",
-    cpu="BLAS",
+    cpu="C++",
     cuda="CUDA",
     pytorch_form=_gram_form,
 )
 define(
     "coding_rate_factor(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu="C++",
-    cuda="CUDA",
+    cuda=None,
     pytorch_form=_factor_form,
 )
 define("coding_rate_inverse(Tensor factor) -> Tensor", cpu="C++", cuda=None, pytorch_form=_inverse_form)
 define(
+    "coding_rate_gradient(Tensor grad, Tensor g, Tensor logits, Tensor reciprocal, float alpha) -> Tensor",
+    cpu="C++",
+    cuda=None,
+    pytorch_form=_gradient_form,
+)
+define(
     "coding_rate_backward(Tensor grad, Tensor logits, Tensor factor, Tensor reciprocal, float alpha,"
     " bool of_images) -> Tensor",
-    cpu="BLAS",
+    cpu="C++, BLAS",
     cuda="CUDA",
     pytorch_form=_backward_form,
     fake=lambda grad, logits, factor, reciprocal, alpha, of_images: logits.new_empty(logits.shape),
@@ -289,13 +326,13 @@ define(
 define(
     "coding_rate(Tensor logits, float eps_squared, str group)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=None,
-    cuda=None,
-    pytorch_form=_forward,
+    cpu="C++, BLAS",
+    pytorch_form=functools.partial(_forward, PARTS.coding_rate_factor.default),
     fake=_fake,
 )
 if has_cuda_code():
     LIBRARY.define("coding_rate_sweep(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)")
-    LIBRARY.impl("coding_rate_factor", _factor_on_cuda, "CUDA")
+    LIBRARY.impl("coding_rate", functools.partial(_forward, _factor_on_cuda), "CUDA")
+    KERNELS["coding_rate"]["cuda"] = "CUDA"
 torch.library.register_autograd("bincomm::coding_rate", _backward, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("bincomm::coding_rate_backward", _refuse_second_derivative, lib=LIBRARY)

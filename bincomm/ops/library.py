@@ -53,16 +53,17 @@ def define(
 
     `cpu` and `cuda` name what serves tensors there: "C++" and "CUDA" are kernels of `_C`, "BLAS" a library
     that the form in PyTorch calls, "PyTorch" that form where it only stands in (for Triton see `use_triton`),
-    None that it is not used there; None for both, that it is made of other operations.
+    None that it is not used there.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, _form(name, pytorch_form), "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"bincomm::{name}", fake, lib=LIBRARY)
-    missing = {"C++": _C is None, "CUDA": not has_cuda_code()}
+    # Asked of the dispatcher, not of _C, which may be of an older build.
+    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"bincomm::{name}")
     where = {
-        device: "PyTorch" if missing.get(kernel) else kernel
+        device: "PyTorch" if kernel in ("C++", "CUDA") and not has(device.upper()) else kernel
         for device, kernel in (("cpu", cpu), ("cuda", cuda))
         if kernel is not None
     }

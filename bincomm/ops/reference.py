@@ -94,20 +94,28 @@ def regularised_gram(
 
     `of_images` gives `I + α zzᵀ`, which has the same determinant.
     """
-    bits = logits.shape[-1]
-    z = F.normalize(widen(logits), dim=-1, eps=NORM_EPS)
-    gram, images = (
-        z @ z.mT if of_images else z.mT @ z,
-        torch.tensor(float(logits.shape[-2]), dtype=z.dtype, device=z.device),
-    )
-    if group is not None:
-        gram, images = (SumOverRanks.apply(x, group.group_name) for x in (gram, images))
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return identity + bits / (images * eps_squared) * gram, images
+    n, bits = logits.shape[-2:]
+    with torch.autocast(logits.device.type, enabled=False):
+        z = F.normalize(widen(logits), dim=-1, eps=NORM_EPS)
+        gram = z @ z.mT if of_images else z.mT @ z
+        images = torch.full((), n, dtype=gram.dtype, device=gram.device)
+        if group is not None:
+            gram, images = (SumOverRanks.apply(x, group.group_name) for x in (gram, images))
+        identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        return identity + bits / (images * eps_squared) * gram, images
 
 
 def coding_rate(
     logits: Tensor, eps_squared: float = 0.05, group: "torch.distributed.ProcessGroup | None" = None
 ) -> Tensor:
     """`½ logdet(I + α zᵀz)`: (..., n, K) -> (...,), nats."""
-    return torch.logdet(regularised_gram(logits, eps_squared, group)[0]) / 2
+    return half_logdet(regularised_gram(logits, eps_squared, group)[0])
+
+
+def half_logdet(matrix: Tensor) -> Tensor:
+    """`½ log det` of a symmetric positive definite matrix: the log of its Cholesky factor's determinant.
+
+    By Cholesky also for its sake: `torch.logdet` factors by LU, which some builds of MKL get wrong for
+    batches once the number of threads has been set.
+    """
+    return torch.linalg.cholesky_ex(matrix)[0].diagonal(dim1=-2, dim2=-1).log().sum(-1)

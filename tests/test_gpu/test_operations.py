@@ -126,7 +126,7 @@ def test_coding_rate(shape, dtype, no_sync):
 
 
 def test_coding_rate_takes_its_kernel():
-    assert KERNELS["coding_rate_factor"]["cuda"] == "CUDA"
+    assert KERNELS["coding_rate"]["cuda"] == "CUDA"
     assert largest_side(0) >= 192
     if torch.cuda.get_device_capability(0)[0] in (9, 10):
         assert largest_side(0) == 1024
@@ -136,11 +136,33 @@ def test_coding_rate_takes_its_kernel():
 def test_coding_rate_of_any_strides_and_its_diagnostics(shape):
     logits = torch.randn(shape)
     expected = bincomm.coding_rate(logits, diagnostics=True)
-    permuted = logits.permute(2, 0, 1).contiguous().cuda().permute(1, 2, 0)
+    exact = value_and_gradient(reference.coding_rate, logits.double())
+    permuted = logits.permute(2, 0, 1).contiguous().cuda().permute(1, 2, 0).requires_grad_()
     found = bincomm.coding_rate(permuted, diagnostics=True)
     for mine, other in zip(found, expected, strict=True):
         assert mine.is_cuda
-        torch.testing.assert_close(mine.cpu(), other, rtol=1e-5, atol=0)
+        torch.testing.assert_close(mine.detach().cpu(), other, rtol=1e-5, atol=0)
+    (3 * found.rate.sum()).backward()
+    assert (permuted.grad.cpu() - exact[1]).norm() < 1e-4 * exact[1].norm()
+
+
+@pytest.mark.parametrize("bits", [100, 256, 512])
+def test_coding_rate_near_a_collapse(bits):
+    one, rest = torch.randn(1, bits), torch.randn(2, bits + 50, bits)
+    logits = one + 1e-2 * rest
+    exact = value_and_gradient(reference.coding_rate, logits.double())
+    rate, gradient = value_and_gradient(bincomm.coding_rate, logits.cuda())
+    torch.testing.assert_close(rate.double().cpu(), exact[0], rtol=1e-3, atol=0)
+    assert (gradient.cpu() - exact[1]).norm() < 1e-2 * exact[1].norm()
+
+
+def test_coding_rate_for_which_fp32_has_not_the_digits(no_sync):
+    logits = torch.randn(2, 60, 40, device="cuda")
+    rate, gradient = value_and_gradient(bincomm.coding_rate, logits, eps_squared=1e-5)
+    torch.cuda.set_sync_debug_mode("default")
+    exact = value_and_gradient(reference.coding_rate, logits.double(), 1e-5)
+    torch.testing.assert_close(rate.double(), exact[0], rtol=1e-6, atol=0)
+    assert (gradient - exact[1]).norm() < 1e-5 * exact[1].norm()
 
 
 @pytest.mark.parametrize("bits", [16, 256, 512])
@@ -166,7 +188,9 @@ def test_coding_rate_of_finite_logits_is_finite(bits, dtype):
     assert found.smallest_pivot.isnan().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("shape", [(12, 256, 256), (2, 128, 1024), (2, 600, 512)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(12, 256, 256), (2, 128, 1024), (2, 600, 512), (2, 700, 700), (1, 1200, 1200)], ids=str
+)
 def test_coding_rate_in_a_cuda_graph(shape):
     logits = torch.randn(shape, device="cuda", requires_grad=True)
     expected = value_and_gradient(bincomm.coding_rate, logits)

@@ -13,7 +13,9 @@ if not _C.build_facts()["cuda"]:
     pytest.skip(f"no CUDA code: {_C.build_facts()['no_cuda_reason']}", allow_module_level=True)
 
 CUOBJDUMP = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
-ARCHITECTURES = [a for a in (80, 90, 100) if f"{a // 10}.{a % 10}" in _C.build_facts()["cuda_architectures"]]
+ARCHITECTURES = [
+    a for a in (80, 90, 100, 120) if f"{a // 10}.{a % 10}" in _C.build_facts()["cuda_architectures"]
+]
 # A thread's registers, and how often the kernel is compiled: for cluster sizes, or types and sides of G.
 BUDGETS = {
     "sweep": (128, 3),  # 512 threads

@@ -1,5 +1,6 @@
 import math
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from bincomm.ops.coding_rate import rate_ceiling
 
 
 def value_and_gradient(function, logits, **kwargs):
-    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    logits = logits.detach().requires_grad_()
     rate = function(logits, **kwargs)
     (rate * torch.arange(1, 1 + rate.numel()).view(rate.shape)).sum().backward()  # other grad_outputs than 1
     return rate.detach().double(), logits.grad.double()
@@ -59,6 +60,14 @@ def test_half_types_compute_in_fp32_under_autocast(dtype):
     torch.testing.assert_close(rate, truth[0], rtol=1e-5, atol=0)
     # The gradient is rounded once, to the dtype of the logits.
     torch.testing.assert_close(gradient, truth[1], rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_definition_is_outside_autocast_too(dtype):
+    logits = torch.randn(2, 40, 64).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        rate = reference.coding_rate(logits)
+    assert torch.equal(rate, reference.coding_rate(logits))
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -129,10 +138,13 @@ def test_a_gradient_too_large_for_fp16_is_its_largest_number():
     assert torch.equal(gradient.sign()[clear], truth.sign()[clear])
 
 
-def test_an_infinite_gradient_is_not_hidden():
-    logits = torch.randn(4, 8, dtype=torch.float16, requires_grad=True)
-    bincomm.coding_rate(logits).backward(torch.tensor(math.inf))
-    assert not logits.grad.isfinite().any()
+def test_what_overflows_by_the_scale_of_the_loss_is_infinite():
+    """A GradScaler is to see it and lower the scale."""
+    logits = torch.randn(2, 4, 8, dtype=torch.float16, requires_grad=True)
+    bincomm.coding_rate(logits).backward(torch.tensor([1.0, 1e7]))
+    assert logits.grad[0].isfinite().all()
+    assert logits.grad[1].isinf().any()
+    assert not logits.grad[1].isnan().any()
 
 
 def test_nan_and_infinity_show_in_their_view_alone():
@@ -153,6 +165,7 @@ def test_strides_scale_and_repetition_change_nothing():
     expected = value_and_gradient(bincomm.coding_rate, logits)
     permuted = logits.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     sliced = torch.randn(2, 48, 80)[:, ::2, ::2].copy_(logits)
+    assert sliced.stride() == (3840, 160, 2)
     for some in (logits, permuted, sliced):
         found = value_and_gradient(bincomm.coding_rate, some)
         torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
@@ -168,7 +181,8 @@ def test_strides_scale_and_repetition_change_nothing():
 @pytest.mark.parametrize("shape", [(1, 256, 256), (3, 300, 200), (5, 64, 64)])
 def test_the_number_of_threads_changes_nothing_but_rounding_of_products(shape):
     """What is ours is equal to the bit for the same Gram matrix; BLAS may divide its sums otherwise."""
-    gram, _ = torch.ops.bincomm.coding_rate_gram(torch.randn(shape), 20.0, False)
+    z, _ = torch.ops.bincomm.coding_rate_rows(torch.randn(shape))
+    gram = 20 * z.mT @ z
     found = []
     threads = torch.get_num_threads()
     for number in (1, threads):
@@ -184,8 +198,10 @@ def test_both_sides_agree():
     """n rows in K dimensions or K rows in n: the determinant, its scale set alike, is the same."""
     z = F.normalize(torch.randn(30, 50, dtype=torch.float64), dim=-1)
     alpha = 50 / (30 * 0.05)
-    tall = torch.logdet(torch.eye(30) + alpha * z @ z.T) / 2
-    assert bincomm.coding_rate(z.float()).item() == pytest.approx(tall.item(), rel=1e-5)
+    for other in (z @ z.T, z.T @ z):
+        matrix = torch.eye(len(other), dtype=torch.float64) + alpha * other
+        exact = reference.half_logdet(matrix).item()
+        assert bincomm.coding_rate(z.float()).item() == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 20, 30), (30, 20), (2, 16, 16)])
@@ -220,6 +236,10 @@ def test_small_eps_squared_is_computed_in_fp64():
         rate, gradient = value_and_gradient(bincomm.coding_rate, torch.ones(40, 16), eps_squared=eps_squared)
         assert rate.item() == pytest.approx(math.log(1 + 16 / eps_squared) / 2, rel=1e-4)
         assert gradient.isfinite().all()
+        half = (1e-6 * torch.randn(4, 16)).half()
+        rate, gradient = value_and_gradient(bincomm.coding_rate, half, eps_squared=eps_squared)
+        assert rate.isfinite()
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 10), (2, 10, 6), (1, 5, 5)])
@@ -229,6 +249,14 @@ def test_opcheck(shape):
     logits, alpha, of_images = logits.detach(), shape[2] / (shape[1] * 0.05), shape[1] < shape[2]
     rate, factor, reciprocal, *_ = torch.ops.bincomm.coding_rate(logits, 0.05, "")
     opcheck(torch.ops.bincomm.coding_rate_backward, (rate, logits, factor, reciprocal, alpha, of_images))
+
+
+def test_the_reference_is_the_log_determinant():
+    matrix, images = reference.regularised_gram(torch.randn(7, 5, dtype=torch.float64))
+    assert images == 7
+    assert reference.half_logdet(matrix).item() == pytest.approx(
+        math.log(numpy.linalg.det(matrix.numpy())) / 2
+    )
 
 
 def test_gradcheck_of_the_reference():
@@ -320,6 +348,8 @@ def test_wrong_arguments_are_named():
         bincomm.coding_rate(torch.randn(5))
     with pytest.raises(ValueError, match=r"logits: .*\(0, 4\)"):
         bincomm.coding_rate(torch.randn(0, 4))
+    with pytest.raises(TypeError, match="group: .*'all'"):
+        bincomm.coding_rate(torch.randn(3, 4), group="all")
     for wrong in (0, -1, 1e-14, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"eps_squared: .*{wrong}"):
             bincomm.coding_rate(torch.randn(3, 4), eps_squared=wrong)
