@@ -16,7 +16,7 @@ setup: $(VENV)/ready
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch setuptools ninja pybind11
+	$(BIN)/python -m pip install --quiet torch 'setuptools>=70.1' ninja pybind11
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[all]"
 	@touch $@
 

@@ -84,7 +84,7 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
         raise SystemExit(
             f"bincomm is compiled against the torch it will run with, but `import {error.name}` failed.\n"
             "Install torch first and build without isolation:\n"
-            "    pip install torch setuptools ninja pybind11\n"
+            "    pip install torch 'setuptools>=70.1' ninja pybind11\n"
             "    pip install --no-build-isolation bincomm"
         ) from error
     cuda_home, cuda = find_cuda(torch.version.cuda)
@@ -147,6 +147,7 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
 
 modules, builder = extension()
 setup(
+    license="Apache-2.0",  # not in pyproject.toml, where old and new setuptools want it in different forms
     packages=find_packages(include=["bincomm", "bincomm.*"]),
     package_dir={"bincomm.kernels": "kernels"},  # a checkout finds them through bincomm/kernels/__init__.py
     ext_modules=modules,
