@@ -50,8 +50,6 @@ unsigned grid(int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-int64_t tiles_of(int64_t side) { return (side + kTile - 1) / kTile; }
-
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),

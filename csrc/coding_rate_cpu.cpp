@@ -543,7 +543,7 @@ std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits_, double alpha, bool o
   const Tensor logits = unit_stride(logits_);
   const Storage storage = storage_of(logits.scalar_type(), "logits");
   const int64_t views = logits.size(0), images = logits.size(1), bits = logits.size(2);
-  const int64_t image_tiles = (images + kTile - 1) / kTile, bit_tiles = (bits + kTile - 1) / kTile;
+  const int64_t image_tiles = Side(images).tiles, bit_tiles = Side(bits).tiles;
   const Side side(of_images ? images : bits);
   const int64_t depth = of_images ? bit_tiles : image_tiles;
   Tensor out = torch::stable::new_empty(logits, {views, side.size, side.size}, ScalarType::Float);

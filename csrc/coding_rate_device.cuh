@@ -87,6 +87,8 @@ inline float* of_block(float* mine, unsigned rank) { return fibres::shared_of(ra
 
 // ---- Tiles
 
+__host__ __device__ constexpr int64_t tiles_of(int64_t side) { return (side + kTile - 1) / kTile; }
+
 // Float4 number `four` of row `row`. The exclusive or spreads what a quarter of a warp reads at once, rows 4 i + a or
 // neighbouring rows, over all banks.
 __device__ __forceinline__ int place(int row, int four) { return kTile * row + ((four ^ row ^ (row >> 3)) & 7) * 4; }
@@ -457,6 +459,13 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
 
 // ---- Logits
 
+// The sum over a warp, for every lane.
+template <typename T>
+__device__ __forceinline__ T sum_of_lanes(T x) {
+  for (int step = kTile / 2; step > 0; step /= 2) x += __shfl_xor_sync(kEveryLane, x, step);
+  return x;
+}
+
 // Logits of any strides with the reciprocals of their rows' norms.
 template <typename T>
 struct Logits {
@@ -494,8 +503,7 @@ __device__ __forceinline__ void reciprocal_norms(const Logits<T>& logits, float*
     const double a = logits.raw(row / logits.n, static_cast<int>(row % logits.n), bit);
     sum += a * a;
   }
-  for (int step = kTile / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kEveryLane, sum, step);
-  const double norm = sqrt(sum);
+  const double norm = sqrt(sum_of_lanes(sum));
   if (lane == 0) reciprocal[row] = static_cast<float>(1.0 / (norm < kNormEps ? kNormEps : norm));
 }
 
@@ -517,7 +525,7 @@ template <typename T, bool kOfImages>
 __device__ __forceinline__ void gram(const Logits<T>& logits, float alpha, float* out) {
   const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = threadIdx.x % kTile;
   const int side = kOfImages ? logits.n : logits.bits, depth = kOfImages ? logits.bits : logits.n;
-  const int tiles = (side + kTile - 1) / kTile, pairs = tiles * (tiles + 1) / 2;
+  const int tiles = tiles_of(side), pairs = tiles * (tiles + 1) / 2;
   const int64_t view = blockIdx.x / pairs;
   int i = 0, j = blockIdx.x % pairs;
   while (j > i) j -= ++i;
@@ -555,7 +563,7 @@ template <typename T, bool kOfImages>
 __device__ __forceinline__ void direction(const Logits<T>& logits, const float* inverse, float* g, float* radial) {
   const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = threadIdx.x % kTile;
   const int side = kOfImages ? logits.n : logits.bits;
-  const int tiles = (logits.bits + kTile - 1) / kTile, rows = (logits.n + kTile - 1) / kTile;
+  const int tiles = tiles_of(logits.bits), rows = tiles_of(logits.n);
   const int64_t view = blockIdx.x / (rows * tiles);
   const int image = blockIdx.x / tiles % rows * kTile, column = blockIdx.x % tiles, bit = column * kTile;
   float* const shared = shared_memory();
@@ -588,7 +596,7 @@ __device__ __forceinline__ void direction(const Logits<T>& logits, const float* 
       g[(view * logits.n + image + r) * logits.bits + bit + lane] = value;
       part = value * logits.z(view, image + r, bit + lane);
     }
-    for (int step = kTile / 2; step > 0; step /= 2) part += __shfl_xor_sync(kEveryLane, part, step);
+    part = sum_of_lanes(part);
     if (lane == 0) radial[(view * logits.n + image + r) * tiles + column] = part;
   }
 }
@@ -602,10 +610,10 @@ __device__ __forceinline__ void gradient(const Logits<T>& logits, const float* a
   const int lane = threadIdx.x % kTile;
   if (row >= rows) return;
   const int64_t view = row / logits.n;
-  const int image = static_cast<int>(row % logits.n), tiles = (logits.bits + kTile - 1) / kTile;
+  const int image = static_cast<int>(row % logits.n), tiles = tiles_of(logits.bits);
   float along = 0.0f;
   for (int t = lane; t < tiles; t += kTile) along += radial[row * tiles + t];
-  for (int step = kTile / 2; step > 0; step /= 2) along += __shfl_xor_sync(kEveryLane, along, step);
+  along = sum_of_lanes(along);
   const float reciprocal = logits.reciprocal[row];
   if (reciprocal >= static_cast<float>(1.0 / kNormEps)) along = 0.0f;
   const float scale = arriving[view] * alpha * reciprocal;

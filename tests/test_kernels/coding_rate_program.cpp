@@ -40,7 +40,7 @@ void write(const std::vector<T>& result) {
 
 template <int kSide>
 void launch_sweep(const SweepArguments& arguments, int views, unsigned seed) {
-  const int tiles = (arguments.n + kTile - 1) / kTile;
+  const int tiles = tiles_of(arguments.n);
   const size_t bytes = SweepMemory<kSide>(tiles).size(tiles) * sizeof(float);
   fibres::launch(views * kSide * kSide, kSweepThreads, kSide * kSide, bytes, seed,
                  [&] { sweep_kernel<kSide>(arguments); });
@@ -49,8 +49,8 @@ void launch_sweep(const SweepArguments& arguments, int views, unsigned seed) {
 template <bool kOfImages>
 void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool permuted) {
   const int m = kOfImages ? n : bits;
-  const int64_t rows = static_cast<int64_t>(views) * n, tiles = (m + kTile - 1) / kTile;
-  const int64_t bit_tiles = (bits + kTile - 1) / kTile, row_tiles = (n + kTile - 1) / kTile;
+  const int64_t rows = static_cast<int64_t>(views) * n, tiles = tiles_of(m);
+  const int64_t bit_tiles = tiles_of(bits), row_tiles = tiles_of(n);
   const std::vector<float> a = read(rows * bits), arriving = read(views);
   auto reciprocal = array<float>(rows), out = array<float>(static_cast<int64_t>(views) * m * m);
   auto inverse = array<float>(out.size()), rate = array<float>(views), smallest = array<float>(views);
@@ -59,7 +59,7 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
   Logits<float> logits{a.data(), reciprocal.data(), static_cast<int64_t>(n) * bits, bits, 1, n, bits};
   if (permuted) logits.view_stride = 1, logits.image_stride = static_cast<int64_t>(bits) * views, logits.bit_stride = views;
 
-  const auto warps = [](int depth) { return std::min(kProductWarps, (depth + kTile - 1) / kTile); };
+  const auto warps = [](int depth) { return std::min<int>(kProductWarps, tiles_of(depth)); };
   const auto bytes = [](int warps) { return 2 * warps * kTileSize * sizeof(float); };
   const unsigned blocks_of_rows = (rows + kProductWarps - 1) / kProductWarps;
   fibres::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed,
