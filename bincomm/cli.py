@@ -36,7 +36,7 @@ def run_pretrain(arguments: list[str]) -> int:
     """`bincomm pretrain`."""
     try:
         from bincomm.config import parse
-        from bincomm.data.loader import CorruptImageError
+        from bincomm.data.loader import TooManyUnusableError
         from bincomm.pretrain import Interrupted, TrainingError, pretrain
     except ImportError as error:
         return fail(f"training needs more packages ({error}): pip install 'bincomm[train]'", status=1)
@@ -47,7 +47,7 @@ def run_pretrain(arguments: list[str]) -> int:
     print(f"recipe {recipe}, data {config.data}, output {config.output}", flush=True)
     try:
         result = pretrain(config)
-    except (TrainingError, CorruptImageError, OSError) as error:
+    except (TrainingError, TooManyUnusableError, OSError) as error:
         return fail(str(error), status=1)
     except ValueError as error:
         return fail(str(error))

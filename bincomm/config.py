@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -13,10 +14,11 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bincomm.data.crops import Crops
+from bincomm.data.images import UnusableImageError, examine
 from bincomm.data.sources import open_source
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with others.
-INCIDENTAL = ("output", "threads", "save_every")
+INCIDENTAL = ("output", "threads", "save_every", "max_unusable")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class PretrainConfig:
     epochs.
 
     Args:
-        data: "digits", a folder of images (nested or flat), or a .txt file of image paths.
+        data: a folder of images (nested or flat), tar shards (data-{000..127}.tar), a .txt file of image
+            paths, a standard set by name ("cifar10"), or "digits"; or several such with weights, the shares
+            of an epoch's images from each: {"photos": 3, "cifar10": 1}.
         output: the run's directory; made if missing, resumed if it holds an unfinished run.
         seed: determines initialisation, order of images and augmentations.
         epochs: passes over the data.
@@ -63,11 +67,13 @@ class PretrainConfig:
         eval_crop: share of the resized image's side that evaluation looks at, in its centre.
         device: auto takes the GPU when there is one.
         threads: CPU threads of the data pipeline.
+        max_unusable: share of the images that may be unreadable or broken before the run stops.
+        channels_last: lay images and convolutions out in memory with the channels last.
         log_every: steps between two lines of metrics.
         save_every: steps between two checkpoints.
     """
 
-    data: str = "digits"
+    data: dict[str, float] | str = "digits"
     output: str = "runs/default"
     seed: int = 0
     epochs: int = 100
@@ -104,6 +110,8 @@ class PretrainConfig:
     eval_crop: float = 0.875
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 4
+    max_unusable: float = 0.01
+    channels_last: bool = False
     log_every: int = 50
     save_every: int = 1000
 
@@ -126,6 +134,8 @@ class PretrainConfig:
         for key in ("drop_path", "momentum"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"{key}: expected a number from 0 to 1, got {getattr(self, key)}")
+        if not 0 <= self.max_unusable <= 1:
+            raise ValueError(f"max_unusable: expected a share from 0 to 1, got {self.max_unusable}")
         if not 0 < self.eval_crop <= 1:
             raise ValueError(f"eval_crop: expected a number above 0 and at most 1, got {self.eval_crop}")
         self.crops  # noqa: B018  (its own checks)
@@ -170,23 +180,20 @@ def recipe_path(recipe: str) -> Path:
     return Path(str(files("bincomm.recipes") / f"{recipe}.yaml"))
 
 
-def choose_recipe(data: str) -> str:
+def choose_recipe(data: str | dict[str, float]) -> str:
     """The recipe that fits some data: digits for the digits, else by the size of a few of its images.
 
     Images above 64 pixels get a small ViT, or where there is no GPU a recipe that runs without one.
     """
     if data == "digits":
         return "digits"
-    from PIL import Image
-
-    images = open_source(data).files
+    images = open_source(data).images
     sizes = []
-    for path in images[:: max(1, len(images) // 16)]:
+    for index in range(0, len(images), max(1, len(images) // 16)):
         try:
-            with Image.open(path) as image:
-                sizes.append(min(image.size))
-        except OSError:
-            continue  # the loader names files it cannot read
+            sizes.append(min(examine(images.read(index))[1]))
+        except (OSError, UnusableImageError):
+            continue  # the loader names what it cannot use
     if sizes and sorted(sizes)[len(sizes) // 2] <= 64:
         return "small_images"
     return "vit_small_in1k" if torch.cuda.is_available() else "resnet18_cpu"
@@ -213,7 +220,13 @@ def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
     parser.add_class_arguments(PretrainConfig)
     if {"-h", "--help"} & set(arguments):
         parser.parse_args(["--help"])
-    recipe = known.recipe or choose_recipe("digits" if known.data is None else known.data)
+    data = "digits" if known.data is None else known.data
+    if data.startswith("{"):
+        try:
+            data = json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"data: {data} is no mapping of sources to weights: {error}") from error
+    recipe = known.recipe or choose_recipe(data)
     name = Path(recipe).stem
     path = recipe_path(recipe)
     if not path.read_text().strip():

@@ -100,7 +100,7 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """Backbone and head: views of images -> logits (V, n, K)."""
+    """Backbone and head: crops of images -> logits (V, n, K)."""
 
     def __init__(self, backbone: nn.Module, head: Head):
         super().__init__()
@@ -108,9 +108,12 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, *groups: Tensor) -> Tensor:
-        """Groups of equally large views (V_g, n, 3, H_g, W_g) -> logits (ΣV_g, n, K) of all, in order."""
+        """Groups of equally large views (n, V_g, 3, H_g, W_g) -> logits (ΣV_g, n, K) of all, in order.
+
+        The crops of an image lie together, as the loader makes them; so they need not be copied.
+        """
         features = [self.backbone(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in groups]
-        return self.head(torch.cat(features))
+        return self.head(torch.cat([some.transpose(0, 1) for some in features]))
 
 
 def create_teacher(student: Network, backbone: nn.Module) -> Network:

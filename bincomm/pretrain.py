@@ -14,7 +14,7 @@ import yaml
 
 from bincomm import __version__
 from bincomm.config import PretrainConfig
-from bincomm.data.loader import CorruptImageError, Loader
+from bincomm.data.loader import Loader, TooManyUnusableError
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.engine.logs import Log, Watch, Window, bit_statistics, plot_curves
 from bincomm.engine.optimiser import clear_state, clip_gradients, create_optimiser, set_rates
@@ -43,7 +43,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         ValueError: the configuration, the data or the run's directory does not allow it; the message names
             the key.
         TrainingError: the loss or its gradient is no longer finite.
-        CorruptImageError: an image cannot be read.
+        TooManyUnusableError: more images than `config.max_unusable` allows cannot be used.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
     device = choose_device(config.device)
@@ -66,12 +66,15 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 def train(config: PretrainConfig, source: Source, run: Path, device: torch.device) -> Network:
     """Train, or go on from the run's checkpoint, and return the teacher."""
     loader = Loader(
-        source.files,
+        source,
         config.crops,
         batch_size=config.batch_size,
         seed=config.seed,
         device=device,
         threads=config.threads,
+        max_unusable=config.max_unusable,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        channels_last=config.channels_last,
     )
     epoch_steps = loader.steps_per_epoch
     steps = min(config.epochs * epoch_steps, config.max_steps or config.epochs * epoch_steps)
@@ -94,7 +97,7 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
     log = Log(run, step, steps)
     log.say(
         f"{'resuming at step ' + str(step) if step else 'training'}: {config.backbone}, {config.bits} bits, "
-        f"{len(source.files)} images, {steps} steps of {config.batch_size} ({epoch_steps} an epoch), "
+        f"{len(source.images)} images, {steps} steps of {config.batch_size} ({epoch_steps} an epoch), "
         f"on {device.type}, in {run}"
     )
     if loader.changed:
@@ -102,6 +105,7 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
             f"warning: the data changed since the run was saved ({loader.changed}): it goes on with what is "
             "there now, and will not end as it would have"
         )
+    named = len(loader.unusable)
     signals = SignalFlag()
     try:
         while step < steps:
@@ -118,10 +122,11 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
             asked = time.perf_counter()
             try:
                 global_views, local_views = loader.next()
-            except CorruptImageError:
-                if window.first_not_finite() is None:
+            except TooManyUnusableError:
+                if step and window.first_not_finite() is None:
                     save(run, step, parts)
                 raise
+            named = tell_unusable(loader, named, run, log)
             waited = time.perf_counter() - asked
 
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -175,7 +180,9 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
     # The teacher's message is to be certain: nothing is dropped in it, neither paths nor features.
     certain = {key: value for key, value in arguments.items() if "drop" not in key}
     still, _ = create_backbone(config.backbone, config.global_size, **certain)
-    return student.to(device), create_teacher(student, still).to(device)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    student = student.to(device, memory_format=layout)
+    return student, create_teacher(student, still).to(device, memory_format=layout)
 
 
 def reset_head(
@@ -214,6 +221,16 @@ def resume(run: Path, parts: dict[str, Any]) -> int:
     return state["step"]
 
 
+def tell_unusable(loader: Loader, named: int, run: Path, log: Log) -> int:
+    """Name the unusable images beyond the first `named`, and keep a list of all; returns how many."""
+    found = loader.unusable
+    for count, (name, why) in enumerate(found[named:], named + 1):
+        log.say(f"left out: {name}: {why} ({count} of {len(loader.images)} images so far)")
+    if len(found) > named:
+        write_text(run / "unusable.txt", "".join(f"{name}\t{why}\n" for name, why in found))
+    return len(found)
+
+
 def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None:
     """The teacher's backbone as timm loads it; its metadata holds the arguments of `timm.create_model`."""
     weights = {name: value.contiguous().cpu() for name, value in teacher.backbone.state_dict().items()}
@@ -244,9 +261,12 @@ def evaluate(
         return {**result, "knn": None}
     gallery, queries, held_out = sources
     untrained, _ = create_networks(config, device)
-    labels = [torch.tensor(source.labels) for source in (gallery, queries)]
-    trained = [extract(teacher, source.files, config, device) for source in (gallery, queries)]
-    before = [extract(untrained, source.files, config, device) for source in (gallery, queries)]
+    trained = [extract(teacher, source, config, device) for source in (gallery, queries)]
+    before = [extract(untrained, source, config, device) for source in (gallery, queries)]
+    labels = [
+        torch.from_numpy(source.labels)[found["images"]]
+        for source, found in zip((gallery, queries), trained, strict=True)
+    ]
 
     def knn(gallery_features: torch.Tensor, query_features: torch.Tensor) -> float:
         return knn_accuracy(*(x.to(device) for x in (gallery_features, labels[0], query_features, labels[1])))
@@ -260,8 +280,8 @@ def evaluate(
             "random_initialisation": knn(before[0]["features"], before[1]["features"]),
             "pixels": knn(trained[0]["pixels"], trained[1]["pixels"]),
             "k": 20,
-            "gallery_images": len(gallery.files),
-            "query_images": len(queries.files),
+            "gallery_images": len(labels[0]),
+            "query_images": len(labels[1]),
             "queries_held_out": held_out,
         },
         "codes": bit_statistics((signs > 0).sum(0), len(signs)),

@@ -30,7 +30,7 @@ def test_backbones_take_crops_of_two_sizes_and_can_be_made_again(name, arguments
     backbone, made_with = create_backbone(name, 64, **arguments)
     network = Network(backbone, Head(feature_width(backbone, [64, 32]), 16, 24))
     assert backbone.training
-    logits = network(torch.randn(2, 3, 3, 64, 64), torch.randn(4, 3, 3, 32, 32))
+    logits = network(torch.randn(3, 2, 3, 64, 64), torch.randn(3, 4, 3, 32, 32))
     assert logits.shape == (6, 3, 24)
     timm.create_model(**json.loads(json.dumps(made_with))).load_state_dict(backbone.state_dict())
 
@@ -44,10 +44,10 @@ def test_crops_a_backbone_cannot_take_are_refused():
 def test_views_come_out_in_their_order():
     backbone = create_backbone("test_convnext", 64)[0].eval()
     network = Network(backbone, Head(feature_width(backbone, [64]), 16, 24))
-    large, small = torch.randn(2, 3, 3, 64, 64), torch.randn(4, 3, 3, 32, 32)
+    large, small = torch.randn(3, 2, 3, 64, 64), torch.randn(3, 4, 3, 32, 32)
     logits = network(large, small)
-    torch.testing.assert_close(logits[1, 2], network.head(backbone(large[1, 2:]))[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logits[5, 0], network.head(backbone(small[3, :1]))[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[1, 2], network.head(backbone(large[2:, 1]))[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[5, 0], network.head(backbone(small[:1, 3]))[0], rtol=1e-4, atol=1e-5)
 
 
 def test_errors_name_backbone_and_argument():

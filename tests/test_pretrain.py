@@ -304,11 +304,14 @@ def test_a_corrupt_image_is_named_and_the_run_can_go_on(tmp_path):
     process = start(tmp_path / "run", **options)
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 1, text
+    assert "1 of 70 images cannot be used, more than max_unusable = 0.01 allows" in text
     assert "03.png" in text
     assert "Traceback" not in text
-    assert (tmp_path / "run" / "last.ckpt").exists()  # what was trained before is kept
-    (tmp_path / "03.png").write_bytes(good)
-    assert start(tmp_path / "run", **options).wait(timeout=120) == 0
+    process = start(tmp_path / "run", **options, max_unusable=0.02)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, text
+    assert text.count("03.png") == 1
+    assert (tmp_path / "run" / "unusable.txt").read_text().startswith(f"{tmp_path / '03.png'}\t")
 
 
 @pytest.mark.parametrize(

@@ -1,167 +1,399 @@
 """Batches of crops for training and of centre crops for evaluation, as torch tensors on a device."""
 
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bincomm.data.crops import Crops
-from bincomm.data.multicrop import Pipeline, draw, evaluation_pipeline, training_pipeline
+from bincomm.data.images import UnusableImageError, examine, why_not_whole
+from bincomm.data.multicrop import (
+    DRAWS,
+    Pipeline,
+    decoding_pipeline,
+    draw,
+    evaluation_pipeline,
+    training_pipeline,
+    views,
+)
+from bincomm.data.order import SUBSTITUTES, Order
+from bincomm.data.sources import Source
 
 PREFETCHED = 4  # batches DALI may be ahead of the one handed out
+SHOWN = 5  # unusable images that an error names
+READ_AHEAD = 2  # batches read and examined before DALI asks for them
 
 
-class CorruptImageError(RuntimeError):
-    """An image cannot be read or decoded; the message names the file."""
+class TooManyUnusableError(RuntimeError):
+    """More images cannot be used than the run allows; the message names some and tells what to do."""
+
+
+class Batch(NamedTuple):
+    """What DALI is given for a batch, its number, and the images it consists of."""
+
+    step: int
+    images: list[int]
+    encoded: list[np.ndarray]
+    numbers: np.ndarray
 
 
 class Loader:
     """Endless batches of augmented crops, each epoch in a new order.
 
-    The order of an epoch is a function of (seed, epoch), the crops of a batch of (seed, its number): the
-    state is that number alone, and a loader that takes it up goes on exactly as the first would have.
+    The images of an epoch are a function of (seed, epoch), the crops of an image one of (seed, epoch, its
+    slot in the epoch): the state is the number of batches handed out, and a loader that takes it up goes on
+    exactly as the first would have. Neither threads nor ranks play a part: with several ranks, batch b of all
+    of them together is batch b of one process with as large a batch.
+
+    An image that cannot be read or decoded costs no batch: another image of its source, which (seed, epoch,
+    slot) determine, takes its slot. It is then left out for good, and `unusable` has its name and the reason.
 
     Args:
-        files: image files.
+        source: images.
         crops: the recipe.
-        batch_size: n, images a batch; an epoch's last, incomplete batch is left out.
+        batch_size: n, images a batch on this rank; what is left at an epoch's end that does not fill a batch
+            on every rank is left out.
         seed: determines everything random.
         device: where the batches lie; images are decoded and augmented there as well.
-        threads: CPU threads of the pipeline; they change nothing in the batches.
+        threads: CPU threads of the pipeline, and as many that read files.
+        max_unusable: share of the source's images that may be unusable, as far as this rank met them.
+        dtype: of the batches, float32, float16 or bfloat16.
+        channels_last: lay the crops out in memory with the channels last.
+        rank, world: this process among those that share the epochs.
 
     Raises:
-        ValueError: fewer files than batch_size.
+        ValueError: fewer images than world · batch_size.
     """
 
     def __init__(
         self,
-        files: Sequence[str],
+        source: Source,
         crops: Crops,
         *,
         batch_size: int,
         seed: int,
         device: torch.device,
         threads: int = 4,
+        max_unusable: float = 0.01,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ):
-        if batch_size > len(files):
-            raise ValueError(
-                f"batch_size: expected at most the number of images, {len(files)}, got {batch_size}"
-            )
-        self.files = files
+        self.images = source.images
         self.crops = crops
         self.batch_size = batch_size
-        self.seed = seed
         self.device = device
         self.threads = threads
-        self.steps_per_epoch = len(files) // batch_size
+        self.max_unusable = max_unusable
+        self.dtype = dtype
+        self.channels_last = channels_last
+        self.rank, self.world = rank, world
+        sizes = [len(source.images)] if source.weights is None else [len(p) for p in source.images.parts]
+        self.order = Order(sizes, source.weights, seed)
+        self.global_batch = batch_size * world
+        if self.global_batch > len(self.images):
+            ranks = f" on each of {world} ranks" if world > 1 else ""
+            raise ValueError(
+                f"batch_size: expected at most the number of images, {len(self.images)}, got {batch_size}"
+                + ranks
+            )
+        self.steps_per_epoch = len(self.images) // self.global_batch
         self.step = 0  # batches handed out
-        self.changed = ""  # how the files differ from those of the state that was taken up
-        names = "\0".join(map(os.path.basename, files)).encode(errors="surrogateescape")
-        self._names = hashlib.sha256(names).hexdigest()
-        self._pipeline: Pipeline | None = None
-        self._order: tuple[int, np.ndarray] | None = None
+        self.unusable: list[tuple[str, str]] = []  # of the batches handed out, in their order
+        self.changed = ""  # how the images differ from those of the state that was taken up
+        names = hashlib.sha256()
+        for name in self.images.names():
+            names.update(os.fsencode(os.path.basename(name)) + b"\0")
+        self._names = names.hexdigest()
+        self._bad: dict[int, tuple[int, str]] = {}  # image: the first step that met it, why it is unusable
+        self._whole = np.zeros(len(self.images), bool)  # decoded once, for their end does not tell
+        self._readers = ThreadPoolExecutor(threads, "bincomm-read")
+        self._ahead = ThreadPoolExecutor(1, "bincomm-read-ahead")
+        self._start_anew()
 
     def next(self) -> tuple[Tensor, Tensor | None]:
-        """The next batch: globals (2, n, 3, S, S) and locals (L, n, 3, s, s), or None without local crops.
+        """The next batch: globals (n, 2, 3, S, S) and locals (n, L, 3, s, s), or None without local crops.
 
-        RGB normalised with ImageNet's mean and deviation, fp32, in memory of their own.
+        RGB normalised with ImageNet's mean and deviation, in memory that DALI does not write to again.
 
         Raises:
-            CorruptImageError: an image of this batch or of the next few cannot be decoded.
+            TooManyUnusableError: the share of unusable images is above `max_unusable`.
         """
-        if self._pipeline is None:
-            self._pipeline = self._build()
-        try:
-            views = _run(self._pipeline, self.device)
-        except RuntimeError as error:
-            self._pipeline = None  # DALI cannot go on after an error
-            ahead = range(self.step, self.step + PREFETCHED)
-            raise _explain(error, [file for step in ahead for file in self._batch_files(step)]) from error
+        while True:
+            if self._pipeline is None:
+                self._pipeline = self._build()
+            try:
+                groups = _run(self._pipeline, self.device)
+                break
+            except TooManyUnusableError:
+                self._start_anew()
+                raise
+            except RuntimeError as error:
+                # DALI cannot go on after an error. What it has in hand is looked through, image by image.
+                batches = list(self._given)
+                self._start_anew()
+                if not self._reject_undecodable(batches):
+                    raise error
+        if len(self._bad) > len(self.unusable):
+            met = sorted(image for image, (step, _) in list(self._bad.items()) if step == self.step)
+            self.unusable += [(self.images.name(image), self._bad[image][1]) for image in met]
         self.step += 1
-        return torch.stack(views[:2]), torch.stack(views[2:]) if len(views) > 2 else None
+        if self.dtype == torch.bfloat16:  # which DALI does not have
+            groups = [group.to(torch.bfloat16) for group in groups]
+        if self.channels_last:
+            groups = [group.movedim(-1, 2) for group in groups]
+        return groups[0], groups[1] if len(groups) > 1 else None
 
-    def state_dict(self) -> dict[str, int | str]:
-        return {"step": self.step, "images": len(self.files), "names": self._names}
+    def state_dict(self) -> dict[str, Any]:
+        bad = sorted((step, image, why) for image, (step, why) in list(self._bad.items()) if step < self.step)
+        return {
+            "step": self.step,
+            "global_batch": self.global_batch,
+            "images": len(self.images),
+            "names": self._names,
+            "unusable": [[image, step, why] for step, image, why in bad],
+        }
 
-    def load_state_dict(self, state: dict[str, int | str]) -> None:
-        """Go on from another loader's state; `changed` then tells whether it had other files."""
-        self.step = state["step"]
-        self._pipeline = None
-        if {**state, "step": 0} != {**self.state_dict(), "step": 0}:
-            self.changed = f"{state['images']} images then, {len(self.files)} now, not all of the same names"
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from another loader's state; `changed` then tells whether it had other images.
+
+        Raises:
+            ValueError: the batches of all ranks together were of another size, and the state is not that of
+                an epoch's end.
+        """
+        epoch, inside = divmod(state["step"], state["images"] // state["global_batch"])
+        if state["global_batch"] == self.global_batch:
+            self.step = state["step"]
+        elif inside == 0:
+            self.step = epoch * self.steps_per_epoch
+        else:
+            raise ValueError(
+                f"batch_size: the state is from the middle of an epoch with {state['global_batch']} images a "
+                f"step over all ranks, expected as many, got {self.global_batch}; another number is possible "
+                "from an epoch's end"
+            )
+        same = (state["images"], state["names"]) == (len(self.images), self._names)
+        self._bad = {image: (step, why) for image, step, why in state["unusable"]} if same else {}
+        self.unusable = [(self.images.name(image), why) for image, (_, why) in self._bad.items()]
+        if not same:
+            self.changed = f"{state['images']} images then, {len(self.images)} now, not all of the same names"
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._pipeline: Pipeline | None = None
+        self._prepared: deque[Future] = deque()
+        self._given: deque[Batch] = deque(maxlen=PREFETCHED + 1)  # DALI reads their images where they lie
 
     def _build(self) -> Pipeline:
-        step = self.step - 1
+        step = self.step
 
-        def source() -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        def prepare() -> None:
             nonlocal step
+            self._prepared.append(self._ahead.submit(self._prepare, step))
             step += 1
-            windows, numbers = draw(self.crops, self.batch_size, np.random.default_rng([self.seed, 1, step]))
-            paths = [_encode(file) for file in self._batch_files(step)]
-            return paths, list(windows), list(numbers)
 
+        def source() -> tuple[list, list]:
+            prepare()
+            batch = self._prepared.popleft().result()
+            self._given.append(batch)
+            return batch.encoded, list(batch.numbers)
+
+        for _ in range(READ_AHEAD):
+            prepare()
         return training_pipeline(
             self.crops,
             source,
             batch_size=self.batch_size,
             threads=self.threads,
             device_id=_device_id(self.device),
+            dtype=self.dtype,
+            channels_last=self.channels_last,
         )
 
-    def _batch_files(self, step: int) -> list[str]:
+    def _prepare(self, step: int) -> Batch:
+        """Read and examine a batch, and draw what becomes of it."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order is None or self._order[0] != epoch:
-            generator = np.random.default_rng([self.seed, 0, epoch])
-            self._order = (epoch, generator.permutation(len(self.files)))
-        chosen = self._order[1][position * self.batch_size : (position + 1) * self.batch_size]
-        return [self.files[index] for index in chosen]
+        first = position * self.global_batch + self.rank * self.batch_size
+        slots = np.arange(first, first + self.batch_size)
+        images = self.order.epoch(epoch)[slots].tolist()
+        place = zip([step] * len(slots), [epoch] * len(slots), slots.tolist(), images, strict=True)
+        found = list(self._readers.map(lambda arguments: self._fill(*arguments), place))
+        shape = (len(slots), views(self.crops), DRAWS)
+        uniforms = self.order.uniforms(epoch, slots, shape[1] * shape[2]).reshape(shape)
+        sizes = np.array([size for _, _, size in found])
+        return Batch(
+            step,
+            [image for image, _, _ in found],
+            [data for _, data, _ in found],
+            draw(self.crops, sizes, uniforms),
+        )
+
+    def _fill(self, step: int, epoch: int, slot: int, image: int) -> tuple[int, np.ndarray, tuple[int, int]]:
+        """The image of a slot, or the first of its substitutes that can be used."""
+        for candidate in itertools.chain([image], self.order.substitutes(image, epoch, slot)):
+            candidate = int(candidate)
+            if candidate not in self._bad:
+                try:
+                    data = self.images.read(candidate)
+                    found = candidate, *examine(data, thorough=not self._whole[candidate])
+                    self._whole[candidate] = True
+                    return found
+                except UnusableImageError as error:
+                    self._reject(step, candidate, str(error))
+                except OSError as error:
+                    self._reject(step, candidate, error.strerror or str(error))
+        raise TooManyUnusableError(
+            f"data: none of {SUBSTITUTES} images tried in place of "
+            f"{self.images.name(image)} can be used ({self._bad[image][1]})"
+        )
+
+    def _reject(self, step: int, image: int, why: str) -> None:
+        self._bad[image] = (step, why)
+        allowed = self.max_unusable * len(self.images)
+        if len(self._bad) > allowed:
+            some = list(self._bad.items())[-SHOWN:]
+            lines = "".join(f"\n  {self.images.name(bad)}: {reason}" for bad, (_, reason) in some)
+            raise TooManyUnusableError(
+                f"data: {len(self._bad)} of {len(self.images)} images cannot be used, more than "
+                f"max_unusable = {self.max_unusable:g} allows; mend or remove them, or raise max_unusable. "
+                f"The last of them:{lines}"
+            )
+
+    def _reject_undecodable(self, batches: list[Batch]) -> bool:
+        """Leave out the images of some batches that DALI cannot decode; returns whether there are any."""
+        images, encoded, steps = [], [], []
+        for batch in batches:
+            if batch.step >= self.step:
+                images += batch.images
+                encoded += batch.encoded
+                steps += [batch.step] * len(batch.images)
+        found = undecodable(encoded, self.device, self._readers)
+        for place, why in found.items():
+            if images[place] not in self._bad:
+                self._reject(steps[place], images[place], why)
+        return bool(found)
 
 
 def eval_batches(
-    files: Sequence[str],
+    source: Source,
     *,
     size: int,
     crop_ratio: float = 0.875,
     batch_size: int,
     device: torch.device,
     threads: int = 4,
-) -> Iterator[Tensor]:
-    """Centre crops (n, 3, size, size) in the order of the files, normalised as in training; the last n may be
-    smaller.
+    report: Callable[[int, str], None] = lambda image, why: None,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Centre crops (m, 3, size, size) in the order of the images, normalised as in training, and the numbers
+    of these m images in the source; those that cannot be used are left out and reported.
 
     The shorter side is resized to size/crop_ratio (bicubic, antialiased), of which the centre is taken.
-
-    Raises:
-        CorruptImageError: an image cannot be decoded.
     """
-    batches = [files[first : first + batch_size] for first in range(0, len(files), batch_size)]
-    waiting = iter(batches)
 
-    def source() -> list[np.ndarray]:
-        return [_encode(file) for file in next(waiting)]
+    def build(given: Callable[[], list]) -> Pipeline:
+        return evaluation_pipeline(
+            given,
+            size=size,
+            resize=round(size / crop_ratio),
+            batch_size=batch_size,
+            threads=threads,
+            device_id=_device_id(device),
+        )
 
-    pipeline = evaluation_pipeline(
-        source,
-        size=size,
-        resize=round(size / crop_ratio),
-        batch_size=batch_size,
-        threads=threads,
-        device_id=_device_id(device),
-    )
-    for batch in batches:
+    for indices, (images,) in usable_batches(source, build, batch_size, device, threads, report):
+        yield indices, images
+
+
+def usable_batches(
+    source: Source,
+    build: Callable[[Callable[[], list]], Pipeline],
+    batch_size: int,
+    device: torch.device,
+    threads: int,
+    report: Callable[[int, str], None],
+) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """All images of a source, in their order, through a pipeline: the numbers of a batch's images, and outputs.
+
+    `build` makes the pipeline from a function that returns a list of encoded images. Images that cannot be
+    used are left out, and `report` is called with the number of each and the reason.
+    """
+    given: list[np.ndarray] = []
+    pipeline = None
+
+    def read(image: int) -> np.ndarray | str:
         try:
-            (images,) = _run(pipeline, device)
-        except RuntimeError as error:
-            raise _explain(error, list(batch)) from error
-        yield images.clone()
+            return examine(source.images.read(image))[0]
+        except UnusableImageError as error:
+            return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
+
+    with ThreadPoolExecutor(threads, "bincomm-read") as readers:
+        for first in range(0, len(source.images), batch_size):
+            encoded = {}
+            numbers = range(first, min(first + batch_size, len(source.images)))
+            for image, data in zip(numbers, readers.map(read, numbers), strict=True):
+                if isinstance(data, str):
+                    report(image, data)
+                else:
+                    encoded[image] = data
+            while encoded:
+                given[:] = encoded.values()
+                pipeline = pipeline or build(lambda: given)
+                try:
+                    outputs = _run(pipeline, device)
+                except RuntimeError as error:
+                    pipeline = None  # DALI cannot go on after an error
+                    bad = undecodable(given, device, readers)
+                    if not bad:
+                        raise error
+                    images = list(encoded)
+                    for place, why in bad.items():
+                        report(images[place], why)
+                        del encoded[images[place]]
+                else:
+                    yield list(encoded), outputs
+                    break
+
+
+def undecodable(
+    encoded: Sequence[np.ndarray], device: torch.device, readers: ThreadPoolExecutor
+) -> dict[int, str]:
+    """Places of those encoded images that DALI cannot decode on a device, and why."""
+    # Pillow is asked first: it is quick to ask and has words for what is wrong. DALI's word is what counts.
+    reasons = dict(enumerate(readers.map(why_not_whole, encoded)))
+    suspected = [place for place, why in reasons.items() if why]
+    refused = _refused(suspected, encoded, device) or _refused(reasons, encoded, device)
+    return {place: reasons[place] or "DALI cannot decode it" for place in refused}
+
+
+def _refused(places: Iterable[int], encoded: Sequence[np.ndarray], device: torch.device) -> list[int]:
+    """Those of some places whose image DALI refuses when it is given that image alone."""
+    given: list[np.ndarray] = []
+    refused, pipeline = [], None
+    for place in places:
+        given[:] = [encoded[place]]
+        pipeline = pipeline or decoding_pipeline(
+            lambda: given, batch_size=1, threads=1, device_id=_device_id(device)
+        )
+        try:
+            pipeline.run()
+        except RuntimeError:
+            refused.append(place)
+            pipeline = None  # DALI cannot go on after an error
+    return refused
 
 
 def _run(pipeline: Pipeline, device: torch.device) -> list[Tensor]:
-    """DALI's next outputs as tensors; their memory is DALI's, to be copied before the next call."""
+    """DALI's next outputs as tensors, without a copy: their memory is theirs as long as they live."""
     if device.type == "cuda":  # the outputs are then ordered with the work on this stream
         outputs = pipeline.run(torch.cuda.current_stream(device).cuda_stream)
     else:
@@ -169,46 +401,7 @@ def _run(pipeline: Pipeline, device: torch.device) -> list[Tensor]:
     return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
 
-def _encode(path: str) -> np.ndarray:
-    return np.frombuffer(os.fsencode(path), np.uint8)
-
-
 def _device_id(device: torch.device) -> int | None:
     if device.type == "cpu":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
-
-
-def _explain(error: RuntimeError, files: list[str]) -> RuntimeError:
-    """A CorruptImageError naming those of the files that cannot be decoded; the error itself if all can."""
-    bad = [(file, reason) for file in dict.fromkeys(files) if (reason := _why_unreadable(file))]
-    if not bad:
-        return error
-    names = "\n".join(f"  {file}: {reason}" for file, reason in bad)
-    return CorruptImageError(f"data: {len(bad)} of the next images cannot be read; mend or remove:\n{names}")
-
-
-def _why_unreadable(file: str) -> str:
-    """Why an image cannot be decoded on its own; "" when it can."""
-    try:
-        with open(file, "rb") as content:
-            if not content.read(1):
-                return "the file is empty"
-    except OSError as error:
-        return str(error.strerror)
-    source: Callable[[], list[np.ndarray]] = lambda: [_encode(file)]  # noqa: E731
-    pipeline = evaluation_pipeline(source, size=8, resize=8, batch_size=1, threads=1, device_id=None)
-    try:
-        pipeline.run()
-    except RuntimeError as error:
-        # DALI says no more than the number of an error. Pillow has words for most of them.
-        try:
-            with Image.open(file) as image:
-                image.load()
-        except UnidentifiedImageError:
-            return "not an image, or one of an unknown format"
-        except (OSError, SyntaxError, ValueError) as reason:
-            return str(reason)
-        said = str(error).partition("encountered:")[2].split("\n")
-        return next((line for line in said if line), "DALI cannot decode it")
-    return ""

@@ -1,19 +1,20 @@
 """The DALI graphs: decode once and augment every crop, for training; one centre crop, for evaluation.
 
 One graph serves CPU and GPU. Nothing random happens inside: what a crop looks like comes in as numbers
-(`draw`), so that a batch is a function of the seed and its number alone, whatever the device, the threads or
-what came before.
+(`windows`, `draw`), so that a batch is a function of the seed and its place in the run alone, whatever the
+device, the threads or what came before.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from bincomm.data.crops import Crops
 
 try:
-    from nvidia.dali import fn, math, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.pipeline import Pipeline
 except ImportError as error:
     raise ImportError("the data pipeline needs NVIDIA DALI: pip install 'bincomm[train]'") from error
@@ -23,71 +24,107 @@ STD = np.array([0.229, 0.224, 0.225], np.float32) * 255
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 TRIES = 10  # windows drawn per crop before the fallback, as in torchvision's RandomResizedCrop
 
-# The numbers a crop is made from, in the order `draw` writes them and `_augment` reads them.
-FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR, SIGMA, SOLARISE = range(8)
+# The numbers a crop is made from: its window's corners, then these, in the order `draw` writes them.
+CORNERS = 4
+BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR, SIGMA, SOLARISE = range(CORNERS, CORNERS + 7)
+DRAWS = 2 * TRIES + 12  # random numbers for one crop: its window (2 TRIES + 2), its flip, its colours
 
 
-def draw(crops: Crops, n: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Random numbers for n images: windows (n, V, TRIES + 1, 2) and augmentations (n, V, 8), fp32, globals
-    first.
+def views(crops: Crops) -> int:
+    """V, the number of crops of an image."""
+    return 2 + crops.local_crops
 
-    A window's tries are (√area as a share of the image's, √aspect ratio), its last row is (y, x), the place
-    from 0 to 1.
+
+def windows(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """Windows of the crops, by the law of torchvision's RandomResizedCrop: (n, V, 4) fp32, globals first.
+
+    The first of TRIES draws of area and aspect ratio that fits inside the image is placed at random; when
+    none does, it is the largest central window of a ratio within 3/4 and 4/3.
+
+    Args:
+        sizes: (n, 2) heights and widths of the images.
+        uniforms: (n, V, DRAWS) from [0, 1).
+
+    Returns:
+        (y, x) of the corner that becomes the crop's upper left one, (y, x) of the opposite one, in pixels;
+        for a crop that is flipped the first x is the larger.
     """
-    views = 2 + crops.local_crops
+    u = uniforms.astype(np.float64)
     low, high = np.array([crops.global_scale] * 2 + [crops.local_scale] * crops.local_crops).T[..., None]
-    windows = np.empty((n, views, TRIES + 1, 2), np.float32)
-    windows[:, :, :TRIES, 0] = np.sqrt(generator.uniform(low, high, (n, views, TRIES)))
-    windows[:, :, :TRIES, 1] = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3), (n, views, TRIES)) / 2)
-    # Drawn in fp32: below 1 in fp64 may round up to 1, which is one pixel outside the image.
-    windows[:, :, TRIES] = generator.random((n, views, 2), np.float32)
+    height, width = (sizes[:, None, None, axis].astype(np.float64) for axis in (0, 1))
+    side = np.sqrt(height * width * (low + (high - low) * u[..., :TRIES]))
+    ratio = np.exp(np.log(3 / 4) / 2 + np.log(16 / 9) / 2 * u[..., TRIES : 2 * TRIES])  # √ of width / height
+    heights, widths = np.floor(side / ratio + 0.5), np.floor(side * ratio + 0.5)
+    fits = (heights > 0) & (heights <= height) & (widths > 0) & (widths <= width)
+    first = fits.argmax(-1)[..., None]
+    h, w = (np.take_along_axis(values, first, -1)[..., 0] for values in (heights, widths))
+    height, width = height[..., 0], width[..., 0]
+    y, x = np.floor((height - h + 1) * u[..., 2 * TRIES]), np.floor((width - w + 1) * u[..., 2 * TRIES + 1])
+    none = ~fits.any(-1)
+    h = np.where(none, np.minimum(height, np.floor(width * 4 / 3 + 0.5)), h)
+    w = np.where(none, np.minimum(width, np.floor(height * 4 / 3 + 0.5)), w)
+    y, x = np.where(none, np.floor((height - h) / 2), y), np.where(none, np.floor((width - w) / 2), x)
+    flipped = u[..., 2 * TRIES + 2] < crops.flip
+    corners = y, np.where(flipped, x + w, x), y + h, np.where(flipped, x, x + w)
+    return np.stack(corners, -1).astype(np.float32)
 
-    def happens(probability: Any) -> np.ndarray:
-        return generator.uniform(size=(n, views)) < np.asarray(probability)
 
-    numbers = np.empty((n, views, 8), np.float32)
-    numbers[..., FLIP] = happens(crops.flip)
-    jitters = happens(crops.jitter_p)
-    for index, strength in zip((BRIGHTNESS, CONTRAST, SATURATION), crops.jitter, strict=False):
-        factors = generator.uniform(max(0.0, 1 - strength), 1 + strength, (n, views))
-        numbers[..., index] = np.where(jitters, factors, 1)
-    turns = generator.uniform(-crops.jitter[3], crops.jitter[3], (n, views))
-    numbers[..., HUE] = np.where(
-        jitters, 360 * turns, 0
-    )  # DALI turns by degrees, torchvision by shares of a circle
-    numbers[..., SATURATION] *= ~happens(crops.grey)
-    blur = [crops.blur[0], crops.blur[1]] + [crops.blur[2]] * crops.local_crops
-    numbers[..., BLUR] = happens(blur)
-    numbers[..., SIGMA] = generator.uniform(0.1, 2.0, (n, views))
-    numbers[..., SOLARISE] = happens([0, crops.solarise] + [0] * crops.local_crops)
-    return windows, numbers
+def draw(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """All numbers the crops are made from (n, V, 11) fp32: their windows, and what colours go through.
+
+    Args:
+        sizes: (n, 2) heights and widths of the images.
+        uniforms: (n, V, DRAWS) random numbers from [0, 1).
+    """
+    u = np.moveaxis(uniforms[..., 2 * TRIES + 3 :], -1, 0)
+    numbers = np.empty((*uniforms.shape[:2], CORNERS + 7), np.float32)
+    numbers[..., :CORNERS] = windows(crops, sizes, uniforms)
+    jitters = u[0] < crops.jitter_p
+    for index, strength in enumerate(crops.jitter[:3]):
+        low, high = max(0.0, 1 - strength), 1 + strength
+        numbers[..., BRIGHTNESS + index] = np.where(jitters, low + (high - low) * u[1 + index], 1)
+    # DALI turns by degrees, torchvision by shares of a circle.
+    numbers[..., HUE] = np.where(jitters, 360 * crops.jitter[3] * (2 * u[4] - 1), 0)
+    numbers[..., SATURATION] *= u[5] >= crops.grey
+    numbers[..., BLUR] = u[6] < _blurs(crops)
+    numbers[..., SIGMA] = 0.1 + 1.9 * u[7]
+    numbers[..., SOLARISE] = u[8] < np.array([0, crops.solarise] + [0] * crops.local_crops)
+    return numbers
 
 
 def training_pipeline(
     crops: Crops,
-    source: Callable[[], tuple[list, list, list]],
+    source: Callable[[], tuple[list, list]],
     *,
     batch_size: int,
     threads: int,
     device_id: int | None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
 ) -> Pipeline:
-    """The graph from (paths as bytes, windows, augmentations) to 2 + L outputs (n, 3, S, S), normalised."""
-    gpu = device_id is not None
+    """The graph from encoded images and their numbers to normalised globals (n, 2, 3, S, S) and locals
+    (n, L, 3, s, s); with `channels_last` (n, 2, S, S, 3) and (n, L, s, s, 3).
+    """
 
     @pipeline_def(enable_conditionals=True)
     def graph():
-        paths, windows, numbers = fn.external_source(source=source, num_outputs=3, batch=True)
-        encoded = fn.io.file.read(paths)
-        starts, sizes = _windows(fn.peek_image_shape(encoded, adjust_orientation=False), windows)
-        images = _decode(encoded, gpu)
-        blurs = [crops.blur[0], crops.blur[1]] + [crops.blur[2]] * crops.local_crops
-        views = []
-        for view, blur in enumerate(blurs):
-            window = fn.slice(images, starts[view], sizes[view], axes=[0, 1])
+        # Not copied: whoever feeds the source keeps the images until they were used.
+        encoded, numbers = fn.external_source(source=source, num_outputs=2, batch=True, no_copy=True)
+        images = _decode(encoded, device_id is not None)
+        groups: tuple[list, list] = ([], [])
+        for view, blur in enumerate(_blurs(crops)):
             size = crops.global_size if view < 2 else crops.local_size
+            corners = {"roi_start": numbers[view, :2], "roi_end": numbers[view, 2:CORNERS]}
+            crop = _resize(images, size=(size, size), **corners)
             solarise = crops.solarise if view == 1 else 0.0
-            views.append(_augment(_resize(window, size=(size, size)), numbers[view], crops, blur, solarise))
-        return tuple(views)
+            groups[view >= 2].append(_augment(crop, numbers[view], crops, blur, solarise))
+        layout = "FHWC" if channels_last else "FCHW"
+        kind = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
+        return tuple(
+            _normalise(fn.stack(*group, axis_name="F"), output_layout=layout, dtype=kind)
+            for group in groups
+            if group
+        )
 
     # Depth 2: while one batch is being trained on, the next is being made.
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=2)
@@ -102,13 +139,25 @@ def evaluation_pipeline(
     threads: int,
     device_id: int | None,
 ) -> Pipeline:
-    """The graph from paths to centre crops (n, 3, size, size): shorter side to `resize`, then cropped."""
+    """The graph from encoded images to centre crops (n, 3, size, size) once `resize` is the shorter side."""
 
     @pipeline_def
     def graph():
-        encoded = fn.io.file.read(fn.external_source(source=source, batch=True))
+        encoded = fn.external_source(source=source, batch=True)
         images = _resize(_decode(encoded, device_id is not None), resize_shorter=resize)
         return _normalise(images, crop=(size, size))
+
+    return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
+
+
+def decoding_pipeline(
+    source: Callable[[], list], *, batch_size: int, threads: int, device_id: int | None
+) -> Pipeline:
+    """The graph from encoded images to the shapes (n, 3) of what they decode to, which tells whether they do."""
+
+    @pipeline_def
+    def graph():
+        return _decode(fn.external_source(source=source, batch=True), device_id is not None).shape()
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
 
@@ -125,41 +174,16 @@ def _resize(images: Any, **size: Any) -> Any:
 
 
 def _normalise(images: Any, **arguments: Any) -> Any:
-    return fn.crop_mirror_normalize(
-        images, mean=MEAN.tolist(), std=STD.tolist(), dtype=types.FLOAT, output_layout="CHW", **arguments
-    )
+    arguments = {"dtype": types.FLOAT, "output_layout": "CHW"} | arguments
+    return fn.crop_mirror_normalize(images, mean=MEAN.tolist(), std=STD.tolist(), **arguments)
 
 
-def _windows(shape: Any, windows: Any) -> tuple[Any, Any]:
-    """Corners and sizes (V, 2) in pixels, (y, x), by the law of torchvision's RandomResizedCrop.
-
-    The first try that fits inside the image is taken; when none does, the largest central window of a ratio
-    within 3/4 and 4/3.
-    """
-    height, width = (fn.cast(shape[axis], dtype=types.FLOAT) for axis in (0, 1))
-    side = math.sqrt(height * width) * windows[:, :TRIES, 0]
-    ratio = windows[:, :TRIES, 1]
-    heights, widths = _round(side / ratio), _round(side * ratio)
-    fits = (heights <= height) * (widths <= width) * (heights > 0) * (widths > 0)
-    # The first that fits has the largest score; all scores are 0 when none does.
-    scores = fits * np.arange(TRIES, 0, -1, dtype=np.int32)
-    best = fn.reductions.max(scores, axes=[1], keep_dims=True)
-    first = (scores == best) * (best > 0)
-    none = fn.cast(best[:, 0] == 0, dtype=types.FLOAT)
-    h = fn.reductions.sum(heights * first, axes=[1]) + none * math.min(height, _round(width * 4 / 3))
-    w = fn.reductions.sum(widths * first, axes=[1]) + none * math.min(width, _round(height * 4 / 3))
-    y = math.floor((height - h + 1) * windows[:, TRIES, 0]) * (1 - none) + none * math.floor((height - h) / 2)
-    x = math.floor((width - w + 1) * windows[:, TRIES, 1]) * (1 - none) + none * math.floor((width - w) / 2)
-    integers = [fn.cast(value, dtype=types.INT32) for value in (y, x, h, w)]
-    return fn.stack(*integers[:2], axis=1), fn.stack(*integers[2:], axis=1)
-
-
-def _round(value: Any) -> Any:
-    return math.floor(value + 0.5)
+def _blurs(crops: Crops) -> list[float]:
+    return [crops.blur[0], crops.blur[1]] + [crops.blur[2]] * crops.local_crops
 
 
 def _augment(image: Any, numbers: Any, crops: Crops, blur: float, solarise: float) -> Any:
-    """Jitter, grey, blur, solarise, flip and normalise one crop; what the recipe never does is left out."""
+    """Jitter, grey, blur and solarise one crop; what the recipe never does is left out."""
     if any(crops.jitter[:2]) and crops.jitter_p:
         # Contrast is around the mean of the grey image, as in torchvision, and that is the grey of the mean
         # colour.
@@ -177,7 +201,7 @@ def _augment(image: Any, numbers: Any, crops: Crops, blur: float, solarise: floa
             dark = fn.cast(image < 128, dtype=types.UINT8)
             image = image * dark + (255 - image) * (1 - dark)
             image = fn.cast(image, dtype=types.UINT8)
-    return _normalise(image, mirror=fn.cast(numbers[FLIP], dtype=types.INT32))
+    return image
 
 
 def _on_cpu(value: Any) -> Any:

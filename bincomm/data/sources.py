@@ -1,69 +1,149 @@
-"""Where images come from: a folder, a text file of paths, or the digits that every run can start with."""
+"""Where images come from: folders, lists, tar shards, standard sets, the digits, and mixes of them."""
 
+import difflib
+import glob
+import itertools
 import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bincomm.engine.run import LOCK
+import numpy as np
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+from bincomm.data.cache import cache_folder
+from bincomm.data.images import EXTENSIONS
+from bincomm.data.listing import list_images
+from bincomm.data.shards import Shards, expand_braces, open_shards
+from bincomm.data.standard import SETS, open_standard
+
 QUERY_EVERY = 5  # without a test folder, every fifth image of a class asks and the others answer
+LOOKED_FOR = 1000  # files of a list whose presence is tested at the start
+
+
+class Files:
+    """Image files."""
+
+    def __init__(self, paths: list[str]):
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index]
+
+    def names(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def read(self, index: int) -> np.ndarray:
+        """The encoded image (bytes,) uint8; OSError where it cannot be read."""
+        return np.fromfile(self.paths[index], np.uint8)
+
+    def select(self, indices: Sequence[int]) -> "Files":
+        return Files([self.paths[index] for index in indices])
+
+
+class Mix:
+    """The images of several sources, one after another; see `Files`."""
+
+    def __init__(self, parts: "Sequence[Files | Shards]"):
+        self.parts = list(parts)
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def name(self, index: int) -> str:
+        part, inside = self._find(index)
+        return part.name(inside)
+
+    def names(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(part.names() for part in self.parts)
+
+    def read(self, index: int) -> np.ndarray:
+        part, inside = self._find(index)
+        return part.read(inside)
+
+    def _find(self, index: int) -> "tuple[Files | Shards, int]":
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[number], int(index) - (int(self.ends[number - 1]) if number else 0)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Image files in a fixed order; labels index `classes`, and are None where the data has none."""
+    """Encoded images in a fixed order; labels (N,) index `classes`, and are None where the data has none.
 
-    files: list[str]
-    labels: list[int] | None = None
+    `weights` are those of a mix's parts, and None where every image comes once an epoch.
+    """
+
+    images: Files | Shards | Mix
+    labels: np.ndarray | None = None
     classes: list[str] = field(default_factory=list)
+    weights: tuple[float, ...] | None = None
+
+    def select(self, indices: Sequence[int]) -> "Source":
+        """Some of the images of a source that is not a mix."""
+        labels = None if self.labels is None else self.labels[np.asarray(indices, np.int64)]
+        return Source(self.images.select(indices), labels, self.classes)
 
 
-def open_source(data: str) -> Source:
+def open_source(data: str | Mapping[str, float]) -> Source:
     """The images to pretrain on.
 
     Args:
-        data: "digits" (scikit-learn's scans of handwritten digits, written into a cache once); a folder,
-            nested to any depth or flat, whose subfolder `train` is taken where it has one beside `val` or
-            `test`; or a .txt file with a path a line, relative to the file, blank lines and lines starting
-            with # left out.
+        data: what to open, or a mapping of several such to their weights, the shares of an epoch's images
+            that come from each.
+
+            - a folder, nested to any depth or flat, whose subfolder `train` is taken where it has one beside
+              `val` or `test`; one that holds no images but .tar files is a folder of shards;
+            - tar shards in WebDataset's layout, as a path with braces or wildcards: data-{000..127}.tar;
+            - a .txt file with a path a line, relative to the file, blank lines and lines starting with # left
+              out;
+            - a standard set by its name (`bincomm.data.standard.SETS`), fetched once;
+            - "digits", scikit-learn's scans of handwritten digits, written into a cache once.
 
     Returns:
-        Sorted files. The label of an image is the first folder below `data`, if every image lies in one of at
-        least two.
+        Files are sorted. The label of an image is the first folder below `data`, if every image lies in one
+        of at least two; in shards, without such folders, what its sample's .cls file says. A mix has none.
 
     Raises:
         ValueError: there is nothing there, no image among it, or a listed file is missing; the message says
             which.
     """
-    if data == "digits":
-        return _open_folder(digits() / "train")
-    path = Path(data)
-    if not data or not path.exists():
-        raise ValueError(
-            f"data: {data!r} does not exist; expected a folder of images, a .txt file of paths, or digits"
-        )
-    if path.is_file():
-        return _open_list(path)
-    split = _split_folders(path)
-    return _open_folder(split[0] if split else path)
+    if isinstance(data, str):
+        return _open_one(data)
+    if not data:
+        raise ValueError("data: expected at least one source, got none")
+    for name, weight in data.items():
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"data: expected a weight > 0 for {name}, got {weight}")
+    sources = [_open_one(name) for name in data]
+    if len(sources) == 1:
+        return sources[0]
+    return Source(Mix([source.images for source in sources]), weights=tuple(map(float, data.values())))
 
 
-def evaluation_sources(data: str, source: Source) -> tuple[Source, Source, bool] | None:
+def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple[Source, Source, bool] | None:
     """Labelled images for k-NN: (gallery, queries, whether the queries were held out from pretraining).
 
-    The folders `train` and `val` or `test` where `data` has both with labels; otherwise a split of `source`,
-    the pretraining images of `data`. None where there are no labels.
+    The folders `train` and `val` or `test` where `data` has both with labels, the parts of a standard set;
+    otherwise a split of `source`, the pretraining images of `data`. None where there are no labels.
 
     Raises:
         ValueError: the two folders do not hold the same classes.
     """
+    if not isinstance(data, str):
+        if len(data) > 1:
+            return None
+        (data,) = data
+    if data in SETS:
+        return _standard(data, "gallery"), _standard(data, "queries"), True
     if source.labels is None:
         return None
-    split = _split_folders(digits() if data == "digits" else Path(data))
+    split = _split_folders(digits() if data == "digits" else Path(data).expanduser())
     queries = _open_folder(split[1]) if split else None
     if queries and queries.labels is not None:
         if queries.classes != source.classes:
@@ -72,25 +152,20 @@ def evaluation_sources(data: str, source: Source) -> tuple[Source, Source, bool]
         return source, queries, True
     seen: Counter[int] = Counter()
     parts: tuple[list[int], list[int]] = ([], [])
-    for index, label in enumerate(source.labels):
+    for index, label in enumerate(source.labels.tolist()):
         seen[label] += 1
         parts[seen[label] % QUERY_EVERY == 0].append(index)
     if not parts[1]:
         return None
-    gallery, queries = (
-        Source([source.files[i] for i in part], [source.labels[i] for i in part], source.classes)
-        for part in parts
-    )
-    return gallery, queries, False
+    return source.select(parts[0]), source.select(parts[1]), False
 
 
 def digits() -> Path:
     """The folder of the digits, 8×8 PNG files in train/ and test/ by class; written on first use.
 
-    It lies in $BINCOMM_CACHE, or in bincomm below $XDG_CACHE_HOME or ~/.cache.
+    It lies in bincomm's cache, see `bincomm.data.cache.cache_folder`.
     """
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(os.environ.get("BINCOMM_CACHE") or Path(caches) / "bincomm")
+    cache = cache_folder()
     folder = cache / "digits"
     if folder.is_dir():
         return folder
@@ -119,6 +194,36 @@ def digits() -> Path:
     return folder
 
 
+def _open_one(data: str) -> Source:
+    if data == "digits":
+        return _open_folder(digits() / "train")
+    if data in SETS:
+        return _standard(data, "pretraining")
+    path = Path(data).expanduser()
+    if path.is_dir() and data:
+        split = _split_folders(path)
+        return _open_folder(split[0] if split else path)
+    if path.is_file() and path.suffix.lower() == ".txt":
+        return _open_list(path)
+    if data.endswith(".tar"):
+        names = expand_braces(str(path))
+        found = [file for name in names for file in (sorted(glob.glob(name)) or [name])]
+        return _label_shards(*open_shards(found))
+    near = difflib.get_close_matches(data, SETS, n=1)
+    raise ValueError(
+        f"data: {data!r} "
+        + ("is no folder, text file of paths or tar file" if path.exists() else "does not exist")
+        + "; expected a folder of images, tar shards, a .txt file of paths, digits, or one of "
+        + ", ".join(SETS)
+        + (f"; did you mean {near[0]}?" if near else "")
+    )
+
+
+def _standard(name: str, part: str) -> Source:
+    paths, labels, classes = open_standard(name, part)
+    return Source(Files(paths), labels, classes)
+
+
 def _split_folders(path: Path) -> tuple[Path, Path] | None:
     for name in ("val", "test"):
         if (path / "train").is_dir() and (path / name).is_dir():
@@ -128,57 +233,54 @@ def _split_folders(path: Path) -> tuple[Path, Path] | None:
 
 def _open_folder(folder: Path) -> Source:
     root = os.path.abspath(folder)
-    files, others = [], Counter()
-    visited = set()
-    for parent, folders, names in os.walk(root, followlinks=True, onerror=_unreadable):
-        real = os.path.realpath(parent)
-        if real in visited:  # a link back up
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if LOCK in names and parent != root:  # a run's directory, whose curves are no data
-            folders.clear()
-            continue
-        for name in names:
-            extension = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                continue
-            if extension in EXTENSIONS:
-                files.append(os.path.join(parent, name))
-            else:
-                others[extension or "no extension"] += 1
+    files, others = list_images(root)
     if not files:
+        if others[".tar"]:
+            return _label_shards(*open_shards(sorted(glob.glob(os.path.join(glob.escape(root), "*.tar")))))
         found = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
         raise ValueError(
             f"data: {folder} holds no images ({', '.join(EXTENSIONS)}), but {found or 'nothing, it is empty'}"
         )
-    files.sort()
-    first = [os.path.relpath(file, root).split(os.sep) for file in files]
-    classes = sorted({parts[0] for parts in first})
-    if any(len(parts) == 1 for parts in first) or len(classes) < 2:
-        return Source(files)
-    index = {name: number for number, name in enumerate(classes)}
-    return Source(files, [index[parts[0]] for parts in first], classes)
+    return Source(Files(files), *_labels([file[len(root) + 1 :] for file in files]))
+
+
+def _label_shards(shards: Shards, words: list[str]) -> Source:
+    labels, classes = _labels(shards.members)
+    if labels is None and all(words):
+        labels, classes = _number(words)
+    return Source(shards, labels, classes)
+
+
+def _labels(names: list[str]) -> tuple[np.ndarray | None, list[str]]:
+    """Labels by the first folder of each name; none unless all have one and there are two of them."""
+    parts = [name.partition("/") for name in names]
+    if not all(inside for _, inside, _ in parts):
+        return None, []
+    return _number([first for first, _, _ in parts])
+
+
+def _number(words: list[str]) -> tuple[np.ndarray | None, list[str]]:
+    classes = sorted(set(words))
+    if len(classes) < 2:
+        return None, []
+    numbers = {word: number for number, word in enumerate(classes)}
+    return np.array([numbers[word] for word in words], np.int64), classes
 
 
 def _open_list(path: Path) -> Source:
-    if path.suffix.lower() != ".txt":
-        raise ValueError(
-            f"data: {path} is a file; expected a folder of images, a .txt file of paths, or digits"
-        )
     # A name may hold any byte but the line's end, and some editors begin a file with a mark of its encoding.
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     lines = [line.strip() for line in text.split("\n")]
-    files = [str(path.parent.absolute() / line) for line in lines if line and not line.startswith("#")]
-    missing = [file for file in files if not os.path.isfile(file)]
+    files = [
+        os.path.join(path.parent.absolute(), line) for line in lines if line and not line.startswith("#")
+    ]
+    if not files:
+        raise ValueError(f"data: {path} lists no files")
+    # All of a short list; of a long one enough to notice that it means another place. What is missing beyond
+    # that is an unusable image like any other.
+    looked_for = files[:: max(1, len(files) // LOOKED_FOR)]
+    missing = [file for file in looked_for if not os.path.isfile(file)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"data: {path} lists files that do not exist: {missing[0]}{more}")
-    if not files:
-        raise ValueError(f"data: {path} lists no files")
-    return Source(files)
-
-
-def _unreadable(error: OSError) -> None:
-    raise ValueError(f"data: cannot read {error.filename}: {error.strerror}") from error
+    return Source(Files(files))

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from bincomm.config import PretrainConfig
 from bincomm.data.loader import eval_batches
+from bincomm.data.sources import Source
 from bincomm.networks import Network
 
 PIXELS = 16  # a million images of more would not fit in memory, and k-NN on pixels gains nothing from it
@@ -14,20 +15,23 @@ PIXELS = 16  # a million images of more would not fit in memory, and k-NN on pix
 
 @torch.no_grad()
 def extract(
-    network: Network, files: list[str], config: PretrainConfig, device: torch.device
+    network: Network, source: Source, config: PretrainConfig, device: torch.device
 ) -> dict[str, Tensor]:
-    """What a network makes of images, one centre crop each.
+    """What a network makes of images, one centre crop each; those that cannot be used are left out.
 
     Returns:
-        "features" (n, D) of the backbone, "signs" (n, K) of the head's logits as ±1, "pixels" (n, 3·s·s), the
-        image itself averaged down to s = PIXELS a side where it is larger; fp32, CPU.
+        "images" (n,) int64, the numbers of the images in the source; "features" (n, D) of the backbone,
+        "signs" (n, K) of the head's logits as ±1, "pixels" (n, 3·s·s), the image itself averaged down to
+        s = PIXELS a side where it is larger; fp32, CPU.
     """
-    found: dict[str, list[Tensor]] = {"features": [], "signs": [], "pixels": []}
+    found: dict[str, list[Tensor]] = {"images": [], "features": [], "signs": [], "pixels": []}
     training = network.training
     network.eval()
     crops = {"size": config.global_size, "crop_ratio": config.eval_crop, "threads": config.threads}
-    with tqdm(total=len(files), desc="evaluating", unit="img", leave=False, disable=None) as bar:
-        for images in eval_batches(files, **crops, batch_size=min(256, config.batch_size), device=device):
+    with tqdm(total=len(source.images), desc="evaluating", unit="img", leave=False, disable=None) as bar:
+        batch_size = min(256, config.batch_size)
+        for numbers, images in eval_batches(source, **crops, batch_size=batch_size, device=device):
+            found["images"].append(torch.tensor(numbers))
             features = network.backbone(images)
             signs = torch.where(network.head(features) > 0, 1.0, -1.0)
             pixels = F.adaptive_avg_pool2d(images, min(PIXELS, config.global_size)).flatten(1)

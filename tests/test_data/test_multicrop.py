@@ -29,36 +29,32 @@ def picture(tmp_path_factory):
     return path
 
 
-def run(path, crops, windows, numbers):
+def run(path, crops, window, numbers):
     """Crops of one picture on the 0–255 scale: list of (S, S, 3), for V windows and their numbers."""
-    arrays = (
-        [np.frombuffer(str(path).encode(), np.uint8)],
-        [windows.astype(np.float32)],
-        [numbers.astype(np.float32)],
-    )
+    arrays = [np.fromfile(path, np.uint8)], [np.concatenate([window, numbers], 1, dtype=np.float32)]
     pipeline = multicrop.training_pipeline(crops, lambda: arrays, batch_size=1, threads=1, device_id=None)
-    outputs = [np.array(output.as_tensor())[0].transpose(1, 2, 0) for output in pipeline.run()]
-    return [output * multicrop.STD + multicrop.MEAN for output in outputs]
+    views = [view for output in pipeline.run() for view in np.array(output.as_tensor())[0]]
+    return [view.transpose(1, 2, 0) * multicrop.STD + multicrop.MEAN for view in views]
 
 
-def window(area=1.0, ratio=1.0, y=0.0, x=0.0):
-    tries = np.tile([np.sqrt(area), np.sqrt(ratio)], (multicrop.TRIES, 1))
-    return np.stack([np.concatenate([tries, [[y, x]]])] * 2)
+def corners(y=20, x=30, h=110, w=120, flip=False):
+    left, right = (x + w, x) if flip else (x, x + w)
+    return [[y, left, y + h, right]] * 2
 
 
 def numbers(**values):
-    row = np.zeros(8)
+    row = np.zeros(multicrop.CORNERS + 7)
     row[[multicrop.BRIGHTNESS, multicrop.CONTRAST, multicrop.SATURATION]] = 1
     for name, value in values.items():
         row[getattr(multicrop, name)] = value
-    return np.stack([row, row])
+    return [row[multicrop.CORNERS :]] * 2
 
 
-def both(picture, crops, **values):
+def both(picture, crops, flip=False, **values):
     """Our global 2 with these numbers, and the plain crop that torchvision is to work on."""
     plain = Crops(global_size=SIZE, local_crops=0, **PLAIN)
-    ours = run(picture, crops, window(0.5), numbers(**values))[1]
-    base = run(picture, plain, window(0.5), numbers())[1]
+    ours = run(picture, crops, corners(flip=flip), numbers(**values))[1]
+    base = run(picture, plain, corners(), numbers())[1]
     return ours, Image.fromarray(base.round().clip(0, 255).astype(np.uint8))
 
 
@@ -66,16 +62,16 @@ def difference(ours, theirs):
     return np.abs(ours - np.asarray(theirs, dtype=np.float64)).mean()
 
 
-@pytest.mark.parametrize("area", [0.05, 0.5, 0.7])
-def test_crop_and_resize(picture, area):
+@pytest.mark.parametrize("window", [(20, 30, 40, 50), (0, 0, 110, 120), (9, 3, 141, 197), (0, 0, 150, 200)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_and_resize(picture, window, flip):
     plain = Crops(global_size=SIZE, local_crops=0, **PLAIN)
-    ours = run(picture, plain, window(area, 1.2, 0.3, 0.6), numbers())[0]
-    side = np.sqrt(150 * 200 * area)
-    h, w = (int(np.floor(v + 0.5)) for v in (side / np.sqrt(1.2), side * np.sqrt(1.2)))
-    y, x = int(0.3 * (150 - h + 1)), int(0.6 * (200 - w + 1))
+    ours = run(picture, plain, corners(*window, flip=flip), numbers())[0]
     with Image.open(picture) as image:
-        theirs = tv.resized_crop(image, y, x, h, w, [SIZE, SIZE], InterpolationMode.BICUBIC)
-    assert difference(ours, theirs) < 0.5
+        theirs = tv.resized_crop(image, *window, [SIZE, SIZE], InterpolationMode.BICUBIC)
+    # Near the window's border we look at what lies beyond it, where torchvision repeats what is inside.
+    assert difference(ours, tv.hflip(theirs) if flip else theirs) < 0.7
+    assert difference(ours[4:-4, 4:-4], np.asarray(tv.hflip(theirs) if flip else theirs)[4:-4, 4:-4]) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -89,7 +85,6 @@ def test_crop_and_resize(picture, area):
         ({"jitter_p": 1.0}, {"SATURATION": 1.2}, lambda im: tv.adjust_saturation(im, 1.2), 1),
         ({"grey": 1.0}, {"SATURATION": 0.0}, lambda im: tv.to_grayscale(im, 3), 1),
         ({"solarise": 1.0}, {"SOLARISE": 1}, lambda im: tv.solarize(im, 128), 0.6),
-        ({"flip": 1.0}, {"FLIP": 1}, tv.hflip, 0.6),
         (
             {"blur": (1, 1, 1)},
             {"BLUR": 1, "SIGMA": 1.2},
@@ -128,68 +123,64 @@ def test_gates_that_are_shut_change_nothing(picture):
     assert difference(ours, base) < 0.6
 
 
-def test_window_law_is_torchvisions(tmp_path):
-    """Sizes and places of many windows, read off a picture whose pixels tell their place."""
-    height, width, count = 90, 120, 400
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[..., 0], pixels[..., 1] = np.arange(height)[:, None], np.arange(width)[None]
-    path = tmp_path / "place.png"
-    Image.fromarray(pixels).save(path)
-    crops = Crops(global_size=96, local_crops=0, global_scale=(0.3, 1.0), **PLAIN)
-    windows, _ = multicrop.draw(crops, count, np.random.default_rng(0))
-    arrays = (
-        [np.frombuffer(str(path).encode(), np.uint8)] * count,
-        list(windows),
-        [numbers().astype(np.float32)] * count,
-    )
-    pipeline = multicrop.training_pipeline(crops, lambda: arrays, batch_size=count, threads=2, device_id=None)
-    ours = []
-    for output in np.array(pipeline.run()[0].as_tensor()):
-        # The mean of a linear ramp is its middle, its slope over the 96 output pixels the window's size.
-        crop = output.transpose(1, 2, 0) * multicrop.STD + multicrop.MEAN
-        for axis, ramp in ((0, crop[..., 0].mean(1)), (1, crop[..., 1].mean(0))):
-            ours.append((axis, (ramp[-10] - ramp[10]) * 96 / 76, ramp.mean()))
+@pytest.mark.parametrize("shape", [(90, 120), (500, 375), (40, 100), (3, 2)])
+def test_window_law_is_torchvisions(shape):
+    crops = Crops(global_scale=(0.3, 1.0), local_scale=(0.05, 0.3), local_crops=1, flip=0)
+    uniforms = np.random.default_rng(0).random((4000, 3, multicrop.DRAWS), np.float32)
+    found = multicrop.windows(crops, np.tile(shape, (4000, 1)), uniforms)
     torch.manual_seed(0)
-    image = torch.zeros(3, height, width)
-    theirs = [RandomResizedCrop.get_params(image, (0.3, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
-    for axis in (0, 1):
-        sizes = [[size for a, size, _ in ours if a == axis], [t[2 + axis] for t in theirs]]
-        middles = [[m for a, _, m in ours if a == axis], [t[axis] + (t[2 + axis] - 1) / 2 for t in theirs]]
-        for mine, other in (sizes, middles):
-            assert largest_gap(mine, other) < 1.95 * np.sqrt(1 / len(mine) + 1 / len(other))  # KS at 0.1 %
+    image = torch.zeros(3, *shape)
+    for view, scale in ((0, (0.3, 1.0)), (1, (0.3, 1.0)), (2, (0.05, 0.3))):
+        y, x, y_end, x_end = found[:, view].T
+        assert y.min() >= 0
+        assert x.min() >= 0
+        assert y_end.max() <= shape[0]
+        assert x_end.max() <= shape[1]
+        theirs = np.array([RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(4000)])
+        for mine, other in zip((y, x, y_end - y, x_end - x), theirs.T, strict=True):
+            assert largest_gap(mine, other) < 1.95 * np.sqrt(2 / 4000)  # Kolmogorov–Smirnov at 0.1 %
+
+
+def test_the_far_corner_is_inside():
+    """The largest number that can be drawn is just below 1."""
+    crops = Crops(global_scale=(0.3, 1.0))
+    uniforms = np.full((1, 12, multicrop.DRAWS), np.nextafter(np.float32(1), np.float32(0)))
+    for side in (1, 7, 375, 65_535):
+        found = multicrop.windows(crops, np.array([[side, side]]), uniforms)
+        assert found.max() <= side
+
+
+def test_flips_are_as_often_as_asked():
+    uniforms = np.random.default_rng(0).random((4000, 2, multicrop.DRAWS), np.float32)
+    found = multicrop.windows(Crops(flip=0.3, local_crops=0), np.full((4000, 2), 50), uniforms)
+    assert (found[..., 1] > found[..., 3]).mean() == pytest.approx(0.3, abs=0.02)
 
 
 def largest_gap(a, b):
-    """Kolmogorov–Smirnov statistic; half a pixel of slack, for windows are whole pixels on one side only."""
-    grid = np.sort(np.concatenate([a, b])) + 0.5
-    return max(
-        abs(np.searchsorted(np.sort(a), g + 1e-9) / len(a) - np.searchsorted(np.sort(b), g + 1e-9) / len(b))
-        for g in grid
-    )
+    """Kolmogorov–Smirnov statistic of two samples of whole numbers."""
+    grid = np.unique(np.concatenate([a, b]))
+    shares = [np.searchsorted(np.sort(x), grid, side="right") / len(x) for x in (a, b)]
+    return np.abs(shares[0] - shares[1]).max()
 
 
 @pytest.mark.parametrize("shape", [(20, 200), (200, 20)])
-def test_windows_that_never_fit_fall_back_to_the_centre(tmp_path, shape):
-    height, width = shape
-    pixels = np.zeros((height, width, 3), np.uint8)
-    pixels[..., 0], pixels[..., 1] = np.arange(height)[:, None], np.arange(width)[None]
-    path = tmp_path / "long.png"
-    Image.fromarray(pixels).save(path)
-    plain = Crops(global_size=32, local_crops=0, **PLAIN)
-    crop = run(path, plain, window(1.0, 1.0), numbers())[0]
-    short, long = (0, 1) if height < width else (1, 0)
-    assert crop[..., short].mean() == pytest.approx(9.5, abs=0.6)
-    assert crop[..., long].mean() == pytest.approx(99.5, abs=1)
-    reach = crop[..., long].max() - crop[..., long].min()
-    assert reach == pytest.approx(20 * 4 / 3, abs=2)
+def test_windows_that_never_fit_fall_back_to_the_centre(shape):
+    uniforms = np.full((1, 2, multicrop.DRAWS), 0.5, np.float32)
+    crops = Crops(local_crops=0, global_scale=(1, 1), flip=0)
+    y, x, y_end, x_end = multicrop.windows(crops, np.array([shape]), uniforms)[0, 0]
+    expected = (0, 86, 20, 113) if shape == (20, 200) else (86, 0, 113, 20)
+    assert (y, x, y_end, x_end) == expected
 
 
 def test_how_often_things_happen():
     crops = Crops(flip=0.5, jitter_p=0.8, grey=0.2, blur=(1.0, 0.1, 0.5), solarise=0.2)
-    _, drawn = multicrop.draw(crops, 4000, np.random.default_rng(0))
+    drawn = multicrop.draw(
+        crops,
+        np.full((4000, 2), 50),
+        np.random.default_rng(0).random((4000, 12, multicrop.DRAWS), np.float32),
+    )
     share = lambda index, view: drawn[:, view, index].mean()  # noqa: E731
     for view in (0, 1, 5):
-        assert share(multicrop.FLIP, view) == pytest.approx(0.5, abs=0.03)
         assert (drawn[:, view, multicrop.BRIGHTNESS] != 1).mean() == pytest.approx(0.8, abs=0.03)
         assert (drawn[:, view, multicrop.SATURATION] == 0).mean() == pytest.approx(0.2, abs=0.03)
         assert np.abs(drawn[:, view, multicrop.HUE]).max() == pytest.approx(36, abs=0.5)

@@ -22,7 +22,16 @@ def make(root, *names):
 
 
 def names(source, root):
-    return [os.path.relpath(file, root) for file in source.files]
+    return [os.path.relpath(file, root) for file in source.images.names()]
+
+
+def paths(source):
+    return list(source.images.names())
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def test_flat_folder_has_no_labels(tmp_path):
@@ -36,7 +45,7 @@ def test_nested_folder_is_labelled_by_its_first_level(tmp_path):
     source = open_source(make(tmp_path, "dog/x/2.png", "cat/1.png", "dog/1.png", ".git/3.png"))
     assert names(source, tmp_path) == ["cat/1.png", "dog/1.png", "dog/x/2.png"]
     assert source.classes == ["cat", "dog"]
-    assert source.labels == [0, 1, 1]
+    assert source.labels.tolist() == [0, 1, 1]
 
 
 def test_images_beside_folders_or_one_folder_alone_are_no_classes(tmp_path):
@@ -60,7 +69,7 @@ def test_train_and_test_folders(tmp_path):
     gallery, queries, held_out = evaluation_sources(str(tmp_path), source)
     assert held_out
     assert names(queries, tmp_path) == ["test/cat/2.png", "test/dog/3.png", "test/dog/4.png"]
-    assert gallery.labels == [0, 1]
+    assert gallery.labels.tolist() == [0, 1]
     make(tmp_path, "test/horse/9.png")
     with pytest.raises(ValueError, match="different classes: horse"):
         evaluation_sources(str(tmp_path), source)
@@ -71,7 +80,7 @@ def test_a_test_folder_without_labels_asks_nothing(tmp_path):
     source = open_source(str(tmp_path))
     gallery, queries, held_out = evaluation_sources(str(tmp_path), source)
     assert not held_out
-    assert sorted(gallery.files + queries.files) == source.files
+    assert sorted(paths(gallery) + paths(queries)) == paths(source)
 
 
 def test_a_run_among_the_images_is_no_data(tmp_path):
@@ -90,8 +99,8 @@ def test_every_fifth_image_of_a_class_asks(tmp_path):
     assert not held_out
     # In the order of their names: 0, 1, 10, 2, 3, ...
     assert names(queries, tmp_path) == ["cat/3.png", "cat/8.png", "dog/3.png", "dog/8.png"]
-    assert sorted(gallery.files + queries.files) == source.files
-    assert queries.labels == [0, 0, 1, 1]
+    assert sorted(paths(gallery) + paths(queries)) == paths(source)
+    assert queries.labels.tolist() == [0, 0, 1, 1]
 
 
 def test_text_list(tmp_path):
@@ -113,9 +122,9 @@ def test_text_list(tmp_path):
 
 
 def test_what_is_wrong_is_named(tmp_path):
-    with pytest.raises(ValueError, match="data: .*nowhere' does not exist"):
+    with pytest.raises(ValueError, match="data: .*nowhere' does not exist; expected a folder"):
         open_source(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="data: '' does not exist"):
+    with pytest.raises(ValueError, match="data: '' is no folder"):
         open_source("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="data: .*empty holds no images .*but nothing, it is empty"):
@@ -124,7 +133,7 @@ def test_what_is_wrong_is_named(tmp_path):
         open_source(make(tmp_path / "texts", "a.txt", "b/c.txt", "d.csv"))
     with pytest.raises(ValueError, match=r"data: .*a\.txt lists files that do not exist"):
         open_source(str(tmp_path / "texts" / "a.txt"))
-    with pytest.raises(ValueError, match=r"data: .*d\.csv is a file"):
+    with pytest.raises(ValueError, match=r"data: .*d\.csv' is no folder, text file of paths or tar file"):
         open_source(str(tmp_path / "texts" / "d.csv"))
 
 
@@ -137,14 +146,14 @@ def test_digits_are_written_once_and_whole(tmp_path, monkeypatch):
     source = open_source("digits")
     gallery, queries, held_out = evaluation_sources("digits", source)
     assert held_out
-    assert (len(source.files), len(gallery.files), len(queries.files)) == (1437, 1437, 360)
+    assert [len(part.images) for part in (source, gallery, queries)] == [1437, 1437, 360]
     assert source.classes == list("0123456789")
-    with Image.open(source.files[0]) as image:
+    with Image.open(source.images.name(0)) as image:
         assert image.size == (8, 8)
         assert image.getextrema()[1] > 200
-    first = os.stat(source.files[0]).st_mtime_ns
+    first = os.stat(source.images.name(0)).st_mtime_ns
     digits()
-    assert os.stat(source.files[0]).st_mtime_ns == first
+    assert os.stat(source.images.name(0)).st_mtime_ns == first
 
 
 def _digits(_):

@@ -23,9 +23,10 @@ def _cache(tmp_path, monkeypatch):
 def test_batches_are_those_of_the_cpu():
     """The same images in the same crops; decoding and resizing round differently on the two."""
     crops = Crops(global_size=32, local_crops=2, local_size=16)
-    files = open_source("digits").files
+    source = open_source("digits")
     batches = [
-        Loader(files, crops, batch_size=16, seed=0, device=torch.device(device)) for device in ("cuda", "cpu")
+        Loader(source, crops, batch_size=16, seed=0, device=torch.device(device))
+        for device in ("cuda", "cpu")
     ]
     for _ in range(6):
         for mine, other in zip(*(loader.next() for loader in batches), strict=True):
