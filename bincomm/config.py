@@ -199,6 +199,22 @@ def choose_recipe(data: str | dict[str, float]) -> str:
     return "vit_small_in1k" if torch.cuda.is_available() else "resnet18_cpu"
 
 
+def parse_data(text: str) -> str | dict[str, float]:
+    """The key `data` of a command line: a mapping of sources to weights in JSON, or one source.
+
+    Raises:
+        ValueError: it begins as a mapping does and is none.
+    """
+    if not text.startswith("{"):
+        return text
+    try:
+        return {name: float(weight) for name, weight in json.loads(text).items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'data: expected one source or a mapping like {{"photos": 3, "cifar10": 1}}, got {text}: {error}'
+        ) from error
+
+
 def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
     """The configuration of a command line, and the name of the recipe it starts from.
 
@@ -220,13 +236,7 @@ def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
     parser.add_class_arguments(PretrainConfig)
     if {"-h", "--help"} & set(arguments):
         parser.parse_args(["--help"])
-    data = "digits" if known.data is None else known.data
-    if data.startswith("{"):
-        try:
-            data = json.loads(data)
-        except ValueError as error:
-            raise ValueError(f"data: {data} is no mapping of sources to weights: {error}") from error
-    recipe = known.recipe or choose_recipe(data)
+    recipe = known.recipe or choose_recipe("digits" if known.data is None else parse_data(known.data))
     name = Path(recipe).stem
     path = recipe_path(recipe)
     if not path.read_text().strip():

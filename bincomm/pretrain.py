@@ -14,6 +14,7 @@ import yaml
 
 from bincomm import __version__
 from bincomm.config import PretrainConfig
+from bincomm.data.export import write_unusable
 from bincomm.data.loader import Loader, TooManyUnusableError
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.engine.logs import Log, Watch, Window, bit_statistics, plot_curves
@@ -227,7 +228,7 @@ def tell_unusable(loader: Loader, named: int, run: Path, log: Log) -> int:
     for count, (name, why) in enumerate(found[named:], named + 1):
         log.say(f"left out: {name}: {why} ({count} of {len(loader.images)} images so far)")
     if len(found) > named:
-        write_text(run / "unusable.txt", "".join(f"{name}\t{why}\n" for name, why in found))
+        write_unusable(run / "unusable.txt", found)
     return len(found)
 
 

@@ -107,6 +107,7 @@ class Loader:
             )
         self.steps_per_epoch = len(self.images) // self.global_batch
         self.step = 0  # batches handed out
+        self.indices: list[int] = []  # of the batch handed out last: the images' numbers in the source
         self.unusable: list[tuple[str, str]] = []  # of the batches handed out, in their order
         self.changed = ""  # how the images differ from those of the state that was taken up
         names = hashlib.sha256()
@@ -142,6 +143,7 @@ class Loader:
                 self._start_anew()
                 if not self._reject_undecodable(batches):
                     raise error
+        self.indices = next(batch.images for batch in self._given if batch.step == self.step)
         if len(self._bad) > len(self.unusable):
             met = sorted(image for image, (step, _) in list(self._bad.items()) if step == self.step)
             self.unusable += [(self.images.name(image), self._bad[image][1]) for image in met]
@@ -320,7 +322,7 @@ def usable_batches(
     threads: int,
     report: Callable[[int, str], None],
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """All images of a source, in their order, through a pipeline: the numbers of a batch's images, and outputs.
+    """All images of a source, in order, through a pipeline: the numbers of a batch's images, and its outputs.
 
     `build` makes the pipeline from a function that returns a list of encoded images. Images that cannot be
     used are left out, and `report` is called with the number of each and the reason.

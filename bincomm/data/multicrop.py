@@ -153,7 +153,7 @@ def evaluation_pipeline(
 def decoding_pipeline(
     source: Callable[[], list], *, batch_size: int, threads: int, device_id: int | None
 ) -> Pipeline:
-    """The graph from encoded images to the shapes (n, 3) of what they decode to, which tells whether they do."""
+    """The graph from encoded images to the shapes (n, 3) of what they decode to: it tells whether they do."""
 
     @pipeline_def
     def graph():

@@ -123,11 +123,16 @@ class Log:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        tqdm.write(text)
+        tqdm.write(printable(text))
 
     def close(self) -> None:
         self.bar.close()
         self.board.close()
+
+
+def printable(text: str) -> str:
+    """Text that any terminal takes, for names of files may be of any bytes."""
+    return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
 class Watch:

@@ -58,8 +58,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """Write a text file whole; names of files in it may be of any bytes."""
+    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def write_json(path: Path, value: Any) -> None:

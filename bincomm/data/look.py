@@ -1,0 +1,54 @@
+"""A picture of what the network will see."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from bincomm.config import PretrainConfig
+from bincomm.data.loader import Loader
+from bincomm.data.multicrop import MEAN, STD
+from bincomm.data.sources import open_source
+
+GAP = 4  # pixels between crops
+TITLE = 16  # pixels above a column of crops
+LEAST = 64  # pixels a column is wide at least, so that its title fits
+
+
+def contact_sheet(config: PretrainConfig, images: int = 8) -> tuple[Image.Image, list[str]]:
+    """The crops of a few images, a row each, exactly as the first batch of a run with this configuration has
+    them, and the names of the images.
+
+    Raises:
+        ValueError: the configuration or the data does not allow it; the message names the key.
+    """
+    source = open_source(config.data)
+    loader = Loader(
+        source,
+        config.crops,
+        # What becomes of an image does not depend on how many others are in its batch.
+        batch_size=min(images, len(source.images)),
+        seed=config.seed,
+        device=torch.device("cpu"),
+        threads=config.threads,
+        max_unusable=config.max_unusable,
+    )
+    groups = [group for group in loader.next() if group is not None]
+    rows = [[_picture(crop) for group in groups for crop in group[image]] for image in range(len(groups[0]))]
+    titles = ["global 1", "global 2", *(f"local {number + 1}" for number in range(config.local_crops))]
+    widths = [max(LEAST, crop.width) for crop in rows[0]]
+    heights = max(crop.height for crop in rows[0])
+    size = sum(widths) + GAP * (len(widths) + 1), TITLE + (heights + GAP) * len(rows) + GAP
+    sheet = Image.new("RGB", size, "white")
+    drawing = ImageDraw.Draw(sheet)
+    left = GAP
+    for column, (title, width) in enumerate(zip(titles, widths, strict=True)):
+        drawing.text((left, 2), title, fill="black")
+        for row, crops in enumerate(rows):
+            sheet.paste(crops[column], (left, TITLE + GAP + row * (heights + GAP)))
+        left += width + GAP
+    return sheet, [source.images.name(index) for index in loader.indices]
+
+
+def _picture(crop: torch.Tensor) -> Image.Image:
+    pixels = crop.permute(1, 2, 0).numpy() * STD + MEAN
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
