@@ -78,7 +78,8 @@ def _scan(parent: str) -> tuple[bool, list[str], list[str], dict[str, int]]:
             extension = os.path.splitext(name)[1].lower()
             if entry.is_dir():
                 folders.append(name)
-            elif extension in EXTENSIONS:
+            # A link to nowhere is an image that cannot be read; reading a pipe would wait for ever.
+            elif extension in EXTENSIONS and (entry.is_file() or not os.path.exists(entry.path)):
                 images.append(name)
             else:
                 others[extension or "no extension"] += 1
@@ -87,9 +88,11 @@ def _scan(parent: str) -> tuple[bool, list[str], list[str], dict[str, int]]:
 
 def _load(path: Path) -> dict[str, list[Any]]:
     try:
-        return json.loads(path.read_text())
+        known = json.loads(path.read_text())
+        whole = isinstance(known, dict) and all(isinstance(e, list) and len(e) == 5 for e in known.values())
+        return known if whole else {}
     except (OSError, ValueError):
-        return {}  # none yet, or one that an older or broken installation left
+        return {}
 
 
 def _save(path: Path, found: dict[str, list[Any]]) -> None:

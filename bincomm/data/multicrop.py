@@ -110,7 +110,7 @@ def training_pipeline(
     def graph():
         # Not copied: whoever feeds the source keeps the images until they were used.
         encoded, numbers = fn.external_source(source=source, num_outputs=2, batch=True, no_copy=True)
-        images = _decode(encoded, device_id is not None)
+        images = decode(encoded, device_id is not None)
         groups: tuple[list, list] = ([], [])
         for view, blur in enumerate(_blurs(crops)):
             size = crops.global_size if view < 2 else crops.local_size
@@ -144,7 +144,7 @@ def evaluation_pipeline(
     @pipeline_def
     def graph():
         encoded = fn.external_source(source=source, batch=True)
-        images = _resize(_decode(encoded, device_id is not None), resize_shorter=resize)
+        images = _resize(decode(encoded, device_id is not None), resize_shorter=resize)
         return _normalise(images, crop=(size, size))
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
@@ -157,13 +157,13 @@ def decoding_pipeline(
 
     @pipeline_def
     def graph():
-        return _decode(fn.external_source(source=source, batch=True), device_id is not None).shape()
+        return decode(fn.external_source(source=source, batch=True), device_id is not None).shape()
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
 
 
-def _decode(encoded: Any, gpu: bool) -> Any:
-    # EXIF orientation is left alone, as torchvision leaves it.
+def decode(encoded: Any, gpu: bool) -> Any:
+    """RGB images; they are not turned by EXIF, as torchvision does not turn them."""
     device = "mixed" if gpu else "cpu"
     return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False)
 

@@ -1,0 +1,263 @@
+"""Measure the data path on a folder of images: python benchmarks/loader.py FOLDER RESULTS
+
+Writes RESULTS.json, RESULTS.md and RESULTS.png. Every part runs in a process of its own, so that the memory
+it takes is its own; the contenders of a table take turns in one process.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.torchvision_loader import Images, batches, views
+from bincomm.config import parse
+from bincomm.data.crops import Crops
+from bincomm.data.loader import Loader
+from bincomm.data.multicrop import decode, fn, pipeline_def
+from bincomm.data.sources import Files, Source, open_source
+from bincomm.engine.run import write_json, write_text, write_whole
+from bincomm.pretrain import train
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+CORES = len(os.sched_getaffinity(0))
+BATCH = 256 if GPU else 64
+ROUNDS = 5
+CROPS = Crops()  # the paper's: 2 × 224 + 10 × 96
+MEMORY_BATCHES, MEMORY_BATCH = 2000, 16
+
+
+def main() -> None:
+    """Measure all parts and write the results, or one part and print them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="a folder of images")
+    parser.add_argument("results", type=Path, help="results are written to this name .json, .md and .png")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        print(json.dumps(PARTS[options.part](options.folder)))
+        return
+    found: dict[str, Any] = {"machine": machine(), "date": date.today().isoformat()}
+    for part in PARTS:
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "benchmarks.loader", "--part", part, options.folder, "-"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[part] = json.loads(done.stdout.splitlines()[-1])
+    options.results.parent.mkdir(exist_ok=True)
+    write_json(options.results.with_suffix(".json"), found)
+    write_text(options.results.with_suffix(".md"), page(found, options.results.name))
+    figure = plot(found["memory"])
+    write_whole(options.results.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=110))
+    print(page(found, options.results.name))
+
+
+def crops(folder: str) -> dict[str, Any]:
+    """All crops of a batch, augmented and normalised, in the training process: images a second."""
+    source = repeated(folder)
+    loader = Loader(source, CROPS, batch_size=BATCH, seed=0, device=DEVICE, threads=CORES)
+    contenders: dict[str, Callable[[], Any]] = {"bincomm": loader.next}
+    files = list(source.images.names())
+    for kind, name in (
+        ("v1", "torchvision"),
+        ("v2", "torchvision v2"),
+        ("tensors", "torchvision v2, tensors"),
+    ):
+        images = Images(files, views(CROPS, kind), tensors=kind == "tensors")
+        contenders[f"{name}, {CORES} workers"] = endless(images)
+    return {"images": len(open_source(folder).images), **rates(contenders)}
+
+
+def decoding(folder: str) -> dict[str, Any]:
+    """Files to RGB images of their own sizes, in the training process: images a second."""
+    source = repeated(folder)
+
+    def read() -> list:
+        return [source.images.read(next(indices)) for _ in range(BATCH)]
+
+    @pipeline_def
+    def graph():
+        return decode(fn.external_source(source=read, batch=True), GPU)
+
+    indices = itertools.cycle(range(len(source.images)))
+    device = {"device_id": 0 if GPU else None}
+    pipeline = graph(batch_size=BATCH, num_threads=CORES, prefetch_queue_depth=2, **device)
+    files = list(source.images.names())
+    contenders = {
+        "bincomm": pipeline.run,
+        f"Pillow, {CORES} workers": endless(Images(files)),
+        f"torchvision.io, {CORES} workers": endless(Images(files, tensors=True)),
+        f"Pillow, {CORES} workers, images thrown away there": endless(Images(files, discard=True)),
+    }
+    return rates(contenders, batches=30)
+
+
+def memory(folder: str) -> dict[str, Any]:
+    """Memory of this process over many batches, MiB."""
+    loader = Loader(repeated(folder), CROPS, batch_size=MEMORY_BATCH, seed=0, device=DEVICE, threads=CORES)
+    taken = []
+    for batch in range(MEMORY_BATCHES):
+        loader.next()
+        if batch % 10 == 9:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            taken.append(pages * resource.getpagesize() / 2**20)
+    return {"batch_size": MEMORY_BATCH, "every": 10, "resident_mib": taken}
+
+
+def training(folder: str) -> dict[str, Any]:
+    """Real steps of training: images a second, and the share of the time that they waited for data."""
+    recipe = "vit_small_in1k" if GPU else "resnet18_cpu"
+    steps = 120 if GPU else 40
+    with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
+        options = {
+            "recipe": recipe,
+            "data": folder,
+            "threads": CORES,
+            "max_steps": steps,
+            "log_every": steps // 4,
+        }
+        config, _ = parse([f"--{key}={value}" for key, value in options.items()] + ["--output", output])
+        train(config, open_source(folder), Path(output), DEVICE)
+        lines = [json.loads(line) for line in (Path(output) / "speed.jsonl").read_text().splitlines()]
+    later = lines[1:]  # the first steps wait for the pipeline to be built
+    return {
+        "recipe": recipe,
+        "batch_size": config.batch_size,
+        "steps": len(later) * config.log_every,
+        "images_per_second": statistics.mean(line["images_per_second"] for line in later),
+        "data_wait": statistics.mean(line["data_wait"] for line in later),
+    }
+
+
+PARTS = {"crops": crops, "decoding": decoding, "training": training, "memory": memory}
+
+
+def repeated(folder: str) -> Source:
+    """The images of a folder, repeated so that an epoch does not end while it is measured."""
+    files = list(open_source(folder).images.names())
+    return Source(Files(files * (1 + 50_000 // len(files))))
+
+
+def endless(images: Images) -> Callable[[], Any]:
+    """A function that returns the next batch, for ever."""
+    return iter(batches(images, BATCH, CORES)).__next__
+
+
+def rates(contenders: dict[str, Callable[[], Any]], batches: int = 8) -> dict[str, Any]:
+    """Images a second of each contender, in turns, so that what slows the machine slows all of them."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, step in contenders.items():
+            for _ in range(2 * CORES + 1):  # what its workers have made while others were measured
+                step()
+            if GPU:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(batches):
+                step()
+            if GPU:
+                torch.cuda.synchronize()
+            rate = batches * BATCH / (time.perf_counter() - started)
+            found[name].append(rate)
+            time.sleep(2 * CORES * BATCH / rate)  # until its workers rest: they make as much ahead again
+    return {"batch_size": BATCH, "images_per_second": found}
+
+
+def machine() -> dict[str, str]:
+    """What figures need beside them."""
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    names = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "bincomm")
+    installed = {name: found for name in names if (found := installed_version(name))}
+    return {
+        "device": torch.cuda.get_device_name() if GPU else "CPU",
+        "cpu": f"{cpu.partition(':')[2].strip()}, {CORES} cores",
+        "python": platform.python_version(),
+        **installed,
+    }
+
+
+def installed_version(name: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def page(found: dict[str, Any], name: str) -> str:
+    """The Markdown page."""
+    m = dict(found["machine"])
+    device, cpu = m.pop("device"), m.pop("cpu")
+    versions = ", ".join(f"{package} {number}" for package, number in m.items())
+    lines = [
+        "# The data path, measured",
+        "",
+        f"`make {'gpu-' if GPU else ''}bench-data DATA=FOLDER` on {found['date']}: {device}, {cpu}; "
+        f"{versions}. FOLDER held {found['crops']['images']} images. An image with all its crops is one. "
+        f"Medians of {ROUNDS} rounds, least and most in brackets; contenders take turns, and each was warm.",
+    ]
+    titles = {
+        "crops": f"2 × {CROPS.global_size} and {CROPS.local_crops} × {CROPS.local_size} crops",
+        "decoding": "Decoding alone, to RGB in the training process",
+    }
+    for part, title in titles.items():
+        rates = found[part]["images_per_second"]
+        ours = statistics.median(rates["bincomm"])
+        lines += ["", f"## {title}, batches of {found[part]['batch_size']}", ""]
+        lines += ["| | images/s | bincomm is |", "|---|---|---|"]
+        for contender, values in rates.items():
+            median = statistics.median(values)
+            faster = "" if contender == "bincomm" else f"{ours / median:.2f}×"
+            lines.append(f"| {contender} | {median:.1f} ({min(values):.1f} – {max(values):.1f}) | {faster} |")
+    t, taken = found["training"], found["memory"]["resident_mib"]
+    early, late = (
+        statistics.mean(part)
+        for part in (taken[len(taken) // 10 : len(taken) // 5], taken[-len(taken) // 10 :])
+    )
+    lines += [
+        "",
+        "## Training",
+        "",
+        f"Recipe `{t['recipe']}`, batches of {t['batch_size']}, {t['steps']} steps: "
+        f"{t['images_per_second']:.1f} images/s, {t['data_wait']:.1%} of the time spent waiting for data.",
+        "",
+        "## Memory",
+        "",
+        f"Resident memory of the process over {MEMORY_BATCHES} batches of {MEMORY_BATCH}: {early:.0f} MiB in "
+        f"the second tenth, {late:.0f} MiB in the last.",
+        "",
+        f"![Resident memory over batches]({name}.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(found: dict[str, Any]) -> Figure:
+    """Memory over batches."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    taken = found["resident_mib"]
+    axes.plot([found["every"] * (1 + place) for place in range(len(taken))], taken)
+    axes.set(xlabel="batches", ylabel="resident memory, MiB", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Every kind of image, through what training does with it, against Pillow."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+pytest.importorskip("nvidia.dali", reason="the data pipeline needs DALI")
+from PIL import Image
+
+from bincomm.data import images
+from bincomm.data.images import UnusableImageError, examine
+from bincomm.data.multicrop import decode, fn, pipeline_def
+
+Y, X = np.mgrid[0:40, 0:60]
+PICTURE = Image.fromarray(np.stack([4 * X, 6 * Y, 2 * (X + Y)], -1).astype(np.uint8))
+GREY = np.asarray(PICTURE.convert("L"))
+
+
+def encode(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+def png16(pixels):
+    """A PNG of 16 bits a channel, which Pillow writes for grey images alone."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return np.frombuffer(data, np.uint8)
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees"
+    return encode(PICTURE, "JPEG", exif=exif)
+
+
+def moving(kind, **options):
+    frames = [Image.fromarray(np.roll(np.asarray(PICTURE), 5 * shift, 1)) for shift in range(3)]
+    return encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+
+
+def half_transparent():
+    return Image.fromarray(np.dstack([np.asarray(PICTURE), 4 * X]).astype(np.uint8))
+
+
+KINDS = {
+    "jpeg": lambda: encode(PICTURE, "JPEG"),
+    "jpeg, grey": lambda: encode(PICTURE.convert("L"), "JPEG"),
+    "jpeg, CMYK": lambda: encode(PICTURE.convert("CMYK"), "JPEG"),
+    "jpeg, progressive": lambda: encode(PICTURE, "JPEG", progressive=True),
+    "jpeg, turned by EXIF": turned,
+    "jpeg, bytes after its end": lambda: np.concatenate([encode(PICTURE, "JPEG"), np.zeros(99, np.uint8)]),
+    "png": lambda: encode(PICTURE, "PNG"),
+    "png, grey": lambda: encode(PICTURE.convert("L"), "PNG"),
+    "png, grey and alpha": lambda: encode(half_transparent().convert("LA"), "PNG"),
+    "png, RGBA": lambda: encode(half_transparent(), "PNG"),
+    "png, palette": lambda: encode(PICTURE.convert("P"), "PNG"),
+    "png, palette and transparency": lambda: encode(PICTURE.convert("P"), "PNG", transparency=3),
+    "png, 1 bit": lambda: encode(PICTURE.convert("1"), "PNG"),
+    "png, 16 bits": lambda: png16(np.asarray(PICTURE).astype(np.uint16) * 257),
+    "png, animated": lambda: moving("PNG"),
+    "webp": lambda: encode(PICTURE, "WEBP", quality=90),
+    "webp, lossless": lambda: encode(PICTURE, "WEBP", lossless=True),
+    "webp, alpha": lambda: encode(half_transparent(), "WEBP", lossless=True),
+    "webp, animated": lambda: moving("WEBP", lossless=True),
+    "bmp": lambda: encode(PICTURE, "BMP"),
+    "bmp, palette": lambda: encode(PICTURE.convert("P"), "BMP"),
+    "bmp, 1 bit": lambda: encode(PICTURE.convert("1"), "BMP"),
+    "tiff": lambda: encode(PICTURE, "TIFF"),
+    "tiff, LZW": lambda: encode(PICTURE, "TIFF", compression="tiff_lzw"),
+    "tiff, deflate": lambda: encode(PICTURE, "TIFF", compression="tiff_adobe_deflate"),
+    "tiff, jpeg": lambda: encode(PICTURE, "TIFF", compression="jpeg"),
+    "tiff, CMYK": lambda: encode(PICTURE.convert("CMYK"), "TIFF"),
+    "tiff, palette": lambda: encode(PICTURE.convert("P"), "TIFF"),
+    "tiff, 1 bit": lambda: encode(PICTURE.convert("1"), "TIFF"),
+    "tiff, fax": lambda: encode(PICTURE.convert("1"), "TIFF", compression="group4"),
+    "tiff, LAB": lambda: encode(PICTURE.convert("LAB"), "TIFF"),
+    "tiff, pages": lambda: moving("TIFF"),
+    "gif": lambda: moving("GIF"),
+    "jpeg 2000": lambda: encode(PICTURE, "JPEG2000"),
+}
+
+
+def decoded(data):
+    """What DALI makes of it on a CPU."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def graph():
+        return decode(fn.external_source(source=lambda: [data], batch=True), False)
+
+    return np.array(graph().run()[0][0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_come_out_as_in_pillow(kind):
+    data = KINDS[kind]()
+    given, size = examine(data)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image.convert("RGB"))
+    found = decoded(given)
+    assert found.shape == (*size, 3) == expected.shape
+    assert np.abs(found.astype(int) - expected).mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_become_eight(kind):
+    given, _ = examine(encode(Image.fromarray(GREY.astype(np.uint16) * 257), kind))
+    assert np.abs(decoded(given).astype(int) - GREY[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"no image, but some text", "not an image"),
+        (bytes(5000), "not an image"),
+        (KINDS["jpeg"]()[:-2], "truncated"),
+        (KINDS["jpeg"]()[:600], "truncated|Truncated"),
+        (KINDS["png"]()[:-30], "truncated|broken"),
+        (KINDS["webp"]()[:-30], "decoder"),
+        (KINDS["bmp"]()[:-30], "truncated"),
+        (KINDS["tiff"]()[:-30], "truncated"),
+        (encode(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "floating-point"),
+        (encode(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "32-bit"),
+    ],
+)
+def test_what_cannot_be_used_has_a_reason(data, reason):
+    with pytest.raises(UnusableImageError, match=reason):
+        examine(np.frombuffer(bytes(data), np.uint8))
+
+
+def test_a_size_of_nothing_is_no_image():
+    data = KINDS["png"]().copy()
+    data[16:24] = 0
+    with pytest.raises(UnusableImageError, match="not an image"):
+        examine(data)
+
+
+def test_an_image_known_to_be_whole_is_not_decoded_again(monkeypatch):
+    data = KINDS["tiff"]()
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    examine(data, thorough=False)
+
+
+BIG = PICTURE.resize((241, 161))
+BIG_GREY = BIG.convert("L")
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (encode(BIG, "JPEG"), BIG),
+        (encode(BIG, "PNG"), BIG),
+        (encode(BIG.convert("CMYK"), "JPEG"), BIG),
+        (encode(Image.fromarray(np.asarray(BIG_GREY).astype(np.uint16) * 257), "PNG"), BIG_GREY),
+    ],
+    ids=["jpeg", "png", "CMYK", "16 bits"],
+)
+def test_large_images_are_made_smaller(data, expected, monkeypatch):
+    monkeypatch.setattr(images, "LARGEST", 5000)
+    given, size = examine(data)
+    found = decoded(given)
+    assert found.shape == (*size, 3)
+    assert 1250 < size[0] * size[1] <= 5000
+    reduced = np.asarray(expected.convert("RGB").resize(size[::-1], Image.Resampling.BOX))
+    assert np.abs(found.astype(int) - reduced).mean() < 3
+
+
+def test_more_pixels_than_anyone_has_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UnusableImageError, match="more than 2000 pixels"):
+        examine(KINDS["png"]())

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import torch
+
+for package in ("nvidia.dali", "jsonargparse", "sklearn"):
+    pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
+from PIL import Image  # noqa: E402
+
+from bincomm import cli  # noqa: E402
+from bincomm.config import parse  # noqa: E402
+from bincomm.data.loader import Loader  # noqa: E402
+from bincomm.data.look import GAP, LEAST, TITLE, contact_sheet  # noqa: E402
+from bincomm.data.multicrop import MEAN, STD  # noqa: E402
+from bincomm.data.sources import open_source  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
+
+
+def test_it_shows_the_first_batch_of_a_run():
+    config, _ = parse(
+        ["--recipe", "digits", "--seed", "3", "--jitter", "[0.4, 0.4, 0, 0]", "--blur", "[1, 0, 0]"]
+    )
+    sheet, names = contact_sheet(config, images=5)
+    source = open_source("digits")
+    loader = Loader(source, config.crops, batch_size=config.batch_size, seed=3, device=torch.device("cpu"))
+    globals_, locals_ = loader.next()
+    assert names == [source.images.name(index) for index in loader.indices[:5]]
+    pixels = np.asarray(sheet).astype(float)
+    for row in range(5):
+        top = TITLE + GAP + row * (24 + GAP)
+        for column, crop in enumerate([*globals_[row], *locals_[row]]):
+            left = GAP + column * (LEAST + GAP)
+            side = crop.shape[-1]
+            expected = crop.permute(1, 2, 0).numpy() * STD + MEAN
+            found = pixels[top : top + side, left : left + side]
+            assert np.abs(found - expected.clip(0, 255)).max() < 0.6
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    options = ["--recipe", "digits", "--images", "2", "--sheet", str(tmp_path / "sheet.png")]
+    assert cli.main(["data", "look", *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "recipe digits, data digits"
+    assert len(lines) == 4
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * LEAST + 5 * GAP, TITLE + GAP + 2 * (24 + GAP))
+    assert cli.main(["data", "look", "--recipe", "digits", "--sheet", str(tmp_path / "no" / "x.png")]) == 1
+    assert "No such file or directory" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+import io
+import os
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bincomm.data import shards
+from bincomm.data.shards import expand_braces, open_shards
+from bincomm.data.sources import evaluation_sources, open_source
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
+
+
+def picture(value):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path, members, **options):
+    """A tar file of (name, content)."""
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return str(path)
+
+
+def test_braces():
+    assert expand_braces("a-{000..002}.tar") == ["a-000.tar", "a-001.tar", "a-002.tar"]
+    assert expand_braces("a-{8..11}.tar") == ["a-8.tar", "a-9.tar", "a-10.tar", "a-11.tar"]
+    assert expand_braces("{0..1}/{1..2}") == ["0/1", "0/2", "1/1", "1/2"]
+    assert expand_braces("a.tar") == ["a.tar"]
+    assert expand_braces("{a}.tar") == ["{a}.tar"]
+
+
+def test_images_are_read_from_their_places(tmp_path):
+    contents = [picture(value) for value in range(9)]
+    for number in range(3):
+        members = [(f"{i}.png", contents[i]) for i in range(3 * number, 3 * number + 3)]
+        write(tmp_path / f"data-{number}.tar", [*members, (f"{number}.json", b"{}")])
+    for data in (f"{tmp_path}/data-{{0..2}}.tar", f"{tmp_path}/data-*.tar", str(tmp_path)):
+        source = open_source(data)
+        assert [source.images.read(i).tobytes() for i in range(9)] == contents
+        assert source.labels is None
+    assert source.images.name(4) == f"{tmp_path}/data-1.tar/4.png"
+    assert list(source.images.names()) == [source.images.name(i) for i in range(9)]
+    some = source.select([7, 2]).images
+    assert [some.read(i).tobytes() for i in range(2)] == [contents[7], contents[2]]
+
+
+@pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_layouts_of_tar(tmp_path, layout):
+    name = f"{'long' * 20}/{'name' * 20}.png"
+    path = write(tmp_path / "x.tar", [("./first.png", picture(1)), (name, picture(2))], format=layout)
+    images, _ = open_shards([path])
+    assert images.members == ["first.png", name]
+    assert [images.read(i).tobytes() for i in range(2)] == [picture(1), picture(2)]
+
+
+def test_labels_of_folders_and_of_cls_files(tmp_path):
+    members = [(f"{name}/{i}.png", picture(i)) for name in ("dog", "cat") for i in range(5)]
+    source = open_source(write(tmp_path / "folders.tar", members))
+    assert source.classes == ["cat", "dog"]
+    assert source.labels.tolist() == [1] * 5 + [0] * 5
+
+    members = [
+        (f"train/{i}.{end}", c)
+        for i in range(10)
+        for end, c in (("png", picture(i)), ("cls", b"%d\n" % (i % 2)))
+    ]
+    source = open_source(write(tmp_path / "cls.tar", members))
+    assert source.classes == ["0", "1"]
+    assert source.labels.tolist() == [0, 1] * 5
+    gallery, queries, held_out = evaluation_sources(str(tmp_path / "cls.tar"), source)
+    assert not held_out
+    assert (len(gallery.images), queries.labels.tolist()) == (8, [0, 1])
+    assert queries.images.read(0).tobytes() == picture(8)
+
+    members = members[:-1]  # one has none
+    assert open_source(write(tmp_path / "some.tar", members)).labels is None
+
+
+def test_an_index_is_made_once_and_again_for_another_shard(tmp_path, monkeypatch):
+    read, read_tar = [], shards._read_tar
+    monkeypatch.setattr(shards, "_read_tar", lambda path: read.append(path) or read_tar(path))
+    path = write(tmp_path / "x.tar", [("a.png", picture(1))])
+    for _ in range(2):
+        assert len(open_shards([path])[0]) == 1
+    assert read == [path]
+    write(path, [("a.png", picture(1)), ("b.png", picture(2))])
+    assert open_shards([path])[0].members == ["a.png", "b.png"]
+    assert read == [path, path]
+
+
+def test_many_shards_are_indexed_by_several_processes(tmp_path):
+    for number in range(5):
+        write(tmp_path / f"{number}.tar", [(f"{number}.png", picture(number))])
+    images, _ = open_shards([str(tmp_path / f"{number}.tar") for number in range(5)])
+    assert images.members == [f"{number}.png" for number in range(5)]
+    assert len(os.listdir(tmp_path / "cache" / "indices")) == 5
+
+
+def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    paths = [write(tmp_path / f"{number}.tar", [("a.png", picture(1))]) for number in range(2)]
+    assert len(open_shards(paths)[0]) == 2
+
+
+def test_a_shard_that_ends_too_early_gives_what_it_has(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    path = write(tmp_path / "x.tar", [("a.png", picture(1)), ("b.png", file.getvalue())])
+    os.truncate(path, 4000)
+    images, _ = open_shards([path])
+    assert images.read(0).tobytes() == picture(1)
+    with pytest.raises(OSError, match="the shard ends before the image does"):
+        images.read(1)
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    write(tmp_path / "0.tar", [("a.txt", b"x")])
+    with pytest.raises(ValueError, match=r"data: no images .* in .*0\.tar"):
+        open_source(str(tmp_path / "0.tar"))
+    with pytest.raises(ValueError, match=r"data: there is no shard .*1\.tar and 1 more"):
+        open_source(f"{tmp_path}/{{0..2}}.tar")
+    (tmp_path / "3.tar").write_bytes(b"no tar file at all" * 100)
+    with pytest.raises(ValueError, match=r"data: .*3\.tar is no uncompressed tar file"):
+        open_source(str(tmp_path / "3.tar"))
+    write(tmp_path / "4.tar", [])
+    with pytest.raises(ValueError, match="data: no images"):
+        open_source(str(tmp_path / "4.tar"))
