@@ -153,9 +153,8 @@ class PretrainConfig:
         """Keys another run's configuration has otherwise, with (theirs, ours); incidental ones left out."""
         ours = self.as_dict()
         keys = [key for key in ours if key not in INCIDENTAL]
-        if isinstance(other.get("data"), str) and os.path.abspath(other["data"]) == os.path.abspath(
-            self.data
-        ):
+        places = [data for data in (self.data, other.get("data")) if isinstance(data, str)]
+        if len(places) == 2 and len({os.path.abspath(os.path.expanduser(place)) for place in places}) == 1:
             keys.remove("data")  # the same place in other words
         return {key: (other.get(key), ours[key]) for key in keys if other.get(key) != ours[key]}
 

@@ -1,7 +1,10 @@
+import json
+
 import pytest
 import torch
 
 pytest.importorskip("jsonargparse", reason="the command line needs jsonargparse")
+import yaml
 from PIL import Image
 
 from bincomm.config import PretrainConfig, choose_recipe, parse, recipe_names
@@ -71,11 +74,29 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
         (["--eps_squared", "0"], "eps_squared"),
         (["--max_steps", "0"], "max_steps"),
         (["--seed", "-1"], "seed: expected from 0 .*-1"),
+        (["--max_unusable", "1.5"], "max_unusable: expected a share from 0 to 1, got 1.5"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, words):
     with pytest.raises(ValueError, match=f"(?s){words}"):
         parse(["--data", "digits", *arguments])
+
+
+def test_a_mix_of_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "1.png")
+    data = {str(tmp_path / "a"): 3, str(tmp_path / "b"): 0.5}
+    config, recipe = parse(["--data", json.dumps(data)])
+    assert recipe == "small_images"
+    assert config.data == data
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(config.as_dict()))
+    again, _ = parse(["--recipe", str(recipe)])
+    assert again.differences(config.as_dict()) == {}
+    other, _ = parse(["--recipe", str(recipe), "--data", json.dumps({**data, str(tmp_path / "b"): 1})])
+    assert set(other.differences(config.as_dict())) == {"data"}
 
 
 def test_differences_leave_out_what_changes_nothing():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from PIL import Image  # noqa: E402
 
 from bincomm import cli  # noqa: E402
 from bincomm.config import PretrainConfig, parse  # noqa: E402
+from bincomm.data.loader import TooManyUnusableError  # noqa: E402
 from bincomm.engine.logs import Log, read_lines  # noqa: E402
 from bincomm.networks import Network  # noqa: E402
 from bincomm.pretrain import Interrupted, TrainingError, create_networks, pretrain, save  # noqa: E402
@@ -312,6 +314,76 @@ def test_a_corrupt_image_is_named_and_the_run_can_go_on(tmp_path):
     assert process.returncode == 0, text
     assert text.count("03.png") == 1
     assert (tmp_path / "run" / "unusable.txt").read_text().startswith(f"{tmp_path / '03.png'}\t")
+
+
+def spoil(folder):
+    """Eight unusable files of as many kinds among 160: five in a hundred."""
+    rng = np.random.default_rng(0)
+    for number in range(152):
+        kind = ("png", "jpg", "webp")[number % 3]
+        pixels = rng.integers(0, 255, (20, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03}.{kind}")
+    png, jpeg, webp = (
+        (folder / f"{number:03}.{kind}").read_bytes() for number, kind in enumerate(("png", "jpg", "webp"))
+    )
+    spoilt = {
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "truncated.png": png[: len(png) // 2],
+        "truncated.webp": webp[: len(webp) // 2],
+        "empty.jpg": b"",
+        "text.png": b"<html>404 Not Found</html>",
+        "no_size.png": png[:16] + bytes(8) + png[24:],
+        "damaged.png": png[:600] + bytes(100) + png[700:],  # its end is whole: only decoding finds out
+    }
+    for name, data in spoilt.items():
+        (folder / name).write_bytes(data)
+    (folder / "vanished.jpg").symlink_to(folder / "elsewhere")
+    return {*spoilt, "vanished.jpg"}
+
+
+def test_unusable_files_of_eight_kinds(tmp_path):
+    (tmp_path / "images").mkdir()
+    spoilt = spoil(tmp_path / "images")
+    options = {"data": tmp_path / "images", "batch_size": 32, "epochs": 2, "max_steps": 10}
+
+    process = start(tmp_path / "run", **options)
+    before = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, before
+    error = next(line for line in before.splitlines() if line.startswith("bincomm: error: "))
+    assert "of 160 images cannot be used, more than max_unusable = 0.01 allows" in error
+    assert "raise max_unusable" in error
+    assert "Traceback" not in before
+
+    process = start(tmp_path / "run", **options, max_unusable=0.06)
+    text = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, text
+    lines = (tmp_path / "run" / "unusable.txt").read_text().splitlines()
+    assert sorted(os.path.basename(line.split("\t")[0]) for line in lines) == sorted(spoilt)
+    assert all(line.split("\t")[1] for line in lines)
+    named = [line for line in (before + text).splitlines() if line.startswith("left out: ")]
+    for name in spoilt:  # those that were named before the run was stopped are not named again
+        assert len([line for line in named if f"{os.sep}{name}: " in line]) == 1
+    assert "(8 of 160 images so far)" in text
+
+
+def test_a_file_deleted_while_training(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    for number in range(96):
+        Image.new("RGB", (20, 20), (2 * number, 0, 0)).save(tmp_path / "images" / f"{number:02}.png")
+    options = {"data": tmp_path / "images", "batch_size": 8, "max_steps": 36}
+    step = Log.step
+
+    def delete(self, *args):
+        (tmp_path / "images" / "07.png").unlink(missing_ok=True)
+        step(self, *args)
+
+    monkeypatch.setattr(Log, "step", delete)
+    with pytest.raises(TooManyUnusableError, match=r"1 of 96 images .*\n  .*07\.png: No such file"):
+        pretrain(configuration(tmp_path / "strict", **options))
+    Image.new("RGB", (20, 20)).save(tmp_path / "images" / "07.png")
+    pretrain(configuration(tmp_path / "run", **options, max_unusable=0.02))
+    lines = (tmp_path / "run" / "unusable.txt").read_text().splitlines()
+    assert lines == [f"{tmp_path / 'images' / '07.png'}\tNo such file or directory"]
 
 
 @pytest.mark.parametrize(

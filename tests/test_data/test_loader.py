@@ -1,4 +1,6 @@
+import json
 import os
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +13,11 @@ from ranks import run_on_ranks
 
 import bincomm.data.loader
 from bincomm.data.crops import Crops
+from bincomm.data.export import write_shards
 from bincomm.data.images import examine
 from bincomm.data.loader import Loader, TooManyUnusableError, eval_batches
 from bincomm.data.multicrop import MEAN, STD
-from bincomm.data.sources import Files, Mix, Source
+from bincomm.data.sources import Files, Mix, Source, open_source
 
 CPU = torch.device("cpu")
 CROPS = Crops(global_size=24, local_crops=2, local_size=16)
@@ -111,6 +114,22 @@ def test_goes_on_exactly_from_its_state(images, done):
     second.load_state_dict(first.state_dict())
     for _ in range(8):
         assert equal(first.next(), second.next())
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_fifty_batches_after_a_resume_are_the_same(images, tmp_path, kind, monkeypatch):
+    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
+    if kind == "shards":
+        write_shards(Source(Files(images)), tmp_path / "shards", shard_bytes=20_000)
+        assert len(os.listdir(tmp_path / "shards")) > 2
+    source = open_source(str(tmp_path / "shards") if kind == "shards" else str(tmp_path))
+    step = random.randrange(1, 40)
+    first = loader(source)
+    take(first, step)
+    second = loader(source, threads=3)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for number in range(50):
+        assert equal(first.next(), second.next()), f"resumed at {step}, batch {number}"
 
 
 def test_the_seed_determines_everything(images):
