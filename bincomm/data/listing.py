@@ -1,23 +1,59 @@
-"""The image files below a folder, from a cache as far as its folders have not changed."""
+"""Image files: those below a folder, from a cache as far as its folders have not changed."""
 
 import hashlib
 import json
 import os
 import time
+from array import array
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS
 from bincomm.engine.run import LOCK, write_text
 
-FORMAT = f"1 {EXTENSIONS}"  # of the cache; one of another format is not looked at
+FORMAT = f"2 {EXTENSIONS}"  # of the cache; one of another format is not looked at
 RECENT = 2_000_000_000  # ns; a folder changed so lately may change again without another time stamp
 
 
-def list_images(folder: str | Path) -> tuple[list[str], Counter[str]]:
-    """All image files below a folder, sorted, and how many other files there are by extension.
+class Files:
+    """Image files, in a compact form: a million take some 40 MB."""
+
+    def __init__(self, paths: Iterable[str]):
+        folders: dict[str, int] = {}
+        places, ends, names = array("i"), array("q", [0]), bytearray()
+        for path in paths:
+            start = path.rfind("/") + 1
+            places.append(folders.setdefault(path[:start], len(folders)))
+            names += os.fsencode(path[start:])
+            ends.append(len(names))
+        self._folders, self._places = list(folders), places
+        self._names, self._ends = names, ends
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def name(self, index: int) -> str:
+        name = self._names[self._ends[index] : self._ends[index + 1]]
+        return self._folders[self._places[index]] + os.fsdecode(bytes(name))
+
+    def names(self) -> Iterator[str]:
+        return map(self.name, range(len(self)))
+
+    def read(self, index: int) -> np.ndarray:
+        """The encoded image (bytes,) uint8; OSError where it cannot be read."""
+        return np.fromfile(self.name(index), np.uint8)
+
+    def select(self, indices: Sequence[int]) -> "Files":
+        return Files(map(self.name, indices))
+
+
+def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
+    """All image files below a folder, those of a folder together, and how many other files by extension.
 
     Links are followed, but not in circles; names that begin with a dot and directories of runs are left out.
     A folder's time of change tells whether its entry in the cache still holds, so that a second listing
@@ -31,8 +67,6 @@ def list_images(folder: str | Path) -> tuple[list[str], Counter[str]]:
     path = cache_folder() / "listings" / f"{key}.json"
     known = _load(path)
     found: dict[str, list[Any]] = {}
-    files: list[str] = []
-    others: Counter[str] = Counter()
     visited = set()
     waiting = [root]
     changed = False
@@ -51,22 +85,23 @@ def list_images(folder: str | Path) -> tuple[list[str], Counter[str]]:
                 entry = [0 if recent else stamp, *_scan(parent)]
         except OSError as error:
             raise ValueError(f"data: cannot read {error.filename}: {error.strerror}") from error
-        found[parent] = entry
-        _, is_run, folders, images, rest = entry
+        is_run = entry[1]
         if is_run and parent != root:  # its curves are no data
-            continue
-        waiting += [os.path.join(parent, name) for name in folders]
-        start = os.path.join(parent, "")
-        files += [start + name for name in images]
-        others.update(rest)
-    files.sort()
+            entry = [entry[0], is_run, [], "", {}]
+        found[parent] = entry
+        waiting += [os.path.join(parent, name) for name in entry[2]]
     if changed or found.keys() != known.keys():
         _save(path, found)
-    return files, others
+    others: Counter[str] = Counter()
+    for entry in found.values():
+        others.update(entry[4])
+    return Files(
+        os.path.join(parent, name) for parent in sorted(found) for name in found[parent][3].split("/") if name
+    ), others
 
 
-def _scan(parent: str) -> tuple[bool, list[str], list[str], dict[str, int]]:
-    """One folder: whether a run was made in it, its folders, its images, its other files by extension."""
+def _scan(parent: str) -> tuple[bool, list[str], str, dict[str, int]]:
+    """A folder: whether a run was made in it, its folders, its images with / between, other files by kind."""
     is_run, folders, images = False, [], []
     others: Counter[str] = Counter()
     with os.scandir(parent) as entries:
@@ -83,7 +118,7 @@ def _scan(parent: str) -> tuple[bool, list[str], list[str], dict[str, int]]:
                 images.append(name)
             else:
                 others[extension or "no extension"] += 1
-    return is_run, folders, images, dict(others)
+    return is_run, folders, "/".join(sorted(images)), dict(others)
 
 
 def _load(path: Path) -> dict[str, list[Any]]:

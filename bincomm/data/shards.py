@@ -19,7 +19,7 @@ FORMAT = f"1 {EXTENSIONS}"  # of an index; one of another format is not looked a
 
 
 class Shards:
-    """Images in tar files, each known by its shard, and its offset and size there; see `Files`."""
+    """Images in tar files, each known by its shard and its place there, to be read as `Files` are."""
 
     def __init__(
         self, shards: list[str], shard: np.ndarray, offset: np.ndarray, size: np.ndarray, members: list[str]

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS
-from bincomm.data.listing import list_images
+from bincomm.data.listing import Files, list_images
 from bincomm.data.shards import Shards, expand_braces, open_shards
 from bincomm.data.standard import SETS, open_standard
 
@@ -23,31 +23,8 @@ QUERY_EVERY = 5  # without a test folder, every fifth image of a class asks and 
 LOOKED_FOR = 1000  # files of a list whose presence is tested at the start
 
 
-class Files:
-    """Image files."""
-
-    def __init__(self, paths: list[str]):
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        return self.paths[index]
-
-    def names(self) -> Iterator[str]:
-        return iter(self.paths)
-
-    def read(self, index: int) -> np.ndarray:
-        """The encoded image (bytes,) uint8; OSError where it cannot be read."""
-        return np.fromfile(self.paths[index], np.uint8)
-
-    def select(self, indices: Sequence[int]) -> "Files":
-        return Files([self.paths[index] for index in indices])
-
-
 class Mix:
-    """The images of several sources, one after another; see `Files`."""
+    """The images of several sources, one after another, to be read as `Files` are."""
 
     def __init__(self, parts: "Sequence[Files | Shards]"):
         self.parts = list(parts)
@@ -234,37 +211,40 @@ def _split_folders(path: Path) -> tuple[Path, Path] | None:
 def _open_folder(folder: Path) -> Source:
     root = os.path.abspath(folder)
     files, others = list_images(root)
-    if not files:
+    if not len(files):
         if others[".tar"]:
             return _label_shards(*open_shards(sorted(glob.glob(os.path.join(glob.escape(root), "*.tar")))))
         found = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
         raise ValueError(
             f"data: {folder} holds no images ({', '.join(EXTENSIONS)}), but {found or 'nothing, it is empty'}"
         )
-    return Source(Files(files), *_labels([file[len(root) + 1 :] for file in files]))
+    start = len(os.path.join(root, ""))
+    return Source(files, *_labels(name[start:] for name in files.names()))
 
 
 def _label_shards(shards: Shards, words: list[str]) -> Source:
     labels, classes = _labels(shards.members)
-    if labels is None and all(words):
+    if labels is None:
         labels, classes = _number(words)
     return Source(shards, labels, classes)
 
 
-def _labels(names: list[str]) -> tuple[np.ndarray | None, list[str]]:
+def _labels(names: Iterable[str]) -> tuple[np.ndarray | None, list[str]]:
     """Labels by the first folder of each name; none unless all have one and there are two of them."""
-    parts = [name.partition("/") for name in names]
-    if not all(inside for _, inside, _ in parts):
-        return None, []
-    return _number([first for first, _, _ in parts])
+    # One at a time: there may be a hundred million.
+    return _number(first if inside else "" for first, inside, _ in (name.partition("/") for name in names))
 
 
-def _number(words: list[str]) -> tuple[np.ndarray | None, list[str]]:
-    classes = sorted(set(words))
-    if len(classes) < 2:
+def _number(words: Iterable[str]) -> tuple[np.ndarray | None, list[str]]:
+    """Words as numbers in their sorted order; none if a word is empty, or all are the same."""
+    numbers: dict[str, int] = {}
+    met = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64)
+    classes = sorted(numbers)
+    if len(classes) < 2 or "" in numbers:
         return None, []
-    numbers = {word: number for number, word in enumerate(classes)}
-    return np.array([numbers[word] for word in words], np.int64), classes
+    ranks = np.empty(len(classes), np.int64)
+    ranks[[numbers[word] for word in classes]] = np.arange(len(classes))
+    return ranks[met], classes
 
 
 def _open_list(path: Path) -> Source:

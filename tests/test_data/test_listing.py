@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bincomm.data import listing
-from bincomm.data.listing import list_images
+from bincomm.data.listing import Files, list_images
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def scanned(monkeypatch):
 
 
 def names(root):
-    return [os.path.relpath(file, root) for file in list_images(root)[0]]
+    return [os.path.relpath(file, root) for file in list_images(root)[0].names()]
 
 
 def test_only_changed_folders_are_read_again(tree, scanned):
@@ -114,10 +114,10 @@ def test_names_of_any_bytes_are_kept(tree, scanned):
     odd = os.fsdecode(os.fsencode(tree / "b") + b"/caf\xe9\n.png")
     Path(odd).touch()
     age(tree)
-    first = list_images(tree)[0]
+    first = list(list_images(tree)[0].names())
     assert odd in first
     scanned.clear()
-    assert list_images(tree)[0] == first
+    assert list(list_images(tree)[0].names()) == first
     assert scanned == []
 
 
@@ -141,6 +141,17 @@ def test_a_folder_that_may_not_be_read_is_named(tree):
             list_images(tree)
     finally:
         (tree / "b").chmod(stat.S_IRWXU)
+
+
+def test_files_keep_any_paths(tmp_path):
+    paths = ["a.png", "/a.png", "x/a.png", str(tmp_path / "b.png"), "x/b.png", "../c\n.png"]
+    files = Files(paths)
+    assert list(files.names()) == paths
+    assert list(files.select([4, 0]).names()) == ["x/b.png", "a.png"]
+    (tmp_path / "b.png").write_bytes(b"abc")
+    assert files.read(3).tobytes() == b"abc"
+    with pytest.raises(FileNotFoundError):
+        files.read(2)
 
 
 def test_other_files_are_counted(tree):
