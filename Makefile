@@ -1,13 +1,14 @@
 # make pretrain · make test · make bench · make lint: each sets up what it needs first, once.
 #
-# Variables: PYTHON (the interpreter the virtual environment is made from), ARGS (passed on to the command).
+# Variables: PYTHON (the interpreter the virtual environment is made from), ARGS (passed on to the command),
+# DATA (a folder of images for the benchmarks of the data path).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup pretrain test lint bench gpu-test gpu-sanitize gpu-bench clean
+.PHONY: setup pretrain test lint bench bench-data gpu-test gpu-sanitize gpu-bench gpu-bench-data clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -50,6 +51,18 @@ gpu-bench:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	@mkdir -p build
 	$(call measure,$(PYTHON),gpu)
+
+bench-data: setup
+	$(call measure_data,$(BIN)/python,cpu)
+
+gpu-bench-data:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(call measure_data,$(PYTHON),gpu)
+
+define measure_data
+	@test -d "$(DATA)" || { echo "DATA: expected a folder of images, got '$(DATA)'"; exit 2; }
+	$(1) -m benchmarks.loader "$(DATA)" benchmarks/results/data-$(2)
+endef
 
 # Freed memory is kept: else glibc returns large tensors to the system, and what is measured is page faults, in every
 # contender and more or fewer of them by chance.

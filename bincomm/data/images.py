@@ -1,7 +1,6 @@
 """One encoded image: whether it can be used, how large it is, and a form of it that DALI decodes."""
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -41,17 +40,15 @@ def examine(data: np.ndarray, *, thorough: bool = True) -> tuple[np.ndarray, tup
     if not len(data):
         raise UnusableImageError("the file is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images: Pillow refuses those that are too large
-            image = Image.open(io.BytesIO(data))
-            if image.mode in WITHOUT_RANGE:
-                raise UnusableImageError(f"its {WITHOUT_RANGE[image.mode]} pixels have no known range")
-            large = image.width * image.height > LARGEST
-            if large or image.mode not in DECODED_BY_DALI.get(image.format, ()):
-                return _decoded(image)
-            if thorough and not _is_complete(data, image.format):
-                image.load()
-            return data, (image.height, image.width)
+        image = Image.open(io.BytesIO(data))
+        if image.mode in WITHOUT_RANGE:
+            raise UnusableImageError(f"its {WITHOUT_RANGE[image.mode]} pixels have no known range")
+        large = image.width * image.height > LARGEST
+        if large or image.mode not in DECODED_BY_DALI.get(image.format, ()):
+            return _decoded(image)
+        if thorough and not _is_complete(data, image.format):
+            image.load()
+        return data, (image.height, image.width)
     except UnidentifiedImageError:
         raise UnusableImageError("not an image, or one of an unknown format") from None
     except Image.DecompressionBombError:

@@ -46,7 +46,9 @@ class Files:
 
     def read(self, index: int) -> np.ndarray:
         """The encoded image (bytes,) uint8; OSError where it cannot be read."""
-        return np.fromfile(self.name(index), np.uint8)
+        with open(self.name(index), "rb", buffering=0) as file:
+            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+            return data[: file.readinto(data)]
 
     def select(self, indices: Sequence[int]) -> "Files":
         return Files(map(self.name, indices))

@@ -226,8 +226,14 @@ class Loader:
         first = position * self.global_batch + self.rank * self.batch_size
         slots = np.arange(first, first + self.batch_size)
         images = self.order.epoch(epoch)[slots].tolist()
-        place = zip([step] * len(slots), [epoch] * len(slots), slots.tolist(), images, strict=True)
-        found = list(self._readers.map(lambda arguments: self._fill(*arguments), place))
+        # In a few large portions: handing single images to threads would cost as much as examining them.
+        share = -(-len(slots) // (2 * self.threads))
+        portions = [range(first, min(first + share, len(slots))) for first in range(0, len(slots), share)]
+
+        def fill(portion: range) -> list[tuple[int, np.ndarray, tuple[int, int]]]:
+            return [self._fill(step, epoch, int(slots[place]), images[place]) for place in portion]
+
+        found = list(itertools.chain.from_iterable(self._readers.map(fill, portions)))
         shape = (len(slots), views(self.crops), DRAWS)
         uniforms = self.order.uniforms(epoch, slots, shape[1] * shape[2]).reshape(shape)
         sizes = np.array([size for _, _, size in found])
