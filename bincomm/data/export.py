@@ -67,7 +67,7 @@ def write_shards(
 
     Raises:
         ValueError: the folder exists.
-        OSError: it cannot be written, for want of space for example.
+        OSError: it cannot be written, for want of space for example; the message names the folder.
     """
     output = Path(output).expanduser().absolute()
     if output.exists():
@@ -93,6 +93,8 @@ def write_shards(
             write_text(aside / "classes.txt", "".join(f"{name}\n" for name in source.classes))
         os.chmod(aside, 0o755)  # mkdtemp lets the owner alone in
         os.rename(aside, output)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(output)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return left_out

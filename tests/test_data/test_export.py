@@ -90,13 +90,13 @@ def test_shards_of_a_source_without_labels(tmp_path):
 def test_shards_appear_whole_or_not_at_all(photos, tmp_path, monkeypatch, capsys):
     def full(tar, name, data):
         if name.startswith("000000005"):
-            raise OSError(28, "No space left on device", name)
+            raise OSError(28, "No space left on device")
         return add(tar, name, data)
 
     add = export._add
     monkeypatch.setattr(export, "_add", full)
     assert cli.main(["data", "shard", "--data", str(photos), "--output", str(tmp_path / "out" / "x")]) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert f"No space left on device: '{tmp_path}/out/x'" in capsys.readouterr().err
     assert os.listdir(tmp_path / "out") == []
 
 
