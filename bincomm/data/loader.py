@@ -222,6 +222,7 @@ class Loader:
 
     def _prepare(self, step: int) -> Batch:
         """Read and examine a batch, and draw what becomes of it."""
+        self._check_limit()
         epoch, position = divmod(step, self.steps_per_epoch)
         first = position * self.global_batch + self.rank * self.batch_size
         slots = np.arange(first, first + self.batch_size)
@@ -265,6 +266,9 @@ class Loader:
 
     def _reject(self, step: int, image: int, why: str) -> None:
         self._bad[image] = (step, why)
+        self._check_limit()
+
+    def _check_limit(self) -> None:
         allowed = self.max_unusable * len(self.images)
         if len(self._bad) > allowed:
             some = list(self._bad.items())[-SHOWN:]
