@@ -1,5 +1,8 @@
 """The data pipeline and a whole short run on a real GPU."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors"):
     pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
+
+from PIL import Image  # noqa: E402
 
 from bincomm.config import parse  # noqa: E402
 from bincomm.data.crops import Crops  # noqa: E402
@@ -41,3 +46,50 @@ def test_a_short_run(tmp_path):
     assert result["machine"]["device"] == "cuda"
     assert result["last_metrics"]["loss"] < 0.6
     assert result["knn"]["pixels"] > 0.95
+
+
+def photographs(folder, count=40):
+    """JPEGs of several sizes and kinds, one too large to be decoded as it is, and a PNG damaged inside."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        small = Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8))
+        image = small.resize((80 + 5 * number, 60 + 3 * number), Image.Resampling.BICUBIC)
+        mode = ("RGB", "L", "CMYK")[number % 3]
+        image.convert(mode).save(folder / f"{number:02}.jpg", progressive=number % 2 == 0)
+    image.resize((4000, 3000)).save(folder / "large.jpg")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    data = file.getvalue()
+    (folder / "damaged.png").write_bytes(data[:900] + bytes(200) + data[1100:])  # its end is whole
+    return str(folder)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_photographs_of_all_kinds(tmp_path, dtype, channels_last):
+    """Decoded and cropped as on the CPU; batches keep their memory while others are made."""
+    source = open_source(photographs(tmp_path / "photographs"))
+    crops = Crops(global_size=64, local_crops=3, local_size=32)
+    options = {
+        "batch_size": 8,
+        "seed": 0,
+        "max_unusable": 0.1,
+        "dtype": dtype,
+        "channels_last": channels_last,
+    }
+    here, there = (
+        Loader(source, crops, device=torch.device(device), **options) for device in ("cuda", "cpu")
+    )
+    kept = []
+    for _ in range(15):  # three epochs
+        mine, other = here.next(), there.next()
+        for x, y in zip(mine, other, strict=True):
+            assert x.dtype == dtype
+            assert x.flatten(0, 1).data_ptr() == x.data_ptr()
+            assert (x.cpu().float() - y.float()).abs().mean() < 0.1  # in deviations of ImageNet's colours
+        kept.append((mine, [x.clone() for x in mine]))
+    for mine, copies in kept:
+        assert all(torch.equal(x, y) for x, y in zip(mine, copies, strict=True))
+    assert here.unusable == there.unusable
+    assert len(here.unusable) == 1
