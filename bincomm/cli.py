@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import json
 import signal
 import sys
@@ -20,6 +21,8 @@ USAGE = """usage: bincomm COMMAND [OPTIONS]
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 failed, 2 bad arguments, 128 + n ended by signal n."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     commands = {"pretrain": run_pretrain, "data": run_data, "doctor": run_doctor}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -86,7 +89,7 @@ def summary(result: dict[str, Any], output: str) -> str:
         if not knn["queries_held_out"]:
             lines.append("  (the queries' images, not their labels, were seen in training)")
     else:
-        lines.append("\nno k-NN: the data has no labels (folders named after classes)")
+        lines.append("\nno k-NN: the data has no usable images with labels (folders named after classes)")
     entropy, least = metrics["bit_entropy"], metrics["bit_entropy_min"]
     gain = metrics["bit_agreement"] - metrics["bit_majority"]
     lines.append(
@@ -135,7 +138,7 @@ def look(arguments: list[str]) -> int:
     """`bincomm data look`."""
     from bincomm.config import parse
     from bincomm.data.look import contact_sheet
-    from bincomm.engine.logs import printable
+    from bincomm.data.sources import open_source
     from bincomm.engine.run import write_whole
 
     parser = argparse.ArgumentParser(
@@ -148,15 +151,15 @@ def look(arguments: list[str]) -> int:
     parser.add_argument("--images", type=positive, default=8, metavar="N", help="rows, default 8")
     own, rest = parser.parse_known_args(arguments)
     config, recipe = parse(rest)
-    sheet, names = contact_sheet(config, own.images)
+    sheet, names = contact_sheet(open_source(config.data), config.crops, seed=config.seed, images=own.images)
     write_whole(Path(own.sheet), lambda file: sheet.save(file, format="png"))
     lines = [f"recipe {recipe}, data {config.data}", *names, f"in {own.sheet}, a row each"]
-    print(printable("\n".join(lines)))
+    print("\n".join(lines))
     return 0
 
 
 def verify(arguments: list[str]) -> int:
-    """`bincomm data verify`; status 1 where images cannot be used."""
+    """`bincomm data verify`; status 1 where images cannot be used, or were not taken."""
     from bincomm.config import parse_data
     from bincomm.data.export import verify, write_unusable
     from bincomm.data.sources import open_source
@@ -168,11 +171,15 @@ def verify(arguments: list[str]) -> int:
         "--output", default="unusable.txt", metavar="FILE", help="list to write, default unusable.txt"
     )
     options = parser.parse_args(arguments)
+    if not Path(options.output).absolute().parent.is_dir():
+        raise ValueError(f"output: the folder of {options.output} does not exist")
     source = open_source(parse_data(options.data))
+    for note in source.notes:
+        print(f"note: {note}")
     unusable = verify(source, threads=options.threads)
     write_unusable(Path(options.output), unusable)
     print(f"{len(source.images)} images, {len(unusable)} cannot be used, listed in {options.output}")
-    return 1 if unusable else 0
+    return 1 if unusable or source.notes else 0
 
 
 def shard(arguments: list[str]) -> int:
@@ -180,7 +187,6 @@ def shard(arguments: list[str]) -> int:
     from bincomm.config import parse_data
     from bincomm.data.export import write_shards
     from bincomm.data.sources import open_source
-    from bincomm.engine.logs import printable
 
     parser = data_parser("shard", "Write images into tar shards in WebDataset's layout, in random order.")
     parser.add_argument(
@@ -193,7 +199,7 @@ def shard(arguments: list[str]) -> int:
     source = open_source(parse_data(options.data))
     left_out = write_shards(source, options.output, shard_bytes=options.size << 20, threads=options.threads)
     for name, why in left_out:
-        print(printable(f"left out: {name}: {why}"))
+        print(f"left out: {name}: {why}")
     print(f"{len(source.images) - len(left_out)} images, {len(left_out)} left out, in {options.output}")
     return 0
 

@@ -14,8 +14,9 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bincomm.data.crops import Crops
-from bincomm.data.images import UnusableImageError, examine
+from bincomm.data.images import UnusableImageError, load
 from bincomm.data.sources import open_source
+from bincomm.data.standard import SETS
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with others.
 INCIDENTAL = ("output", "threads", "save_every", "max_unusable")
@@ -153,7 +154,8 @@ class PretrainConfig:
         """Keys another run's configuration has otherwise, with (theirs, ours); incidental ones left out."""
         ours = self.as_dict()
         keys = [key for key in ours if key not in INCIDENTAL]
-        places = [data for data in (self.data, other.get("data")) if isinstance(data, str)]
+        named = {"digits", *SETS}
+        places = [d for d in (self.data, other.get("data")) if isinstance(d, str) and d not in named]
         if len(places) == 2 and len({os.path.abspath(os.path.expanduser(place)) for place in places}) == 1:
             keys.remove("data")  # the same place in other words
         return {key: (other.get(key), ours[key]) for key in keys if other.get(key) != ours[key]}
@@ -190,8 +192,8 @@ def choose_recipe(data: str | dict[str, float]) -> str:
     sizes = []
     for index in range(0, len(images), max(1, len(images) // 16)):
         try:
-            sizes.append(min(examine(images.read(index))[1]))
-        except (OSError, UnusableImageError):
+            sizes.append(min(load(images, index)[1]))
+        except UnusableImageError:
             continue  # the loader names what it cannot use
     if sizes and sorted(sizes)[len(sizes) // 2] <= 64:
         return "small_images"
@@ -204,7 +206,7 @@ def parse_data(text: str) -> str | dict[str, float]:
     Raises:
         ValueError: it begins as a mapping does and is none.
     """
-    if not text.startswith("{"):
+    if not text.startswith("{") or text.endswith(".tar") or os.path.exists(text):
         return text
     try:
         return {name: float(weight) for name, weight in json.loads(text).items()}
@@ -223,7 +225,7 @@ def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--data")
-    known, _ = first.parse_known_args(arguments)
+    known, others = first.parse_known_args(arguments)
     parser = ArgumentParser(
         prog="bincomm pretrain",
         description="Pretrain a backbone on images without labels. The same command resumes a run.",
@@ -241,10 +243,12 @@ def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
     if not path.read_text().strip():
         raise ValueError(f"recipe: {path} is empty")
     try:
-        chosen = parser.parse_args(["--output", f"runs/{name}", "--config", str(path), *arguments])
+        chosen = parser.parse_args(["--output", f"runs/{name}", "--config", str(path), *others])
     except ArgumentError as error:
         raise ValueError(_with_nearest_option(str(error))) from error
     values = parser.instantiate(chosen).as_dict()
+    if known.data is not None:
+        values["data"] = parse_data(known.data)
     return PretrainConfig(**{f.name: values[f.name] for f in fields(PretrainConfig)}), name
 
 

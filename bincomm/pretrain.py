@@ -17,7 +17,7 @@ from bincomm.config import PretrainConfig
 from bincomm.data.export import write_unusable
 from bincomm.data.loader import Loader, TooManyUnusableError
 from bincomm.data.sources import Source, evaluation_sources, open_source
-from bincomm.engine.logs import Log, Watch, Window, bit_statistics, plot_curves
+from bincomm.engine.logs import Log, Watch, Window, bit_statistics, plot_curves, printable
 from bincomm.engine.optimiser import clear_state, clip_gradients, create_optimiser, set_rates
 from bincomm.engine.run import load_checkpoint, open_run, save_checkpoint, write_json, write_text, write_whole
 from bincomm.engine.schedules import cosine, warmup_cosine
@@ -101,6 +101,8 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
         f"{len(source.images)} images, {steps} steps of {config.batch_size} ({epoch_steps} an epoch), "
         f"on {device.type}, in {run}"
     )
+    for note in source.notes:
+        log.say(f"note: {note}")
     if loader.changed:
         log.say(
             f"warning: the data changed since the run was saved ({loader.changed}): it goes on with what is "
@@ -262,7 +264,17 @@ def evaluate(
         return {**result, "knn": None}
     gallery, queries, held_out = sources
     untrained, _ = create_networks(config, device)
-    trained = [extract(teacher, source, config, device) for source in (gallery, queries)]
+
+    def tell(image: int, why: str) -> None:
+        print(printable(f"left out of the queries: {queries.images.name(image)}: {why}"))
+
+    # What cannot be used of the pretraining images was told when they were trained on.
+    trained = [
+        extract(teacher, gallery, config, device),
+        extract(teacher, queries, config, device, **({"report": tell} if held_out else {})),
+    ]
+    if not all(len(found["images"]) for found in trained):
+        return {**result, "knn": None}
     before = [extract(untrained, source, config, device) for source in (gallery, queries)]
     labels = [
         torch.from_numpy(source.labels)[found["images"]]

@@ -74,6 +74,8 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
         (["--eps_squared", "0"], "eps_squared"),
         (["--max_steps", "0"], "max_steps"),
         (["--seed", "-1"], "seed: expected from 0 .*-1"),
+        (["--data", '{"digits": null}'], "data: expected one source or a mapping"),
+        (["--data", "{'digits': 1}"], "data: expected one source or a mapping"),
         (["--max_unusable", "1.5"], "max_unusable: expected a share from 0 to 1, got 1.5"),
     ],
 )
@@ -97,6 +99,16 @@ def test_a_mix_of_sources(tmp_path, monkeypatch):
     assert again.differences(config.as_dict()) == {}
     other, _ = parse(["--recipe", str(recipe), "--data", json.dumps({**data, str(tmp_path / "b"): 1})])
     assert set(other.differences(config.as_dict())) == {"data"}
+
+
+def test_a_folder_of_any_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
+    for name in ("a: 3", "{0..1}", "~x", "[1]", "null", "7"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / name / "1.png")
+        for recipe in ([], ["--recipe", "small_images"]):
+            assert parse(["--data", name, *recipe])[0].data == name
 
 
 def test_differences_leave_out_what_changes_nothing():

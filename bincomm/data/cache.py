@@ -6,5 +6,8 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """$BINCOMM_CACHE, or bincomm below $XDG_CACHE_HOME or ~/.cache; not made here."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("BINCOMM_CACHE") or Path(caches) / "bincomm")
+    named = os.environ.get("BINCOMM_CACHE")
+    if named:
+        return Path(named)
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches) / "bincomm"

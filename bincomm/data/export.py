@@ -12,15 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from bincomm.data.images import UnusableImageError, examine
+from bincomm.data.images import UnusableImageError, load
 from bincomm.data.loader import usable_batches
 from bincomm.data.multicrop import decoding_pipeline
 from bincomm.data.sources import Source
 from bincomm.engine.run import write_text
 
 BATCH = 64  # images decoded or read at once
+# What an image is called in a shard; images of other kinds, which no extension would promise, become PNGs.
+SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
 
 
 def verify(source: Source, *, threads: int = 4) -> list[tuple[str, str]]:
@@ -41,7 +44,7 @@ def verify(source: Source, *, threads: int = 4) -> list[tuple[str, str]]:
             bar.set_postfix_str(f"{len(unusable)} unusable")
 
         def build(given):
-            return decoding_pipeline(given, batch_size=BATCH, threads=threads, device_id=None)
+            return decoding_pipeline(lambda: given()[0], batch_size=BATCH, threads=threads, device_id=None)
 
         for images, _ in usable_batches(source, build, BATCH, torch.device("cpu"), threads, report):
             bar.update(len(images))
@@ -53,9 +56,9 @@ def write_shards(
 ) -> list[tuple[str, str]]:
     """Write the images of a source into tar shards `data-00000.tar`, ... in WebDataset's layout.
 
-    A sample is an image as it was encoded, named by its number in a random order that is always the same, and
-    the number of its class in a .cls file where there are labels; `classes.txt` then has a class a line. The
-    folder appears when all is written, or not at all.
+    A sample is an image as it was encoded (as a PNG if it is of an unusual kind), named by its number in a
+    random order that is always the same, and the number of its class in a .cls file where there are labels;
+    `classes.txt` then has a class a line. The folder appears when all is written, or not at all.
 
     Args:
         output: the folder; must not exist.
@@ -77,13 +80,12 @@ def write_shards(
     left_out: list[tuple[str, str]] = []
     try:
         shards, tar = itertools.count(), None
-        for number, (image, data) in enumerate(_usable(source, threads, left_out)):
+        for number, (image, suffix, data) in enumerate(_usable(source, threads, left_out)):
             if tar is None or tar.offset >= shard_bytes:
                 if tar is not None:
                     tar.close()
                 tar = tarfile.open(aside / f"data-{next(shards):05}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-            extension = os.path.splitext(source.images.name(image))[1].lower()
-            _add(tar, f"{number:09}{extension}", data.tobytes())
+            _add(tar, f"{number:09}{suffix}", data)
             if source.labels is not None:
                 _add(tar, f"{number:09}.cls", str(source.labels[image]).encode())
         if tar is None:
@@ -102,23 +104,27 @@ def write_shards(
 
 def write_unusable(path: Path, unusable: list[tuple[str, str]]) -> None:
     """Write names and reasons whole, a line each, with a tab between."""
-    write_text(path, "".join(f"{name}\t{why}\n" for name, why in unusable))
+    lines = ("\t".join(part.replace("\t", "\\t").replace("\n", "\\n") for part in row) for row in unusable)
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def _usable(
     source: Source, threads: int, left_out: list[tuple[str, str]]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Images and their bytes in the order of the shards, read a little ahead."""
+) -> Iterator[tuple[int, str, bytes]]:
+    """Images, their kinds and bytes in the order of the shards, read a little ahead."""
 
-    def read(image: int) -> np.ndarray | str:
+    def read(image: int) -> tuple[str, bytes] | str:
         try:
-            data = source.images.read(image)
-            examine(data)
-            return data
+            load(source.images, image)
+            data = source.images.read(image).tobytes()
+            with Image.open(BytesIO(data)) as opened:
+                if opened.format in SUFFIXES:
+                    return SUFFIXES[opened.format], data
+                file = BytesIO()
+                opened.convert("RGB").save(file, "PNG")
+                return ".png", file.getvalue()
         except UnusableImageError as error:
             return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
 
     order = np.random.default_rng(0).permutation(len(source.images)).tolist()
     with (
@@ -132,7 +138,7 @@ def _usable(
                 if isinstance(data, str):
                     left_out.append((source.images.name(image), data))
                 else:
-                    yield image, data
+                    yield image, *data
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -1,38 +1,90 @@
 """One encoded image: whether it can be used, how large it is, and a form of it that DALI decodes."""
 
 import io
+import os
+import stat
+import threading
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-LARGEST = 1 << 23  # pixels that are decoded as they are, 24 MiB as RGB; images of more are first made smaller
+LARGEST_FILE = 1 << 30  # bytes that are read as an image
+LARGEST = 1 << 23  # pixels that DALI is given to decode, 24 MiB as RGB; an image of more is made smaller,
+REDUCED = 1 << 21  # to at most so many
+HUGE = 1 << 26  # pixels from which on one image at a time is decoded here
 
-# What DALI decodes as Pillow does; anything else that Pillow reads is decoded by it.
+# What DALI decodes as Pillow does, and without harm when it is damaged; all else is decoded by Pillow.
 DECODED_BY_DALI = {
     "JPEG": {"L", "RGB", "CMYK"},
+    "MPO": {"L", "RGB", "CMYK"},  # a JPEG with more pictures behind it, as telephones take them
     "PNG": {"1", "L", "LA", "I;16", "P", "RGB", "RGBA"},
     "WEBP": {"RGB", "RGBA"},
-    "BMP": {"1", "L", "P", "RGB", "RGBA"},
-    "TIFF": {"L", "I;16", "RGB", "RGBA", "CMYK"},
 }
 # Sixteen bits a pixel are scaled by 1/257; for these there is no range to scale from.
 WITHOUT_RANGE = {"F": "floating-point", "I": "32-bit", "I;16B": "big-endian 16-bit"}
+
+_one_huge = threading.Lock()
 
 
 class UnusableImageError(Exception):
     """An image cannot be read or decoded; the message is the reason, without the image's name."""
 
 
-def examine(data: np.ndarray, *, thorough: bool = True) -> tuple[np.ndarray, tuple[int, int]]:
+class Images(Protocol):
+    """Encoded images that can be read by their number."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str: ...
+
+    def read(self, index: int) -> np.ndarray: ...
+
+
+def load(images: Images, index: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Read an image and `examine` it.
+
+    Raises:
+        UnusableImageError: it cannot be read, or cannot be used.
+    """
+    try:
+        return examine(images.read(index))
+    except OSError as error:
+        raise UnusableImageError(error.strerror or str(error)) from None
+    except (ValueError, MemoryError) as error:  # a name with a zero byte, a file larger than memory
+        raise UnusableImageError(str(error) or type(error).__name__) from None
+
+
+def read_file(path: str, offset: int = 0, size: int | None = None) -> np.ndarray:
+    """A file, or `size` bytes of it from `offset` on: (bytes,) uint8, fewer where it ends before.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or is larger than any image.
+    """
+    # Without waiting: a pipe would be waited for until someone writes to it.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb", buffering=0) as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(0, "not a regular file")
+        size = status.st_size if size is None else size
+        if size > LARGEST_FILE:
+            raise OSError(0, f"{size} bytes, more than {LARGEST_FILE}, the most that are read")
+        if offset:
+            file.seek(offset)
+        data = np.empty(size, np.uint8)
+        return data[: file.readinto(data)]
+
+
+def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """What to give to DALI for an encoded image, and the (height, width) it will decode to.
 
-    Most images are given as they are. Images of kinds that DALI does not decode as Pillow does are decoded
-    here, and so are those above `LARGEST` pixels, which are made smaller by a whole factor.
+    JPEG, PNG and WebP images that look whole are given as they are. All others are decoded here and given as
+    pixels, and so are those above `LARGEST` pixels, halved until they have at most `REDUCED`.
 
     Args:
         data: (bytes,) uint8.
-        thorough: decode an image here if its end does not tell that all of it is there.
 
     Raises:
         UnusableImageError: no image, a truncated one, or one of a kind without a meaning in RGB.
@@ -43,18 +95,20 @@ def examine(data: np.ndarray, *, thorough: bool = True) -> tuple[np.ndarray, tup
         image = Image.open(io.BytesIO(data))
         if image.mode in WITHOUT_RANGE:
             raise UnusableImageError(f"its {WITHOUT_RANGE[image.mode]} pixels have no known range")
-        large = image.width * image.height > LARGEST
-        if large or image.mode not in DECODED_BY_DALI.get(image.format, ()):
-            return _decoded(image)
-        if thorough and not _is_complete(data, image.format):
-            image.load()
-        return data, (image.height, image.width)
+        pixels = image.width * image.height
+        if pixels > HUGE:
+            with _one_huge:
+                return _decoded(image)
+        given = image.mode in DECODED_BY_DALI.get(image.format, ()) and _looks_whole(data, image.format)
+        return (data, (image.height, image.width)) if given and pixels <= LARGEST else _decoded(image)
+    except UnusableImageError:
+        raise
     except UnidentifiedImageError:
         raise UnusableImageError("not an image, or one of an unknown format") from None
     except Image.DecompressionBombError:
         limit = 2 * Image.MAX_IMAGE_PIXELS
         raise UnusableImageError(f"more than {limit} pixels, the most that are decoded") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # Pillow's readers raise whatever a damaged image leads them to
         raise UnusableImageError(str(error) or type(error).__name__) from None
 
 
@@ -63,34 +117,41 @@ def why_not_whole(data: np.ndarray) -> str:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except Exception as error:  # see `examine`
         return str(error) or type(error).__name__
     return ""
 
 
-def _is_complete(data: np.ndarray, kind: str) -> bool:
-    """Whether an image ends as a whole one of its kind does; False where the end does not tell."""
-    end = data[-12:].tobytes()
-    if kind == "JPEG":
-        return end.endswith(b"\xff\xd9")
+def _looks_whole(data: np.ndarray, kind: str) -> bool:
+    """Whether an image ends as a whole one of its kind does, and is a still one."""
     if kind == "PNG":
-        return end.endswith(b"IEND\xaeB`\x82")
+        # DALI believes the lengths of its parts, however false, and crashes on some damaged animations.
+        place, name = 8, b""
+        while place + 12 <= len(data) and name not in (b"acTL", b"IEND"):
+            length, name = (
+                int.from_bytes(data[place : place + 4], "big"),
+                data[place + 4 : place + 8].tobytes(),
+            )
+            place += 12 + length
+        return name == b"IEND" and place == len(data)
     if kind == "WEBP":
-        return int.from_bytes(data[4:8].tobytes(), "little") + 8 <= len(data)
-    return False
+        return int.from_bytes(data[4:8], "little") + 8 <= len(data)
+    return data[-2:].tobytes() == b"\xff\xd9"
 
 
 def _decoded(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image as an uncompressed file (PPM), at most `LARGEST` pixels large."""
-    factor = 1
-    while (image.width // factor) * (image.height // factor) > LARGEST:
-        factor += 1
-    # A JPEG is made smaller while it is decoded, by a power of two.
-    image.draft("RGB", (image.width // factor, image.height // factor))
+    """An image as an uncompressed file (PPM)."""
+    if image.width * image.height > LARGEST:
+        factor = int((image.width * image.height / REDUCED) ** 0.5)
+        # A JPEG is made smaller while it is decoded, by a power of two.
+        image.draft("RGB", (image.width // factor, image.height // factor))
+        most = REDUCED
+    else:
+        most = LARGEST
     if image.mode == "I;16":  # which Pillow would clip to eight bits
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     pixels = image.convert("RGB")
-    while factor > 1 and pixels.width * pixels.height > LARGEST:
+    while pixels.width * pixels.height > most:
         pixels = pixels.reduce(2)
     header = b"P6 %d %d 255\n" % pixels.size
     return np.frombuffer(bytearray(header + pixels.tobytes()), np.uint8), (pixels.height, pixels.width)

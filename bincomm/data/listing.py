@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bincomm.data.cache import cache_folder
-from bincomm.data.images import EXTENSIONS
+from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.engine.run import LOCK, write_text
 
 FORMAT = f"2 {EXTENSIONS}"  # of the cache; one of another format is not looked at
@@ -46,9 +46,7 @@ class Files:
 
     def read(self, index: int) -> np.ndarray:
         """The encoded image (bytes,) uint8; OSError where it cannot be read."""
-        with open(self.name(index), "rb", buffering=0) as file:
-            data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-            return data[: file.readinto(data)]
+        return read_file(self.name(index))
 
     def select(self, indices: Sequence[int]) -> "Files":
         return Files(map(self.name, indices))
@@ -84,14 +82,18 @@ def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
             if entry is None or entry[0] != stamp:
                 changed = True
                 recent = time.time_ns() - stamp < RECENT
-                entry = [0 if recent else stamp, *_scan(parent)]
+                lasting, *content = _scan(parent)
+                entry = [stamp if lasting and not recent else 0, *content]
+        except FileNotFoundError:  # vanished since its name was read, or its link leads nowhere by now
+            continue
         except OSError as error:
             raise ValueError(f"data: cannot read {error.filename}: {error.strerror}") from error
         is_run = entry[1]
         if is_run and parent != root:  # its curves are no data
             entry = [entry[0], is_run, [], "", {}]
         found[parent] = entry
-        waiting += [os.path.join(parent, name) for name in entry[2]]
+        # In the order of their names: a folder that two links lead to is always found by the same one.
+        waiting += [os.path.join(parent, name) for name in reversed(entry[2])]
     if changed or found.keys() != known.keys():
         _save(path, found)
     others: Counter[str] = Counter()
@@ -102,9 +104,11 @@ def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
     ), others
 
 
-def _scan(parent: str) -> tuple[bool, list[str], str, dict[str, int]]:
-    """A folder: whether a run was made in it, its folders, its images with / between, other files by kind."""
-    is_run, folders, images = False, [], []
+def _scan(parent: str) -> tuple[bool, bool, list[str], str, dict[str, int]]:
+    """A folder: whether its time of change tells of all changes, whether a run was made in it, its folders,
+    its images with / between, other files by kind.
+    """
+    lasting, is_run, folders, images = True, False, [], []
     others: Counter[str] = Counter()
     with os.scandir(parent) as entries:
         for entry in entries:
@@ -113,20 +117,25 @@ def _scan(parent: str) -> tuple[bool, list[str], str, dict[str, int]]:
             if name.startswith("."):
                 continue
             extension = os.path.splitext(name)[1].lower()
-            if entry.is_dir():
+            to_nowhere = entry.is_symlink() and not os.path.exists(entry.path)
+            lasting = lasting and not to_nowhere  # it may lead to a folder some day
+            if not to_nowhere and entry.is_dir():
                 folders.append(name)
-            # A link to nowhere is an image that cannot be read; reading a pipe would wait for ever.
-            elif extension in EXTENSIONS and (entry.is_file() or not os.path.exists(entry.path)):
+            # A link to nowhere is an image that cannot be read; a pipe is none.
+            elif extension in EXTENSIONS and (to_nowhere or entry.is_file()):
                 images.append(name)
             else:
                 others[extension or "no extension"] += 1
-    return is_run, folders, "/".join(sorted(images)), dict(others)
+    return lasting, is_run, sorted(folders), "/".join(sorted(images)), dict(others)
 
 
 def _load(path: Path) -> dict[str, list[Any]]:
     try:
         known = json.loads(path.read_text())
-        whole = isinstance(known, dict) and all(isinstance(e, list) and len(e) == 5 for e in known.values())
+        kinds = [int, bool, list, str, dict]
+        whole = isinstance(known, dict) and all(
+            isinstance(entry, list) and [type(part) for part in entry] == kinds for entry in known.values()
+        )
         return known if whole else {}
     except (OSError, ValueError):
         return {}

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from bincomm.data.crops import Crops
-from bincomm.data.images import UnusableImageError, examine, why_not_whole
+from bincomm.data.images import UnusableImageError, load, why_not_whole
 from bincomm.data.multicrop import (
     DRAWS,
     Pipeline,
     decoding_pipeline,
     draw,
     evaluation_pipeline,
+    middles,
     training_pipeline,
     views,
 )
 from bincomm.data.order import SUBSTITUTES, Order
 from bincomm.data.sources import Source
 
-PREFETCHED = 4  # batches DALI may be ahead of the one handed out
 SHOWN = 5  # unusable images that an error names
 READ_AHEAD = 2  # batches read and examined before DALI asks for them
 
@@ -115,7 +115,6 @@ class Loader:
             names.update(os.fsencode(os.path.basename(name)) + b"\0")
         self._names = names.hexdigest()
         self._bad: dict[int, tuple[int, str]] = {}  # image: the first step that met it, why it is unusable
-        self._whole = np.zeros(len(self.images), bool)  # decoded once, for their end does not tell
         self._readers = ThreadPoolExecutor(threads, "bincomm-read")
         self._ahead = ThreadPoolExecutor(1, "bincomm-read-ahead")
         self._start_anew()
@@ -148,6 +147,8 @@ class Loader:
             met = sorted(image for image, (step, _) in list(self._bad.items()) if step == self.step)
             self.unusable += [(self.images.name(image), self._bad[image][1]) for image in met]
         self.step += 1
+        while self._given and self._given[0].step < self.step:  # used: DALI has made all of it
+            self._given.popleft()
         if self.dtype == torch.bfloat16:  # which DALI does not have
             groups = [group.to(torch.bfloat16) for group in groups]
         if self.channels_last:
@@ -192,7 +193,7 @@ class Loader:
     def _start_anew(self) -> None:
         self._pipeline: Pipeline | None = None
         self._prepared: deque[Future] = deque()
-        self._given: deque[Batch] = deque(maxlen=PREFETCHED + 1)  # DALI reads their images where they lie
+        self._given: deque[Batch] = deque()  # DALI reads their images where they lie
 
     def _build(self) -> Pipeline:
         step = self.step
@@ -251,17 +252,12 @@ class Loader:
             candidate = int(candidate)
             if candidate not in self._bad:
                 try:
-                    data = self.images.read(candidate)
-                    found = candidate, *examine(data, thorough=not self._whole[candidate])
-                    self._whole[candidate] = True
-                    return found
+                    return candidate, *load(self.images, candidate)
                 except UnusableImageError as error:
                     self._reject(step, candidate, str(error))
-                except OSError as error:
-                    self._reject(step, candidate, error.strerror or str(error))
         raise TooManyUnusableError(
-            f"data: none of {SUBSTITUTES} images tried in place of "
-            f"{self.images.name(image)} can be used ({self._bad[image][1]})"
+            f"data: none of {2 * SUBSTITUTES} images tried in place of {self.images.name(image)} can be used "
+            f"({self._bad[image][1]})"
         )
 
     def _reject(self, step: int, image: int, why: str) -> None:
@@ -275,18 +271,17 @@ class Loader:
             lines = "".join(f"\n  {self.images.name(bad)}: {reason}" for bad, (_, reason) in some)
             raise TooManyUnusableError(
                 f"data: {len(self._bad)} of {len(self.images)} images cannot be used, more than "
-                f"max_unusable = {self.max_unusable:g} allows; mend or remove them, or raise max_unusable. "
-                f"The last of them:{lines}"
+                f"max_unusable = {self.max_unusable:g} allows; mend or remove them, or raise max_unusable; "
+                f"`bincomm data verify` lists all. The last of them:{lines}"
             )
 
     def _reject_undecodable(self, batches: list[Batch]) -> bool:
         """Leave out the images of some batches that DALI cannot decode; returns whether there are any."""
         images, encoded, steps = [], [], []
         for batch in batches:
-            if batch.step >= self.step:
-                images += batch.images
-                encoded += batch.encoded
-                steps += [batch.step] * len(batch.images)
+            images += batch.images
+            encoded += batch.encoded
+            steps += [batch.step] * len(batch.images)
         found = undecodable(encoded, self.device, self._readers)
         for place, why in found.items():
             if images[place] not in self._bad:
@@ -310,7 +305,7 @@ def eval_batches(
     The shorter side is resized to size/crop_ratio (bicubic, antialiased), of which the centre is taken.
     """
 
-    def build(given: Callable[[], list]) -> Pipeline:
+    def build(given: Callable[[], tuple[list, list]]) -> Pipeline:
         return evaluation_pipeline(
             given,
             size=size,
@@ -326,7 +321,7 @@ def eval_batches(
 
 def usable_batches(
     source: Source,
-    build: Callable[[Callable[[], list]], Pipeline],
+    build: Callable[[Callable[[], tuple[list, list]]], Pipeline],
     batch_size: int,
     device: torch.device,
     threads: int,
@@ -334,45 +329,44 @@ def usable_batches(
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """All images of a source, in order, through a pipeline: the numbers of a batch's images, and its outputs.
 
-    `build` makes the pipeline from a function that returns a list of encoded images. Images that cannot be
-    used are left out, and `report` is called with the number of each and the reason.
+    `build` makes the pipeline from a function that returns encoded images and their `middles`. Images that
+    cannot be used are left out, and `report` is called with the number of each and the reason.
     """
-    given: list[np.ndarray] = []
+    given: list[list[np.ndarray]] = []
     pipeline = None
 
-    def read(image: int) -> np.ndarray | str:
+    def read(image: int) -> tuple[np.ndarray, tuple[int, int]] | str:
         try:
-            return examine(source.images.read(image))[0]
+            return load(source.images, image)
         except UnusableImageError as error:
             return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
 
     with ThreadPoolExecutor(threads, "bincomm-read") as readers:
         for first in range(0, len(source.images), batch_size):
-            encoded = {}
+            loaded = {}
             numbers = range(first, min(first + batch_size, len(source.images)))
-            for image, data in zip(numbers, readers.map(read, numbers), strict=True):
-                if isinstance(data, str):
-                    report(image, data)
+            for image, found in zip(numbers, readers.map(read, numbers), strict=True):
+                if isinstance(found, str):
+                    report(image, found)
                 else:
-                    encoded[image] = data
-            while encoded:
-                given[:] = encoded.values()
-                pipeline = pipeline or build(lambda: given)
+                    loaded[image] = found
+            while loaded:
+                encoded, sizes = zip(*loaded.values(), strict=True)
+                given[:] = list(encoded), list(middles(np.array(sizes)))
+                pipeline = pipeline or build(lambda: tuple(given))
                 try:
                     outputs = _run(pipeline, device)
                 except RuntimeError as error:
                     pipeline = None  # DALI cannot go on after an error
-                    bad = undecodable(given, device, readers)
+                    bad = undecodable(encoded, device, readers)
                     if not bad:
                         raise error
-                    images = list(encoded)
+                    images = list(loaded)
                     for place, why in bad.items():
                         report(images[place], why)
-                        del encoded[images[place]]
+                        del loaded[images[place]]
                 else:
-                    yield list(encoded), outputs
+                    yield list(loaded), outputs
                     break
 
 

@@ -4,37 +4,34 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from bincomm.config import PretrainConfig
+from bincomm.data.crops import Crops
 from bincomm.data.loader import Loader
 from bincomm.data.multicrop import MEAN, STD
-from bincomm.data.sources import open_source
+from bincomm.data.sources import Source
 
 GAP = 4  # pixels between crops
 TITLE = 16  # pixels above a column of crops
 LEAST = 64  # pixels a column is wide at least, so that its title fits
 
 
-def contact_sheet(config: PretrainConfig, images: int = 8) -> tuple[Image.Image, list[str]]:
-    """The crops of a few images, a row each, exactly as the first batch of a run with this configuration has
-    them, and the names of the images.
-
-    Raises:
-        ValueError: the configuration or the data does not allow it; the message names the key.
+def contact_sheet(
+    source: Source, crops: Crops, *, seed: int, images: int = 8
+) -> tuple[Image.Image, list[str]]:
+    """The crops of a few images, a row each, exactly as a run with this seed begins with them, and the names
+    of the images.
     """
-    source = open_source(config.data)
     loader = Loader(
         source,
-        config.crops,
+        crops,
         # What becomes of an image does not depend on how many others are in its batch.
         batch_size=min(images, len(source.images)),
-        seed=config.seed,
+        seed=seed,
         device=torch.device("cpu"),
-        threads=config.threads,
-        max_unusable=config.max_unusable,
+        max_unusable=1.0,
     )
     groups = [group for group in loader.next() if group is not None]
     rows = [[_picture(crop) for group in groups for crop in group[image]] for image in range(len(groups[0]))]
-    titles = ["global 1", "global 2", *(f"local {number + 1}" for number in range(config.local_crops))]
+    titles = ["global 1", "global 2", *(f"local {number + 1}" for number in range(crops.local_crops))]
     widths = [max(LEAST, crop.width) for crop in rows[0]]
     heights = max(crop.height for crop in rows[0])
     size = sum(widths) + GAP * (len(widths) + 1), TITLE + (heights + GAP) * len(rows) + GAP
@@ -43,8 +40,8 @@ def contact_sheet(config: PretrainConfig, images: int = 8) -> tuple[Image.Image,
     left = GAP
     for column, (title, width) in enumerate(zip(titles, widths, strict=True)):
         drawing.text((left, 2), title, fill="black")
-        for row, crops in enumerate(rows):
-            sheet.paste(crops[column], (left, TITLE + GAP + row * (heights + GAP)))
+        for row, pictures in enumerate(rows):
+            sheet.paste(pictures[column], (left, TITLE + GAP + row * (heights + GAP)))
         left += width + GAP
     return sheet, [source.images.name(index) for index in loader.indices]
 

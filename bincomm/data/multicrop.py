@@ -78,7 +78,8 @@ def draw(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """
     u = np.moveaxis(uniforms[..., 2 * TRIES + 3 :], -1, 0)
     numbers = np.empty((*uniforms.shape[:2], CORNERS + 7), np.float32)
-    numbers[..., :CORNERS] = windows(crops, sizes, uniforms)
+    # As shares of the sides: should DALI decode to another size, the window is inside all the same.
+    numbers[..., :CORNERS] = windows(crops, sizes, uniforms) / np.tile(sizes, 2)[:, None]
     jitters = u[0] < crops.jitter_p
     for index, strength in enumerate(crops.jitter[:3]):
         low, high = max(0.0, 1 - strength), 1 + strength
@@ -90,6 +91,16 @@ def draw(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     numbers[..., SIGMA] = 0.1 + 1.9 * u[7]
     numbers[..., SOLARISE] = u[8] < np.array([0, crops.solarise] + [0] * crops.local_crops)
     return numbers
+
+
+def middles(sizes: np.ndarray) -> np.ndarray:
+    """What of images of some sizes (n, 2) can be in a centre crop, as (n, 4) shares of their sides, fp32.
+
+    All of an image, but of one more than four times as long as wide: resized, it would not fit into memory.
+    """
+    sizes = sizes.astype(np.float64)
+    shares = np.minimum(1, 4 * sizes.min(1, keepdims=True) / sizes)
+    return np.concatenate([(1 - shares) / 2, (1 + shares) / 2], 1).astype(np.float32)
 
 
 def training_pipeline(
@@ -115,7 +126,7 @@ def training_pipeline(
         for view, blur in enumerate(_blurs(crops)):
             size = crops.global_size if view < 2 else crops.local_size
             corners = {"roi_start": numbers[view, :2], "roi_end": numbers[view, 2:CORNERS]}
-            crop = _resize(images, size=(size, size), **corners)
+            crop = _resize(images, size=(size, size), roi_relative=True, **corners)
             solarise = crops.solarise if view == 1 else 0.0
             groups[view >= 2].append(_augment(crop, numbers[view], crops, blur, solarise))
         layout = "FHWC" if channels_last else "FCHW"
@@ -131,7 +142,7 @@ def training_pipeline(
 
 
 def evaluation_pipeline(
-    source: Callable[[], list],
+    source: Callable[[], tuple[list, list]],
     *,
     size: int,
     resize: int,
@@ -139,12 +150,15 @@ def evaluation_pipeline(
     threads: int,
     device_id: int | None,
 ) -> Pipeline:
-    """The graph from encoded images to centre crops (n, 3, size, size) once `resize` is the shorter side."""
+    """The graph from encoded images and `middles` to centre crops (n, 3, size, size) once `resize` is the
+    shorter side.
+    """
 
     @pipeline_def
     def graph():
-        encoded = fn.external_source(source=source, batch=True)
-        images = _resize(decode(encoded, device_id is not None), resize_shorter=resize)
+        encoded, middle = fn.external_source(source=source, num_outputs=2, batch=True)
+        region = {"roi_start": middle[:2], "roi_end": middle[2:], "roi_relative": True}
+        images = _resize(decode(encoded, device_id is not None), resize_shorter=resize, **region)
         return _normalise(images, crop=(size, size))
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)

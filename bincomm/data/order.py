@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SUBSTITUTES = 100  # images tried in the slot of one that cannot be used
+SUBSTITUTES = 100  # images tried in the slot of one that cannot be used, of its source and of all
 
 
 class Order:
@@ -18,6 +18,9 @@ class Order:
         sizes: images of each source.
         weights: share of an epoch from each source; None: each image once.
         seed: determines everything.
+
+    Raises:
+        ValueError: a weight so small that its source has no slot.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
@@ -26,11 +29,17 @@ class Order:
         self.seed = seed
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
         shares = np.array(sizes if weights is None else weights, np.float64)
+        shares /= shares.max()
         # Rounded so that the counts sum to N: what rounding down leaves goes to the largest remainders.
         exact = self.slots * shares / shares.sum()
         counts = np.floor(exact + 1e-9).astype(np.int64)
         counts[np.argsort(counts - exact, kind="stable")[: self.slots - counts.sum()]] += 1
         self.counts = counts.tolist()
+        if 0 in self.counts:
+            raise ValueError(
+                f"data: the weights {list(weights)} leave a source without one of the {self.slots} images of "
+                "an epoch; expected larger shares"
+            )
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def epoch(self, epoch: int) -> np.ndarray:
@@ -43,10 +52,11 @@ class Order:
         return self._epoch[1]
 
     def substitutes(self, image: int, epoch: int, slot: int) -> np.ndarray:
-        """Images of the same source, to be tried in this order in the slot of one that cannot be used."""
+        """Images to be tried, in order, in the slot of an unusable one: of its source, then of any."""
         part = int(np.searchsorted(self.starts, image, side="right")) - 1
         generator = np.random.default_rng([self.seed, 2, epoch, slot])
-        return self.starts[part] + generator.integers(self.sizes[part], size=SUBSTITUTES)
+        near = self.starts[part] + generator.integers(self.sizes[part], size=SUBSTITUTES)
+        return np.concatenate([near, generator.integers(self.slots, size=SUBSTITUTES)])
 
     def uniforms(self, epoch: int, slots: np.ndarray, count: int) -> np.ndarray:
         """`count` random numbers from [0, 1) for each of some slots of an epoch: (slots, count) fp32."""

@@ -3,19 +3,21 @@
 import hashlib
 import os
 import re
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from bincomm.data.cache import cache_folder
-from bincomm.data.images import EXTENSIONS
-from bincomm.engine.run import write_whole
+from bincomm.data.images import EXTENSIONS, read_file
+from bincomm.engine.run import write_text
 
-FORMAT = f"1 {EXTENSIONS}"  # of an index; one of another format is not looked at
+FORMAT = f"3 {EXTENSIONS}"  # of an index; one of another format is not looked at
+SEVERAL = 4  # shards from which on processes of their own are worth their start
+LONGEST_END = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
 
 
 class Shards:
@@ -39,11 +41,10 @@ class Shards:
     def read(self, index: int) -> np.ndarray:
         """The encoded image (bytes,) uint8; OSError where it cannot be read."""
         # Opened for every image: a shard taken away shows, and no limit on open files is met.
-        with open(self.shards[self.shard[index]], "rb", buffering=0) as file:
-            file.seek(int(self.offset[index]))
-            data = np.empty(self.size[index], np.uint8)
-            if file.readinto(data) < len(data):
-                raise OSError(0, "the shard ends before the image does")
+        size = int(self.size[index])
+        data = read_file(self.shards[self.shard[index]], int(self.offset[index]), size)
+        if len(data) < size:
+            raise OSError(0, "the shard ends before the image does")
         return data
 
     def select(self, indices: Sequence[int]) -> "Shards":
@@ -64,11 +65,11 @@ def expand_braces(pattern: str) -> list[str]:
     return [expanded for name in names for expanded in expand_braces(name)]
 
 
-def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str]]:
-    """The images of tar files, in order, and for each the word in its sample's .cls file, "" without one.
+def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
+    """The images of tar files, in order; for each the word in its sample's .cls file, "" without one; and
+    notes on what could not be taken of damaged shards.
 
-    Indices are made on first use, by several processes, and kept. A shard that ends too early gives the
-    images up to there.
+    Indices are made on first use, by several processes, and kept.
 
     Raises:
         ValueError: a shard does not exist, cannot be read or is no tar file; there is no image in any.
@@ -78,68 +79,128 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str]]:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"data: there is no shard {missing[0]}{more}")
-    unknown = [path for path in paths if not _index_path(path).exists()]
-    if len(unknown) > 1:  # spawned, for this process may have threads
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            list(pool.map(_index, unknown))
-    rows = [_index(path) for path in paths]
-    if not any(rows):
-        raise ValueError(f"data: no images ({', '.join(EXTENSIONS)}) in {', '.join(paths[:3])}")
-    shard = np.repeat(np.arange(len(rows)), [len(found) for found in rows])
-    offset, size = (
-        np.array([int(row[column]) for found in rows for row in found], np.int64) for column in (0, 1)
-    )
-    classes, members = ([row[column] for found in rows for row in found] for column in (2, 3))
-    return Shards(paths, shard, offset, size, members), classes
+    unknown = [path for path in paths if not os.path.exists(_index_path(path))]
+    if len(unknown) >= SEVERAL:
+        _index_beside(unknown)
+    found = [_index(path) for path in paths]
+    rows = [row for _, some in found for row in some]
+    if not rows:
+        raise ValueError(
+            f"data: no images ({', '.join(EXTENSIONS)}) in {', '.join(paths[:3]) or 'no shards'}"
+        )
+    shard = np.repeat(np.arange(len(found)), [len(some) for _, some in found])
+    offset, size = (np.array([int(row[column]) for row in rows], np.int64) for column in (0, 1))
+    classes, members = ([row[column] for row in rows] for column in (2, 3))
+    notes = [f"{path} {note}" for path, (note, _) in zip(paths, found, strict=True) if note]
+    return Shards(paths, shard, offset, size, members), classes, notes
 
 
 def _index_path(path: str) -> Path:
-    """Where a shard's index is kept: elsewhere for another size or time of change."""
-    status = os.stat(path)
-    key = f"{FORMAT} {path} {status.st_size} {status.st_mtime_ns}"
+    """Where a shard's index is kept: elsewhere for another file or another state of it."""
+    s = os.stat(path)
+    key = f"{FORMAT} {path} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}"
     return cache_folder() / "indices" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.tsv"
 
 
-def _index(path: str) -> list[list[str]]:
-    """Offset, size, class and name of every image of a shard, from its index or from the shard itself."""
+def _index_beside(paths: list[str]) -> None:
+    """Make the indices of many shards in processes of their own; what they leave undone is done later."""
+    # Not by multiprocessing, whose children begin with the caller's program or with the threads of this one.
+    workers = min(len(paths), len(os.sched_getaffinity(0)))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "bincomm.data.shards"]
+    processes = [
+        subprocess.Popen([*command, *paths[first::workers]], env=environment, stderr=subprocess.DEVNULL)
+        for first in range(workers)
+    ]
+    for process in processes:
+        process.wait()
+
+
+def _index(path: str) -> tuple[str, list[list[str]]]:
+    """A note on a shard's damage, and offset, size, class and name of every image of it; kept once made."""
     index = _index_path(path)
     try:
-        lines = index.read_text(errors="surrogateescape").split("\n")[:-1]
-        return [line.split("\t", 3) for line in lines]
-    except OSError:
-        rows = _read_tar(path)
+        first, *lines = os.fsdecode(index.read_bytes()).split("\n")[:-1]
+        count, note = first.split("\t")
+        rows = [line.split("\t", 3) for line in lines]
+        if len(rows) == int(count) and all(
+            len(row) == 4 and row[0].isdigit() and row[1].isdigit() for row in rows
+        ):
+            return note, rows
+    except (OSError, ValueError):
+        pass
+    note, rows = _read_tar(path)
     try:
         index.parent.mkdir(parents=True, exist_ok=True)
-        data = "".join("\t".join(row) + "\n" for row in rows).encode(errors="surrogateescape")
-        write_whole(index, lambda file: file.write(data))
+        write_text(index, "".join("\t".join(row) + "\n" for row in [[str(len(rows)), note], *rows]))
     except OSError:
         pass  # made again the next time
-    return rows
+    return note, rows
 
 
-def _read_tar(path: str) -> list[list[str]]:
-    images, classes = [], {}
+def _read_tar(path: str) -> tuple[str, list[list[str]]]:
+    images, classes, note = [], {}, ""
     try:
         with tarfile.open(path, "r:") as tar:
             try:
                 for member in tar:
-                    folder, _, base = member.name.rpartition("/")
-                    sample = f"{folder}/{base.partition('.')[0]}"
-                    if not member.isreg() or base.startswith(".") or "\n" in member.name:
-                        continue
-                    if base.endswith(".cls"):
-                        word = tar.extractfile(member).read(100).decode(errors="replace")
-                        classes[sample] = " ".join(word.split())
-                    elif os.path.splitext(base)[1].lower() in EXTENSIONS:
-                        images.append((member.offset_data, member.size, sample, member.name))
-            except tarfile.ReadError:
+                    _take(tar, member, images, classes)
+            except (tarfile.TarError, ValueError, OverflowError) as error:
                 if not images:
                     raise
-    except tarfile.ReadError as error:
+                note = f"is damaged ({error})"
+            end = tar.offset
+        with open(path, "rb") as file:
+            file.seek(end)
+            mark = file.read(512)
+        beyond = os.path.getsize(path) - end
+        if not note and (len(mark) < 512 or any(mark)):
+            note = "is cut off or damaged"
+        if note:
+            note += f" at byte {end}: {beyond} bytes from there on were not read"
+        elif beyond > LONGEST_END:
+            note = f"holds {beyond} bytes beyond its end, which were not read"
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ValueError(f"data: {path} is no uncompressed tar file, or not a whole one: {error}") from error
     except OSError as error:
         raise ValueError(f"data: cannot read {path}: {error.strerror}") from error
-    return [
+    rows = [
         [str(offset), str(size), classes.get(sample, ""), name.removeprefix("./")]
         for offset, size, sample, name in images
     ]
+    return " ".join(note.split()), rows
+
+
+def _take(
+    tar: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    images: list[tuple[int, int, str, str]],
+    classes: dict[str, str],
+) -> None:
+    """Note a member's place, if it is an image, or its class."""
+    name = member.name
+    folder, _, base = name.rpartition("/")
+    sample = f"{folder}/{base.partition('.')[0]}"
+    is_image = os.path.splitext(base)[1].lower() in EXTENSIONS
+    if base.startswith(".") or "\n" in name or not (is_image or base.endswith(".cls")):
+        return
+    if member.islnk() or member.issym():
+        target = (
+            member.linkname if member.islnk() else os.path.normpath(os.path.join(folder, member.linkname))
+        )
+        try:
+            member = tar.getmember(target)
+        except KeyError:
+            member.size = 0  # an image that cannot be read
+    if not is_image:
+        if member.isreg():
+            classes[sample] = " ".join(tar.extractfile(member).read(100).decode(errors="replace").split())
+    elif member.isreg() and not member.issparse():
+        images.append((member.offset_data, member.size, sample, name))
+    elif not member.isdir():
+        images.append((member.offset_data, 0, sample, name))  # pieces of a file, or none: an empty image
+
+
+if __name__ == "__main__":  # see `_index_beside`
+    for shard in sys.argv[1:]:
+        _index(shard)

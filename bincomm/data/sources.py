@@ -20,6 +20,7 @@ from bincomm.data.shards import Shards, expand_braces, open_shards
 from bincomm.data.standard import SETS, open_standard
 
 QUERY_EVERY = 5  # without a test folder, every fifth image of a class asks and the others answer
+OTHER_PICTURES = (".gif", ".avif", ".heic", ".jfif", ".jp2", ".ppm", ".pgm")
 LOOKED_FOR = 1000  # files of a list whose presence is tested at the start
 
 
@@ -53,13 +54,15 @@ class Mix:
 class Source:
     """Encoded images in a fixed order; labels (N,) index `classes`, and are None where the data has none.
 
-    `weights` are those of a mix's parts, and None where every image comes once an epoch.
+    `weights` are those of a mix's parts, and None where every image comes once an epoch; `notes` tell what
+    was not taken of the data.
     """
 
     images: Files | Shards | Mix
     labels: np.ndarray | None = None
     classes: list[str] = field(default_factory=list)
     weights: tuple[float, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def select(self, indices: Sequence[int]) -> "Source":
         """Some of the images of a source that is not a mix."""
@@ -83,8 +86,9 @@ def open_source(data: str | Mapping[str, float]) -> Source:
             - "digits", scikit-learn's scans of handwritten digits, written into a cache once.
 
     Returns:
-        Files are sorted. The label of an image is the first folder below `data`, if every image lies in one
-        of at least two; in shards, without such folders, what its sample's .cls file says. A mix has none.
+        Files are sorted by folder and name. The label of an image is the first folder below `data`, if every
+        image lies in one of at least two; in shards, without such folders, what its sample's .cls file says.
+        A mix has none.
 
     Raises:
         ValueError: there is nothing there, no image among it, or a listed file is missing; the message says
@@ -100,7 +104,11 @@ def open_source(data: str | Mapping[str, float]) -> Source:
     sources = [_open_one(name) for name in data]
     if len(sources) == 1:
         return sources[0]
-    return Source(Mix([source.images for source in sources]), weights=tuple(map(float, data.values())))
+    return Source(
+        Mix([source.images for source in sources]),
+        weights=tuple(map(float, data.values())),
+        notes=tuple(note for source in sources for note in source.notes),
+    )
 
 
 def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple[Source, Source, bool] | None:
@@ -120,7 +128,7 @@ def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple
         return _standard(data, "gallery"), _standard(data, "queries"), True
     if source.labels is None:
         return None
-    split = _split_folders(digits() if data == "digits" else Path(data).expanduser())
+    split = _split_folders(digits() if data == "digits" else Path(os.path.expanduser(data)))
     queries = _open_folder(split[1]) if split else None
     if queries and queries.labels is not None:
         if queries.classes != source.classes:
@@ -176,16 +184,15 @@ def _open_one(data: str) -> Source:
         return _open_folder(digits() / "train")
     if data in SETS:
         return _standard(data, "pretraining")
-    path = Path(data).expanduser()
+    path = Path(os.path.expanduser(data))
     if path.is_dir() and data:
         split = _split_folders(path)
         return _open_folder(split[0] if split else path)
     if path.is_file() and path.suffix.lower() == ".txt":
         return _open_list(path)
     if data.endswith(".tar"):
-        names = expand_braces(str(path))
-        found = [file for name in names for file in (sorted(glob.glob(name)) or [name])]
-        return _label_shards(*open_shards(found))
+        names = [str(path)] if path.exists() else expand_braces(str(path))
+        return _open_shards([file for name in names for file in (sorted(glob.glob(name)) or [name])])
     near = difflib.get_close_matches(data, SETS, n=1)
     raise ValueError(
         f"data: {data!r} "
@@ -213,20 +220,26 @@ def _open_folder(folder: Path) -> Source:
     files, others = list_images(root)
     if not len(files):
         if others[".tar"]:
-            return _label_shards(*open_shards(sorted(glob.glob(os.path.join(glob.escape(root), "*.tar")))))
+            shards = sorted(glob.glob(os.path.join(glob.escape(root), "**", "*.tar"), recursive=True))
+            if shards:
+                return _open_shards(shards)
         found = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
         raise ValueError(
             f"data: {folder} holds no images ({', '.join(EXTENSIONS)}), but {found or 'nothing, it is empty'}"
         )
     start = len(os.path.join(root, ""))
-    return Source(files, *_labels(name[start:] for name in files.names()))
+    # Pillow reads some of them, but pictures that no extension promises may not be meant to be trained on.
+    pictures = {kind: count for kind, count in others.items() if kind in OTHER_PICTURES}
+    notes = tuple(f"{count} × {kind} in {folder} were not taken" for kind, count in sorted(pictures.items()))
+    return Source(files, *_labels(name[start:] for name in files.names()), notes=notes)
 
 
-def _label_shards(shards: Shards, words: list[str]) -> Source:
+def _open_shards(paths: Sequence[str]) -> Source:
+    shards, words, notes = open_shards(paths)
     labels, classes = _labels(shards.members)
     if labels is None:
         labels, classes = _number(words)
-    return Source(shards, labels, classes)
+    return Source(shards, labels, classes, notes=tuple(notes))
 
 
 def _labels(names: Iterable[str]) -> tuple[np.ndarray | None, list[str]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,9 @@ class Log:
 
 
 def printable(text: str) -> str:
-    """Text that any terminal takes, for names of files may be of any bytes."""
-    return text.encode(errors="surrogateescape").decode(errors="replace")
+    """Text that the terminal takes, for names of files may be of any bytes."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Watch:

@@ -42,7 +42,10 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         OSError: it cannot be written, for want of space for example; the message names `path`.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)

@@ -1,5 +1,7 @@
 """Features, codes and pixels of images, in their order."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,9 +17,13 @@ PIXELS = 16  # a million images of more would not fit in memory, and k-NN on pix
 
 @torch.no_grad()
 def extract(
-    network: Network, source: Source, config: PretrainConfig, device: torch.device
+    network: Network,
+    source: Source,
+    config: PretrainConfig,
+    device: torch.device,
+    report: Callable[[int, str], None] = lambda image, why: None,
 ) -> dict[str, Tensor]:
-    """What a network makes of images, one centre crop each; those that cannot be used are left out.
+    """What a network makes of images, one centre crop each; unusable ones are left out and reported.
 
     Returns:
         "images" (n,) int64, the numbers of the images in the source; "features" (n, D) of the backbone,
@@ -27,7 +33,12 @@ def extract(
     found: dict[str, list[Tensor]] = {"images": [], "features": [], "signs": [], "pixels": []}
     training = network.training
     network.eval()
-    crops = {"size": config.global_size, "crop_ratio": config.eval_crop, "threads": config.threads}
+    crops = {
+        "report": report,
+        "size": config.global_size,
+        "crop_ratio": config.eval_crop,
+        "threads": config.threads,
+    }
     with tqdm(total=len(source.images), desc="evaluating", unit="img", leave=False, disable=None) as bar:
         batch_size = min(256, config.batch_size)
         for numbers, images in eval_batches(source, **crops, batch_size=batch_size, device=device):
@@ -39,4 +50,4 @@ def extract(
                 found[name].append(value.float().cpu())
             bar.update(len(images))
     network.train(training)
-    return {name: torch.cat(values) for name, values in found.items()}
+    return {name: torch.cat(values) if values else torch.empty(0) for name, values in found.items()}

@@ -74,6 +74,25 @@ def test_shards_hold_the_same_images(photos, tmp_path):
     assert written.labels.tolist() != sorted(written.labels.tolist())
 
 
+def test_shards_name_images_by_what_they_are(tmp_path):
+    listed = []
+    for name, kind in (
+        ("a.bin", "JPEG"),
+        ("b.cls", "PNG"),
+        ("c.jpg", "GIF"),
+        ("d.png", "TIFF"),
+        ("e", "WEBP"),
+    ):
+        Image.new("RGB", (8, 8), (9, 99, 9)).save(tmp_path / name, kind)
+        listed.append(name)
+    (tmp_path / "list.txt").write_text("\n".join(listed))
+    assert write_shards(open_source(str(tmp_path / "list.txt")), tmp_path / "out") == []
+    source = open_source(str(tmp_path / "out"))
+    suffixes = sorted(os.path.splitext(name)[1] for name in source.images.members)
+    assert suffixes == [".jpg", ".png", ".png", ".tif", ".webp"]
+    assert verify(source) == []
+
+
 def test_shards_of_a_source_without_labels(tmp_path):
     (tmp_path / "flat").mkdir()
     for number in range(3):
@@ -121,6 +140,10 @@ def test_nothing_usable_is_an_error(tmp_path, capsys):
         (["verify", "--data", "/nowhere"], "data: '/nowhere' does not exist"),
         (["verify", "--data", '{"a": }'], "data: expected one source or a mapping"),
         (["look", "--data", "/nowhere"], "data: '/nowhere' does not exist"),
+        (
+            ["verify", "--data", "digits", "--output", "/no/folder/x.txt"],
+            "output: the folder of /no/folder/x.txt",
+        ),
         (["look", "--global_sise", "3"], "did you mean --global_size?"),
     ],
 )

@@ -1,6 +1,7 @@
 """Every kind of image, through what training does with it, against Pillow."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -11,7 +12,8 @@ pytest.importorskip("nvidia.dali", reason="the data pipeline needs DALI")
 from PIL import Image
 
 from bincomm.data import images
-from bincomm.data.images import UnusableImageError, examine
+from bincomm.data.images import UnusableImageError, examine, load
+from bincomm.data.listing import Files
 from bincomm.data.multicrop import decode, fn, pipeline_def
 
 Y, X = np.mgrid[0:40, 0:60]
@@ -146,13 +148,57 @@ def test_a_size_of_nothing_is_no_image():
         examine(data)
 
 
-def test_an_image_known_to_be_whole_is_not_decoded_again(monkeypatch):
-    data = KINDS["tiff"]()
-    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
-    examine(data, thorough=False)
+def test_a_turned_tiff_has_the_size_it_is_decoded_to():
+    """Pillow turns it, DALI does not: were one asked and the other decoding, windows would lie outside."""
+    given, size = examine(encode(PICTURE, "TIFF", tiffinfo={274: 6}))
+    assert decoded(given).shape == (*size, 3) == (60, 40, 3)
 
 
-BIG = PICTURE.resize((241, 161))
+def test_a_false_length_inside_a_png_never_reaches_dali():
+    data = KINDS["png"]().copy()
+    place = data.tobytes().index(b"IDAT") - 4
+    data[place : place + 4] = (0x10, 0, 0, 0)
+    assert examine(data)[0] is not data  # Pillow finds all of its pixels in spite of that
+
+
+def test_animations_are_decoded_by_pillow():
+    """DALI's reader crashes the process on some damaged ones."""
+    data = moving("PNG")
+    assert examine(data)[0] is not data
+
+
+def test_a_telephones_picture_is_given_as_it_is():
+    data = encode(PICTURE, "MPO", save_all=True, append_images=[PICTURE.rotate(180)])
+    given, _ = examine(data)
+    assert given is data
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == "MPO"
+        assert np.abs(decoded(given).astype(int) - np.asarray(image)).mean() < 0.5
+
+
+@pytest.mark.parametrize("error", [RuntimeError("x"), TypeError("x"), MemoryError(), OverflowError("x")])
+def test_whatever_pillow_raises_is_a_reason(error, monkeypatch):
+    def refuse(file):
+        raise error
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(UnusableImageError, match="x|MemoryError"):
+        examine(KINDS["png"]())
+
+
+def test_files_that_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(10 << 40)
+    images = Files([str(tmp_path / "pipe.png"), str(tmp_path / "sparse.png"), str(tmp_path), "/a\0b.png"])
+    for index, reason in enumerate(
+        ["not a regular file", "more than 1073741824", "Is a directory", "null byte"]
+    ):
+        with pytest.raises(UnusableImageError, match=reason):
+            load(images, index)
+
+
+BIG = PICTURE.resize((240, 160))
 BIG_GREY = BIG.convert("L")
 
 
@@ -168,10 +214,12 @@ BIG_GREY = BIG.convert("L")
 )
 def test_large_images_are_made_smaller(data, expected, monkeypatch):
     monkeypatch.setattr(images, "LARGEST", 5000)
+    monkeypatch.setattr(images, "REDUCED", 2000)
+    monkeypatch.setattr(images, "HUGE", 30_000)
     given, size = examine(data)
     found = decoded(given)
     assert found.shape == (*size, 3)
-    assert 1250 < size[0] * size[1] <= 5000
+    assert 500 < size[0] * size[1] <= 2000
     reduced = np.asarray(expected.convert("RGB").resize(size[::-1], Image.Resampling.BOX))
     assert np.abs(found.astype(int) - reduced).mean() < 3
 

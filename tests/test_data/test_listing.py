@@ -96,7 +96,9 @@ def test_a_removed_folder_is_forgotten(tree, cache):
     assert not any("deep" in folder for folder in json.loads(file.read_text()))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[1, 2]", b'{"/x": 3}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[1, 2]", b'{"/x": 3}', b'{"/x": [1, false, [], [], {}]}']
+)
 def test_a_broken_cache_is_made_anew(tree, cache, content):
     first = names(tree)
     (file,) = (cache / "listings").iterdir()
@@ -141,6 +143,19 @@ def test_a_folder_that_may_not_be_read_is_named(tree):
             list_images(tree)
     finally:
         (tree / "b").chmod(stat.S_IRWXU)
+
+
+def test_links_that_lead_nowhere_are_looked_at_again(tree, tmp_path):
+    (tree / "later").symlink_to(tmp_path / "disk")
+    (tree / "self").symlink_to(tree / "self")
+    age(tree)
+    assert len(names(tree)) == 12
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "1.jpg").touch()
+    assert "later/1.jpg" in names(tree)
+    (tmp_path / "disk" / "1.jpg").unlink()
+    (tmp_path / "disk").rmdir()
+    assert len(names(tree)) == 12
 
 
 def test_files_keep_any_paths(tmp_path):

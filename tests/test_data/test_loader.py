@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -289,7 +290,7 @@ def test_a_file_deleted_meanwhile(images, tmp_path):
 def test_all_files_gone(images, tmp_path):
     for file in images:
         os.unlink(file)
-    with pytest.raises(TooManyUnusableError, match="none of 100 images tried"):
+    with pytest.raises(TooManyUnusableError, match="none of 200 images tried"):
         loader(images, max_unusable=1.0).next()
 
 
@@ -373,6 +374,29 @@ def test_eval_batches_keep_order_and_the_protocol(images):
     expected = np.asarray(resized.crop((round(left), round(top), round(left) + 16, round(top) + 16)))
     pixels = crops[7].permute(1, 2, 0).numpy() * STD + MEAN
     assert np.abs(pixels - expected).mean() < 2
+
+
+def test_long_thin_images_fit_into_memory(tmp_path):
+    for number, size in enumerate([(1, 40_000), (40_000, 1), (30, 20)]):
+        Image.new("RGB", size, (50, 100, 150)).save(tmp_path / f"{number}.png")
+    files = [str(tmp_path / f"{number}.png") for number in range(3)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    indices, crops = evaluated(files, size=224, batch_size=3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB; resized whole: 7.5 GB
+    assert indices == [0, 1, 2]
+    pixels = crops.permute(0, 2, 3, 1).numpy() * STD + MEAN
+    assert np.abs(pixels - (50, 100, 150)).max() < 1
+    globals_, _ = loader(files, batch_size=3).next()
+    assert globals_.isfinite().all()
+
+
+def test_a_source_that_cannot_be_used_at_all(images, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"x")
+    source = Source(Mix([Files(images), Files([str(broken)])]), weights=(23, 1))
+    batches = loader(source, STILL, max_unusable=0.1)
+    take(batches, 12)
+    assert [name for name, _ in batches.unusable] == [str(broken)]
 
 
 def test_real_photographs():

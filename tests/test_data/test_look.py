@@ -23,7 +23,7 @@ def test_it_shows_the_first_batch_of_a_run():
     config, _ = parse(
         ["--recipe", "digits", "--seed", "3", "--jitter", "[0.4, 0.4, 0, 0]", "--blur", "[1, 0, 0]"]
     )
-    sheet, names = contact_sheet(config, images=5)
+    sheet, names = contact_sheet(open_source("digits"), config.crops, seed=3, images=5)
     source = open_source("digits")
     loader = Loader(source, config.crops, batch_size=config.batch_size, seed=3, device=torch.device("cpu"))
     globals_, locals_ = loader.next()

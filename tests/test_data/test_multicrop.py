@@ -31,6 +31,8 @@ def picture(tmp_path_factory):
 
 def run(path, crops, window, numbers):
     """Crops of one picture on the 0–255 scale: list of (S, S, 3), for V windows and their numbers."""
+    with Image.open(path) as image:
+        window = np.array(window) / np.tile(image.size[::-1], 2)
     arrays = [np.fromfile(path, np.uint8)], [np.concatenate([window, numbers], 1, dtype=np.float32)]
     pipeline = multicrop.training_pipeline(crops, lambda: arrays, batch_size=1, threads=1, device_id=None)
     views = [view for output in pipeline.run() for view in np.array(output.as_tensor())[0]]
@@ -148,6 +150,14 @@ def test_the_far_corner_is_inside():
     for side in (1, 7, 375, 65_535):
         found = multicrop.windows(crops, np.array([[side, side]]), uniforms)
         assert found.max() <= side
+
+
+def test_numbers_hold_windows_as_shares_of_the_sides():
+    uniforms = np.random.default_rng(0).random((9, 12, multicrop.DRAWS), np.float32)
+    sizes = np.random.default_rng(1).integers(50, 500, (9, 2))
+    pixels = multicrop.windows(Crops(), sizes, uniforms)
+    shares = multicrop.draw(Crops(), sizes, uniforms)[..., : multicrop.CORNERS]
+    np.testing.assert_allclose(shares * np.tile(sizes, 2)[:, None], pixels, atol=1e-3)
 
 
 def test_flips_are_as_often_as_asked():

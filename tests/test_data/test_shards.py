@@ -59,7 +59,8 @@ def test_images_are_read_from_their_places(tmp_path):
 def test_layouts_of_tar(tmp_path, layout):
     name = f"{'long' * 20}/{'name' * 20}.png"
     path = write(tmp_path / "x.tar", [("./first.png", picture(1)), (name, picture(2))], format=layout)
-    images, _ = open_shards([path])
+    images, _, notes = open_shards([path])
+    assert notes == []
     assert images.members == ["first.png", name]
     assert [images.read(i).tobytes() for i in range(2)] == [picture(1), picture(2)]
 
@@ -99,18 +100,20 @@ def test_an_index_is_made_once_and_again_for_another_shard(tmp_path, monkeypatch
     assert read == [path, path]
 
 
-def test_many_shards_are_indexed_by_several_processes(tmp_path):
+def test_many_shards_are_indexed_by_several_processes(tmp_path, monkeypatch):
     for number in range(5):
         write(tmp_path / f"{number}.tar", [(f"{number}.png", picture(number))])
-    images, _ = open_shards([str(tmp_path / f"{number}.tar") for number in range(5)])
-    assert images.members == [f"{number}.png" for number in range(5)]
+    paths = [str(tmp_path / f"{number}.tar") for number in range(5)]
+    shards._index_beside(paths)
     assert len(os.listdir(tmp_path / "cache" / "indices")) == 5
+    monkeypatch.setattr(shards, "_read_tar", lambda path: pytest.fail("read again"))
+    assert open_shards(paths)[0].members == [f"{number}.png" for number in range(5)]
 
 
 def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    paths = [write(tmp_path / f"{number}.tar", [("a.png", picture(1))]) for number in range(2)]
-    assert len(open_shards(paths)[0]) == 2
+    paths = [write(tmp_path / f"{number}.tar", [("a.png", picture(1))]) for number in range(5)]
+    assert len(open_shards(paths)[0]) == 5
 
 
 def test_a_shard_that_ends_too_early_gives_what_it_has(tmp_path):
@@ -119,10 +122,70 @@ def test_a_shard_that_ends_too_early_gives_what_it_has(tmp_path):
     Image.fromarray(noise).save(file, "PNG")
     path = write(tmp_path / "x.tar", [("a.png", picture(1)), ("b.png", file.getvalue())])
     os.truncate(path, 4000)
-    images, _ = open_shards([path])
+    images, _, notes = open_shards([path])
     assert images.read(0).tobytes() == picture(1)
+    assert notes[0].startswith(f"{path} is damaged")
     with pytest.raises(OSError, match="the shard ends before the image does"):
         images.read(1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "left", "words"),
+    [
+        (lambda data, at: data[: at(3)], 3, "is cut off or damaged at byte"),
+        (lambda data, at: data[: at(2) + 600], 3, "is damaged"),
+        (
+            lambda data, at: data[: at(2)] + bytes([data[at(2)] ^ 1]) + data[at(2) + 1 :],
+            2,
+            "is cut off or damaged",
+        ),
+        (lambda data, at: data + bytes(20_000) + data * 40, 6, "bytes beyond its end, which were not read"),
+        (lambda data, at: data + bytes(50_000), 6, ""),
+    ],
+    ids=["cut between", "cut inside", "header", "two files", "zeros"],
+)
+def test_what_is_not_taken_of_a_damaged_shard_is_told(tmp_path, damage, left, words):
+    path = tmp_path / "x.tar"
+    write(path, [(f"{number}.png", picture(number)) for number in range(6)])
+    with tarfile.open(path) as tar:
+        starts = [member.offset for member in tar]
+    path.write_bytes(damage(path.read_bytes(), lambda number: starts[number]))
+    for _ in range(2):  # from the shard, and from its index
+        source = open_source(str(path))
+        assert len(source.images) == left
+        assert [words in note for note in source.notes] == ([True] if words else [])
+
+
+def test_links_and_sparse_members(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        member = tarfile.TarInfo("a/1.png")
+        member.size = len(picture(1))
+        tar.addfile(member, io.BytesIO(picture(1)))
+        for name, kind, target in (
+            ("a/hard.png", tarfile.LNKTYPE, "a/1.png"),
+            ("a/soft.png", tarfile.SYMTYPE, "1.png"),
+            ("b/away.png", tarfile.SYMTYPE, "../nowhere.png"),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            tar.addfile(member)
+    images, _, _ = open_shards([str(tmp_path / "x.tar")])
+    assert images.members == ["a/1.png", "a/hard.png", "a/soft.png", "b/away.png"]
+    assert [images.read(number).tobytes() for number in range(3)] == [picture(1)] * 3
+    assert len(images.read(3)) == 0  # an image that cannot be used, and will be named
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"2\t\n1\t2\tx\ta.png\n", b"1\t\nx\ty\tz\ta.png\n", b"\xff\n"]
+)
+def test_a_broken_index_is_made_anew(tmp_path, content):
+    path = write(tmp_path / "x.tar", [("a\r.png", picture(1)), ("b.png", picture(2))])
+    first = open_shards([path])[0].members
+    assert first == ["a\r.png", "b.png"]
+    (index,) = (tmp_path / "cache" / "indices").iterdir()
+    for _ in range(2):
+        assert open_shards([path])[0].members == first
+        index.write_bytes(content)
 
 
 def test_what_is_wrong_is_named(tmp_path):
@@ -137,3 +200,5 @@ def test_what_is_wrong_is_named(tmp_path):
     write(tmp_path / "4.tar", [])
     with pytest.raises(ValueError, match="data: no images"):
         open_source(str(tmp_path / "4.tar"))
+    with pytest.raises(ValueError, match="data: no images .* in no shards"):
+        open_source(f"{tmp_path}/{{5..3}}.tar")
