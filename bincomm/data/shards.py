@@ -18,6 +18,7 @@ from bincomm.engine.run import write_text
 FORMAT = f"3 {EXTENSIONS}"  # of an index; one of another format is not looked at
 SEVERAL = 4  # shards from which on processes of their own are worth their start
 LONGEST_END = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
+Place = tuple[int, int]  # offset and size in a shard
 
 
 class Shards:
@@ -139,12 +140,15 @@ def _index(path: str) -> tuple[str, list[list[str]]]:
 
 
 def _read_tar(path: str) -> tuple[str, list[list[str]]]:
-    images, classes, note = [], {}, ""
+    images: list[tuple[str, Place | str]] = []  # names, and where each is or which member it is a link to
+    places: dict[str, Place] = {}
+    classes: dict[str, str] = {}
+    note = ""
     try:
         with tarfile.open(path, "r:") as tar:
             try:
                 for member in tar:
-                    _take(tar, member, images, classes)
+                    _take(tar, member, images, places, classes)
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 if not images:
                     raise
@@ -157,48 +161,51 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
         if not note and (len(mark) < 512 or any(mark)):
             note = "is cut off or damaged"
         if note:
-            note += f" at byte {end}: {beyond} bytes from there on were not read"
+            note += f" at byte {end}: {max(0, beyond)} bytes from there on were not read"
         elif beyond > LONGEST_END:
             note = f"holds {beyond} bytes beyond its end, which were not read"
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ValueError(f"data: {path} is no uncompressed tar file, or not a whole one: {error}") from error
     except OSError as error:
         raise ValueError(f"data: cannot read {path}: {error.strerror}") from error
-    rows = [
-        [str(offset), str(size), classes.get(sample, ""), name.removeprefix("./")]
-        for offset, size, sample, name in images
-    ]
+    rows = []
+    for name, place in images:
+        # A link to nowhere is an empty image, which will be named.
+        offset, size = places.get(place, (0, 0)) if isinstance(place, str) else place
+        rows.append([str(offset), str(size), classes.get(_sample(name), ""), name.removeprefix("./")])
     return " ".join(note.split()), rows
 
 
 def _take(
     tar: tarfile.TarFile,
     member: tarfile.TarInfo,
-    images: list[tuple[int, int, str, str]],
+    images: list[tuple[str, Place | str]],
+    places: dict[str, Place],
     classes: dict[str, str],
 ) -> None:
-    """Note a member's place, if it is an image, or its class."""
+    """Note what a member is: the place of a file, an image or a link to one, a class."""
     name = member.name
     folder, _, base = name.rpartition("/")
-    sample = f"{folder}/{base.partition('.')[0]}"
-    is_image = os.path.splitext(base)[1].lower() in EXTENSIONS
-    if base.startswith(".") or "\n" in name or not (is_image or base.endswith(".cls")):
+    if member.isreg():
+        # A sparse member lies there in pieces, which are no image.
+        places[name] = (member.offset_data, 0 if member.issparse() else member.size)
+        if base.endswith(".cls"):
+            word = tar.extractfile(member).read(100).decode(errors="replace")
+            classes[_sample(name)] = " ".join(word.split())
+    if os.path.splitext(base)[1].lower() not in EXTENSIONS or base.startswith(".") or "\n" in name:
         return
-    if member.islnk() or member.issym():
-        target = (
-            member.linkname if member.islnk() else os.path.normpath(os.path.join(folder, member.linkname))
-        )
-        try:
-            member = tar.getmember(target)
-        except KeyError:
-            member.size = 0  # an image that cannot be read
-    if not is_image:
-        if member.isreg():
-            classes[sample] = " ".join(tar.extractfile(member).read(100).decode(errors="replace").split())
-    elif member.isreg() and not member.issparse():
-        images.append((member.offset_data, member.size, sample, name))
-    elif not member.isdir():
-        images.append((member.offset_data, 0, sample, name))  # pieces of a file, or none: an empty image
+    if member.isreg():
+        images.append((name, places[name]))
+    elif member.islnk():
+        images.append((name, member.linkname))
+    elif member.issym():
+        images.append((name, os.path.normpath(os.path.join(folder, member.linkname))))
+
+
+def _sample(name: str) -> str:
+    """The sample that a member belongs to: its name up to the first dot behind the last slash."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}"
 
 
 if __name__ == "__main__":  # see `_index_beside`

@@ -156,6 +156,12 @@ def test_what_is_not_taken_of_a_damaged_shard_is_told(tmp_path, damage, left, wo
         assert [words in note for note in source.notes] == ([True] if words else [])
 
 
+def test_a_member_twice_is_two_images(tmp_path):
+    path = write(tmp_path / "x.tar", [("a.png", picture(1)), ("a.png", picture(2))])
+    images, _, _ = open_shards([path])
+    assert [images.read(number).tobytes() for number in range(2)] == [picture(1), picture(2)]
+
+
 def test_links_and_sparse_members(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         member = tarfile.TarInfo("a/1.png")
