@@ -125,6 +125,8 @@ class PretrainConfig:
         for key, smallest in at_least.items():
             if not getattr(self, key) >= smallest:
                 raise ValueError(f"{key}: expected at least {smallest}, got {getattr(self, key)}")
+        if not self.data:
+            raise ValueError(f"data: expected a source of images, got {self.data!r}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
         if not 0 <= self.seed < 2**63:

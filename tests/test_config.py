@@ -101,6 +101,15 @@ def test_a_mix_of_sources(tmp_path, monkeypatch):
     assert set(other.differences(config.as_dict())) == {"data"}
 
 
+def test_a_recipe_without_data(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: null\n")
+    with pytest.raises(ValueError, match="data"):
+        parse(["--recipe", str(recipe)])
+    with pytest.raises(ValueError, match="data: expected a source of images, got {}"):
+        PretrainConfig(data={})
+
+
 def test_a_folder_of_any_name_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from bincomm.data.images import UnusableImageError, load
+from bincomm.data.images import UnusableImageError, examine
 from bincomm.data.loader import usable_batches
 from bincomm.data.multicrop import decoding_pipeline
 from bincomm.data.sources import Source
@@ -115,8 +115,9 @@ def _usable(
 
     def read(image: int) -> tuple[str, bytes] | str:
         try:
-            load(source.images, image)
-            data = source.images.read(image).tobytes()
+            content = source.images.read(image)
+            examine(content)
+            data = content.tobytes()
             with Image.open(BytesIO(data)) as opened:
                 if opened.format in SUFFIXES:
                     return SUFFIXES[opened.format], data
@@ -125,6 +126,8 @@ def _usable(
                 return ".png", file.getvalue()
         except UnusableImageError as error:
             return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
 
     order = np.random.default_rng(0).permutation(len(source.images)).tolist()
     with (

@@ -4,6 +4,7 @@ import io
 import os
 import stat
 import threading
+import warnings
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,11 @@ DECODED_BY_DALI = {
 WITHOUT_RANGE = {"F": "floating-point", "I": "32-bit", "I;16B": "big-endian 16-bit"}
 
 _one_huge = threading.Lock()
+# Now, not by the first of several threads to need it: the others would find half of the formats.
+Image.init()
+# Large images are made smaller, and what is under transparent pixels is shown; neither is news.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
 
 
 class UnusableImageError(Exception):
@@ -81,7 +87,7 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """What to give to DALI for an encoded image, and the (height, width) it will decode to.
 
     JPEG, PNG and WebP images that look whole are given as they are. All others are decoded here and given as
-    pixels, and so are those above `LARGEST` pixels, halved until they have at most `REDUCED`.
+    pixels, and so are those above `LARGEST` pixels, made smaller by a whole factor to at most `REDUCED`.
 
     Args:
         data: (bytes,) uint8.
@@ -141,17 +147,24 @@ def _looks_whole(data: np.ndarray, kind: str) -> bool:
 
 def _decoded(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
     """An image as an uncompressed file (PPM)."""
+    most = LARGEST
     if image.width * image.height > LARGEST:
-        factor = int((image.width * image.height / REDUCED) ** 0.5)
+        most = REDUCED
+        factor = _factor(image)
         # A JPEG is made smaller while it is decoded, by a power of two.
         image.draft("RGB", (image.width // factor, image.height // factor))
-        most = REDUCED
-    else:
-        most = LARGEST
     if image.mode == "I;16":  # which Pillow would clip to eight bits
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     pixels = image.convert("RGB")
-    while pixels.width * pixels.height > most:
-        pixels = pixels.reduce(2)
+    if pixels.width * pixels.height > most:
+        pixels = pixels.reduce(_factor(pixels))
     header = b"P6 %d %d 255\n" % pixels.size
     return np.frombuffer(bytearray(header + pixels.tobytes()), np.uint8), (pixels.height, pixels.width)
+
+
+def _factor(image: Image.Image) -> int:
+    """The smallest whole number by which both sides are to be divided for `REDUCED` pixels at most."""
+    factor = 1
+    while -(-image.width // factor) * -(-image.height // factor) > REDUCED:
+        factor += 1
+    return factor

@@ -96,10 +96,10 @@ def draw(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
 def middles(sizes: np.ndarray) -> np.ndarray:
     """What of images of some sizes (n, 2) can be in a centre crop, as (n, 4) shares of their sides, fp32.
 
-    All of an image, but of one more than four times as long as wide: resized, it would not fit into memory.
+    All of an image, but of one more than 64 times as long as wide: resized, it would not fit into memory.
     """
     sizes = sizes.astype(np.float64)
-    shares = np.minimum(1, 4 * sizes.min(1, keepdims=True) / sizes)
+    shares = np.minimum(1, 64 * sizes.min(1, keepdims=True) / sizes)
     return np.concatenate([(1 - shares) / 2, (1 + shares) / 2], 1).astype(np.float32)
 
 

@@ -8,6 +8,7 @@ import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,9 +16,10 @@ from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.engine.run import write_text
 
-FORMAT = f"3 {EXTENSIONS}"  # of an index; one of another format is not looked at
+FORMAT = f"4 {EXTENSIONS}"  # of an index; one of another format is not looked at
 SEVERAL = 4  # shards from which on processes of their own are worth their start
 LONGEST_END = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
+LONGEST_CHAIN = 40  # links that are followed one after another
 Place = tuple[int, int]  # offset and size in a shard
 
 
@@ -109,10 +111,13 @@ def _index_beside(paths: list[str]) -> None:
     workers = min(len(paths), len(os.sched_getaffinity(0)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "bincomm.data.shards"]
-    processes = [
-        subprocess.Popen([*command, *paths[first::workers]], env=environment, stderr=subprocess.DEVNULL)
-        for first in range(workers)
-    ]
+    try:
+        processes = [
+            subprocess.Popen([*command, *paths[first::workers]], env=environment, stderr=subprocess.DEVNULL)
+            for first in range(workers)
+        ]
+    except OSError:  # no interpreter of its own, or too many names for one command
+        return
     for process in processes:
         process.wait()
 
@@ -140,66 +145,81 @@ def _index(path: str) -> tuple[str, list[list[str]]]:
 
 
 def _read_tar(path: str) -> tuple[str, list[list[str]]]:
-    images: list[tuple[str, Place | str]] = []  # names, and where each is or which member it is a link to
-    places: dict[str, Place] = {}
-    classes: dict[str, str] = {}
+    contents = Contents([], {}, {}, {})
     note = ""
     try:
         with tarfile.open(path, "r:") as tar:
             try:
                 for member in tar:
-                    _take(tar, member, images, places, classes)
+                    _take(tar, member, contents)
             except (tarfile.TarError, ValueError, OverflowError) as error:
-                if not images:
+                if not contents.images:
                     raise
-                note = f"is damaged ({error})"
+                note = f"is damaged, and was not read to its end: {error}"
             end = tar.offset
         with open(path, "rb") as file:
             file.seek(end)
             mark = file.read(512)
         beyond = os.path.getsize(path) - end
         if not note and (len(mark) < 512 or any(mark)):
-            note = "is cut off or damaged"
-        if note:
-            note += f" at byte {end}: {max(0, beyond)} bytes from there on were not read"
-        elif beyond > LONGEST_END:
+            note = f"is cut off or damaged at byte {end}: {max(0, beyond)} bytes from there on were not read"
+        elif not note and beyond > LONGEST_END:
             note = f"holds {beyond} bytes beyond its end, which were not read"
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ValueError(f"data: {path} is no uncompressed tar file, or not a whole one: {error}") from error
     except OSError as error:
         raise ValueError(f"data: cannot read {path}: {error.strerror}") from error
+    for link in contents.links:
+        target = contents.follow(link)
+        if target in contents.classes:
+            contents.classes[link] = contents.classes[target]
+    words = {_sample(name): word for name, word in contents.classes.items() if name.endswith(".cls")}
     rows = []
-    for name, place in images:
+    for name, place in contents.images:
         # A link to nowhere is an empty image, which will be named.
-        offset, size = places.get(place, (0, 0)) if isinstance(place, str) else place
-        rows.append([str(offset), str(size), classes.get(_sample(name), ""), name.removeprefix("./")])
+        offset, size = place or contents.places.get(contents.follow(name), (0, 0))
+        rows.append([str(offset), str(size), words.get(_sample(name), ""), name])
     return " ".join(note.split()), rows
 
 
-def _take(
-    tar: tarfile.TarFile,
-    member: tarfile.TarInfo,
-    images: list[tuple[str, Place | str]],
-    places: dict[str, Place],
-    classes: dict[str, str],
-) -> None:
-    """Note what a member is: the place of a file, an image or a link to one, a class."""
-    name = member.name
-    folder, _, base = name.rpartition("/")
+class Contents(NamedTuple):
+    """Members of a tar file by their names, without ./ at the front or any .. inside."""
+
+    images: list[tuple[str, Place | None]]  # in order; None for a link
+    places: dict[str, Place]
+    links: dict[str, str]
+    classes: dict[str, str]
+
+    def follow(self, name: str) -> str:
+        """The name that links lead to; circles end somewhere."""
+        for _ in range(LONGEST_CHAIN):
+            if name not in self.links:
+                break
+            name = self.links[name]
+        return name
+
+
+def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, contents: Contents) -> None:
+    """Note what a member is: a file at some place, a link to one, an image, a class."""
+    name = os.path.normpath(member.name)
+    folder, base = os.path.split(name)
     if member.isreg():
         # A sparse member lies there in pieces, which are no image.
-        places[name] = (member.offset_data, 0 if member.issparse() else member.size)
-        if base.endswith(".cls"):
-            word = tar.extractfile(member).read(100).decode(errors="replace")
-            classes[_sample(name)] = " ".join(word.split())
-    if os.path.splitext(base)[1].lower() not in EXTENSIONS or base.startswith(".") or "\n" in name:
-        return
-    if member.isreg():
-        images.append((name, places[name]))
+        contents.places[name] = (member.offset_data, 0 if member.issparse() else member.size)
+        contents.links.pop(name, None)
     elif member.islnk():
-        images.append((name, member.linkname))
+        contents.links[name] = os.path.normpath(member.linkname)
     elif member.issym():
-        images.append((name, os.path.normpath(os.path.join(folder, member.linkname))))
+        contents.links[name] = os.path.normpath(os.path.join(folder, member.linkname))
+    else:
+        return
+    if base.startswith(".") or "\n" in name:
+        return
+    if os.path.splitext(base)[1].lower() in EXTENSIONS:
+        contents.images.append((name, contents.places[name] if member.isreg() else None))
+    elif base.endswith(".cls") and member.isreg():
+        word = tar.extractfile(member).read(100).decode(errors="replace")
+        contents.classes[name] = " ".join(word.split())
 
 
 def _sample(name: str) -> str:

@@ -1,5 +1,7 @@
 import io
 import os
+import shutil
+import subprocess
 import tarfile
 
 import numpy as np
@@ -170,15 +172,43 @@ def test_links_and_sparse_members(tmp_path):
         for name, kind, target in (
             ("a/hard.png", tarfile.LNKTYPE, "a/1.png"),
             ("a/soft.png", tarfile.SYMTYPE, "1.png"),
+            ("b/chain.png", tarfile.SYMTYPE, "../a/soft.png"),
             ("b/away.png", tarfile.SYMTYPE, "../nowhere.png"),
+            ("b/circle.png", tarfile.SYMTYPE, "circle.png"),
         ):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, target
             tar.addfile(member)
     images, _, _ = open_shards([str(tmp_path / "x.tar")])
-    assert images.members == ["a/1.png", "a/hard.png", "a/soft.png", "b/away.png"]
-    assert [images.read(number).tobytes() for number in range(3)] == [picture(1)] * 3
-    assert len(images.read(3)) == 0  # an image that cannot be used, and will be named
+    names = ["a/1", "a/hard", "a/soft", "b/chain", "b/away", "b/circle"]
+    assert images.members == [f"{name}.png" for name in names]
+    assert [images.read(number).tobytes() for number in range(4)] == [picture(1)] * 4
+    assert len(images.read(4)) == len(images.read(5)) == 0  # images that cannot be used, and will be named
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="needs the program tar")
+def test_a_folder_packed_by_tar(tmp_path):
+    """Names with ./ at the front, links of both kinds and to each other, and holes in a file."""
+    folder = tmp_path / "folder" / "c"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(picture(1))
+    (folder / "a.cls").write_text("7")
+    os.link(folder / "a.png", folder / "hard.png")
+    for name, target in (("s1", "a"), ("s2", "../c/a"), ("s3", "hard"), ("s4", "s3")):
+        (folder / f"{name}.png").symlink_to(f"{target}.png")
+    (folder / "s1.cls").symlink_to("a.cls")
+    with open(folder / "z.png", "wb") as file:
+        file.write(picture(1))
+        file.truncate(1 << 22)
+    subprocess.run(["tar", "-S", "-cf", tmp_path / "x.tar", "."], cwd=tmp_path / "folder", check=True)
+    images, classes, notes = open_shards([str(tmp_path / "x.tar")])
+    assert notes == []
+    contents = {name: images.read(number).tobytes() for number, name in enumerate(images.members)}
+    assert contents.pop("c/z.png") == b""
+    assert contents == dict.fromkeys(
+        [f"c/{name}.png" for name in ("a", "hard", "s1", "s2", "s3", "s4")], picture(1)
+    )
+    assert dict(zip(images.members, classes, strict=True))["c/s1.png"] == "7"
 
 
 @pytest.mark.parametrize(
