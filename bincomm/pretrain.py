@@ -1,6 +1,7 @@
 """Pretraining by discrete communication, from top to bottom."""
 
 import json
+import os
 import platform
 import signal
 import time
@@ -48,6 +49,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
         Interrupted: SIGINT or SIGTERM came; the run is saved.
     """
     device = choose_device(config.device)
+    if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):
+        raise ValueError(f"output: expected another folder than that of the images, got {config.output}")
     source = open_source(config.data)
     evaluation = evaluation_sources(config.data, source)
     with open_run(config.output) as run:
@@ -128,6 +131,7 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
             except TooManyUnusableError:
                 if step and window.first_not_finite() is None:
                     save(run, step, parts)
+                write_unusable(run / "unusable.txt", loader.found_unusable())
                 raise
             named = tell_unusable(loader, named, run, log)
             waited = time.perf_counter() - asked

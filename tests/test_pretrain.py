@@ -208,6 +208,13 @@ def test_images_without_labels(tmp_path):
     assert "no k-NN" in cli.summary(result, "run")
 
 
+def test_a_run_among_its_own_images_is_refused(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "1.png")
+    with pytest.raises(ValueError, match="output: expected another folder than that of the images"):
+        pretrain(configuration(tmp_path, data=tmp_path))
+    assert os.listdir(tmp_path) == ["1.png"]
+
+
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     calls = []
     forward = Network.forward
@@ -353,6 +360,7 @@ def test_unusable_files_of_eight_kinds(tmp_path):
     assert "of 160 images cannot be used, more than max_unusable = 0.01 allows" in error
     assert "raise max_unusable" in error
     assert "Traceback" not in before
+    assert len((tmp_path / "run" / "unusable.txt").read_text().splitlines()) >= 2  # 1.6 are allowed
 
     process = start(tmp_path / "run", **options, max_unusable=0.06)
     text = process.communicate(timeout=120)[0]

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LARGEST_FILE = 1 << 30  # bytes that are read as an image
 LARGEST = 1 << 23  # pixels that DALI is given to decode, 24 MiB as RGB; an image of more is made smaller,
 REDUCED = 1 << 21  # to at most so many

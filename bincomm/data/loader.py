@@ -155,6 +155,11 @@ class Loader:
             groups = [group.movedim(-1, 2) for group in groups]
         return groups[0], groups[1] if len(groups) > 1 else None
 
+    def found_unusable(self) -> list[tuple[str, str]]:
+        """All unusable images found so far, also those of batches that are being made."""
+        found = sorted((step, image, why) for image, (step, why) in list(self._bad.items()))
+        return [(self.images.name(image), why) for _, image, why in found]
+
     def state_dict(self) -> dict[str, Any]:
         bad = sorted((step, image, why) for image, (step, why) in list(self._bad.items()) if step < self.step)
         return {

@@ -20,7 +20,7 @@ from bincomm.data.shards import Shards, expand_braces, open_shards
 from bincomm.data.standard import SETS, open_standard
 
 QUERY_EVERY = 5  # without a test folder, every fifth image of a class asks and the others answer
-OTHER_PICTURES = (".gif", ".avif", ".heic", ".jfif", ".jp2", ".ppm", ".pgm")
+OTHER_PICTURES = (".gif", ".avif", ".heic", ".jp2", ".ppm", ".pgm")
 LOOKED_FOR = 1000  # files of a list whose presence is tested at the start
 
 
