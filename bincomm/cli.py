@@ -6,6 +6,7 @@ import io
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,25 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     commands = {"pretrain": run_pretrain, "data": run_data, "doctor": run_doctor}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else 2
-    if arguments[0] not in commands:
-        near = difflib.get_close_matches(arguments[0], commands, n=1)
-        return fail(f"there is no command {arguments[0]!r}" + (f"; did you mean {near[0]}?" if near else ""))
     try:
-        return commands[arguments[0]](arguments[1:])
+        return dispatch(arguments, commands, USAGE)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was saved", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def dispatch(
+    arguments: list[str], commands: dict[str, Callable[[list[str]], int]], usage: str, of: str = ""
+) -> int:
+    """Run the command that the arguments begin with; an error about it begins with `of`."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if arguments else 2
+    if arguments[0] not in commands:
+        near = difflib.get_close_matches(arguments[0], commands, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return fail(f"{of}there is no command {arguments[0]!r}{hint}")
+    return commands[arguments[0]](arguments[1:])
 
 
 def run_pretrain(arguments: list[str]) -> int:
@@ -116,16 +125,8 @@ DATA_USAGE = """usage: bincomm data COMMAND [OPTIONS]
 def run_data(arguments: list[str]) -> int:
     """`bincomm data look | verify | shard`."""
     commands = {"look": look, "verify": verify, "shard": shard}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(DATA_USAGE)
-        return 0 if arguments else 2
-    if arguments[0] not in commands:
-        near = difflib.get_close_matches(arguments[0], commands, n=1)
-        return fail(
-            f"data: there is no command {arguments[0]!r}" + (f"; did you mean {near[0]}?" if near else "")
-        )
     try:
-        return commands[arguments[0]](arguments[1:])
+        return dispatch(arguments, commands, DATA_USAGE, of="data: ")
     except ImportError as error:
         return fail(f"data needs more packages ({error}): pip install 'bincomm[train]'", status=1)
     except ValueError as error:

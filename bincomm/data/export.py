@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from bincomm.data.images import UnusableImageError, examine
+from bincomm.data.images import UnusableImageError, examine, read
 from bincomm.data.loader import usable_batches
 from bincomm.data.multicrop import decoding_pipeline
 from bincomm.data.sources import Source
@@ -113,9 +113,9 @@ def _usable(
 ) -> Iterator[tuple[int, str, bytes]]:
     """Images, their kinds and bytes in the order of the shards, read a little ahead."""
 
-    def read(image: int) -> tuple[str, bytes] | str:
+    def usable(image: int) -> tuple[str, bytes] | str:
         try:
-            content = source.images.read(image)
+            content = read(source.images, image)
             examine(content)
             data = content.tobytes()
             with Image.open(BytesIO(data)) as opened:
@@ -126,8 +126,6 @@ def _usable(
                 return ".png", file.getvalue()
         except UnusableImageError as error:
             return str(error)
-        except OSError as error:
-            return error.strerror or str(error)
 
     order = np.random.default_rng(0).permutation(len(source.images)).tolist()
     with (
@@ -136,7 +134,7 @@ def _usable(
     ):
         for first in range(0, len(order), BATCH):
             images = order[first : first + BATCH]
-            for image, data in zip(images, readers.map(read, images), strict=True):
+            for image, data in zip(images, readers.map(usable, images), strict=True):
                 bar.update()
                 if isinstance(data, str):
                     left_out.append((source.images.name(image), data))

@@ -54,8 +54,17 @@ def load(images: Images, index: int) -> tuple[np.ndarray, tuple[int, int]]:
     Raises:
         UnusableImageError: it cannot be read, or cannot be used.
     """
+    return examine(read(images, index))
+
+
+def read(images: Images, index: int) -> np.ndarray:
+    """An image as it is encoded, (bytes,) uint8.
+
+    Raises:
+        UnusableImageError: it cannot be read.
+    """
     try:
-        return examine(images.read(index))
+        return images.read(index)
     except OSError as error:
         raise UnusableImageError(error.strerror or str(error)) from None
     except (ValueError, MemoryError) as error:  # a name with a zero byte, a file larger than memory
