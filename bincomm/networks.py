@@ -5,8 +5,11 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from bincomm.engine.ranks import split_like
 
 try:
     import timm
@@ -92,17 +95,56 @@ class Head(nn.Module):
                 weight = torch.empty(layer.weight.shape)
                 nn.init.trunc_normal_(weight, std=self.std, generator=generator)
                 with torch.no_grad():
-                    layer.weight.copy_(weight)
+                    layer.weight.copy_(split_like(weight, layer.weight))
                     layer.bias.zero_()
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
 
+    def code(self, features: Tensor) -> Tensor:
+        """(..., D) -> (..., K), whose signs are the code: the logits themselves."""
+        return self(features)
+
+
+class PrototypeHead(nn.Module):
+    """DINO's head: features -> scores of P prototypes, the cosines of a bottleneck of K numbers and each of
+    them ("Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294).
+
+    `s = b/‖b‖ · (w/‖w‖)ᵀ`, b the output of a `Head`, w the rows of `prototypes` (P, K): DINO's last layer
+    under weight normalisation, its magnitudes held at 1. The rows are drawn as PyTorch draws a linear layer's
+    weight, from U(-1/√K, 1/√K); their lengths, which training may change, have no effect on the scores.
+    """
+
+    def __init__(self, features: int, hidden: int, bits: int, prototypes: int, std: float = 0.02):
+        super().__init__()
+        self.bottleneck = Head(features, hidden, bits, std)
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bits))
+        self._draw_prototypes(None)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw bottleneck and prototypes anew from their initial distributions."""
+        self.bottleneck.reset(generator)
+        self._draw_prototypes(generator)
+
+    def _draw_prototypes(self, generator: torch.Generator | None) -> None:
+        limit = self.prototypes.shape[1] ** -0.5
+        rows = torch.empty(self.prototypes.shape).uniform_(-limit, limit, generator=generator)  # on the CPU
+        with torch.no_grad():
+            self.prototypes.copy_(split_like(rows, self.prototypes))
+
+    def forward(self, features: Tensor) -> Tensor:
+        # Not by a parametrisation of torch: a plain parameter can be copied, averaged and saved.
+        return F.linear(F.normalize(self.bottleneck(features), dim=-1), F.normalize(self.prototypes, dim=-1))
+
+    def code(self, features: Tensor) -> Tensor:
+        """(..., D) -> (..., K), whose signs are the code: the bottleneck before its normalisation."""
+        return self.bottleneck(features)
+
 
 class Network(nn.Module):
-    """Backbone and head: crops of images -> logits (V, n, K)."""
+    """Backbone and head: crops of images -> logits (V, n, K), of a `PrototypeHead` scores (V, n, P)."""
 
-    def __init__(self, backbone: nn.Module, head: Head):
+    def __init__(self, backbone: nn.Module, head: Head | PrototypeHead):
         super().__init__()
         self.backbone = backbone
         self.head = head

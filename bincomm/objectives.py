@@ -1,46 +1,273 @@
-"""Training objectives. Each maps student and teacher logits to a dict of scalars with the key "loss"."""
+"""Training objectives, one signature for all: student and teacher outputs -> a dict of scalars.
 
+Outputs are views first, (V, n, K) and (U, n, K), and the teacher's views are the student's first U: a pair
+(u, v) is a teacher's view and another view of the student, u ≠ v, and there are `U·(V-1)` of them. The dict
+has the keys that the objective's `scalars` name, in their order: "loss", which alone has a gradient, and what
+it is made of. `outputs_are_bits` tells whether the signs of the K outputs are a code that is worth watching.
+
+Arithmetic is fp32 (fp64 for fp64 outputs) whatever their dtype and autocast; no gradient reaches the teacher.
+Where torch.distributed is initialised, every rank must call, all with equally many images, and gradients be
+averaged over the ranks, as DistributedDataParallel does: the objective then is that of all ranks' images and
+does not depend on how many ranks share them.
+"""
+
+import math
+
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bincomm.ops import reference
 from bincomm.ops.coding_rate import coding_rate
+from bincomm.ops.messages import check_logits
 from bincomm.ops.sign_bce import sign_bce
+
+AGREEMENTS = ("hard", "soft", "cosine")
 
 
 class DiscreteCommunication(nn.Module):
     """The paper's objective: predict the teacher's bits, and keep the channel in use.
 
-    `L = agreement - β·γ·R` with `γ = (K + n)/(K·n)`: `agreement` is `sign_bce` over all pairs of different
-    views, `R` the `coding_rate` of the student's views that the teacher sees too, averaged over them
-    ("Self-Supervised Learning as Discrete Communication", arXiv 2602.09764; γ and ε² as in SimDINO, arXiv
-    2502.10385).
+    `L = agreement - β·γ·R` with `γ = (K + N)/(K·N)`: `agreement` is `sign_bce` over all pairs of different
+    views, `R` the `coding_rate` of the student's views that the teacher sees too, averaged over them, N the
+    number of images of all ranks ("Self-Supervised Learning as Discrete Communication", arXiv 2602.09764; γ
+    and ε² as in SimDINO, arXiv 2502.10385).
 
     Args:
         beta: β. Too small and every bit becomes constant, too large and nothing is transmitted.
         eps_squared: ε² of the coding rate.
-
-    Where torch.distributed is initialised, the rate is that of all ranks' images and n in γ their number, so
-    the objective depends on the whole batch and not on how many ranks share it. Every rank must call it, all
-    with equally many images, and gradients be averaged over the ranks, as DistributedDataParallel does.
+        agreement: what is asked of the student, the last two being the paper's ablations:
+            "hard", the teacher's bits `m = 1[a > 0]`: binary cross-entropy, in nats per bit;
+            "soft", `σ(a/τ)` in place of the bits, binary cross-entropy likewise;
+            "cosine", the bits as ±1: mean cosine of a student's logits and `2m - 1`, in [-1, 1]. This one is
+            to grow, and `L = -agreement - β·γ·R`.
+        tau: τ of the soft targets; the others do not use it.
     """
 
-    def __init__(self, beta: float = 0.1, eps_squared: float = 0.05):
+    scalars = ("loss", "agreement", "rate")
+    outputs_are_bits = True
+
+    def __init__(
+        self, beta: float = 0.1, eps_squared: float = 0.05, *, agreement: str = "hard", tau: float = 0.1
+    ):
         super().__init__()
         if not beta >= 0:
             raise ValueError(f"beta: expected a number ≥ 0, got {beta}")
+        if agreement not in AGREEMENTS:
+            raise ValueError(f"agreement: expected one of {', '.join(AGREEMENTS)}, got {agreement!r}")
+        check_positive("eps_squared", eps_squared)
+        check_positive("tau", tau)
         self.beta = beta
         self.eps_squared = eps_squared
+        self.agreement = agreement
+        self.tau = tau
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Student (V, n, K) and teacher (U, n, K) logits -> loss, agreement, rate (nats)."""
-        agreement = sign_bce(student, teacher)
-        group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if self.agreement == "hard":
+            agreement = cost = sign_bce(student, teacher)
+        elif self.agreement == "soft":
+            agreement = cost = soft_bce(student, teacher, self.tau)
+        else:
+            agreement = cosine_to_signs(student, teacher)
+            cost = -agreement
+        group = all_ranks()
         rate = coding_rate(student[: len(teacher)], eps_squared=self.eps_squared, group=group).mean()
-        n, bits = student.shape[1:]
-        n *= 1 if group is None else group.size()
-        gamma = (bits + n) / (bits * n)
         return {
-            "loss": agreement - self.beta * gamma * rate,
+            "loss": cost - self.beta * balance(student, group) * rate,
             "agreement": agreement.detach(),
             "rate": rate.detach(),
         }
+
+
+class SimDINO(nn.Module):
+    """SimDINO's objective: agree with the teacher in direction, and keep the directions spread.
+
+    `L = -agreement - γ·R` with `γ = (K + N)/(K·N)`: `agreement` is the mean cosine of student and teacher
+    outputs over all pairs of different views, in [-1, 1] and to grow; `R = ½ logdet(I + α zᵀz)`,
+    `α = K/(N·ε²)`, averaged over the views that both see, N the number of images of all ranks ("Simplifying
+    DINO via Coding Rate Regularization", arXiv 2502.10385).
+
+    Args:
+        eps_squared: ε² of the coding rate; SimDINO's argument `eps` is this square.
+        expa_type: which rows z are. 1, SimDINO's default: the average of the normalised student and teacher
+            outputs of a view, no longer of unit length. 0: the student's normalised outputs, as in
+            `DiscreteCommunication`.
+    """
+
+    scalars = ("loss", "agreement", "rate")
+    outputs_are_bits = True
+
+    def __init__(self, eps_squared: float = 0.05, *, expa_type: int = 1):
+        super().__init__()
+        check_positive("eps_squared", eps_squared)
+        if expa_type not in (0, 1):
+            raise ValueError(f"expa_type: expected 0 or 1, got {expa_type!r}")
+        self.eps_squared = eps_squared
+        self.expa_type = expa_type
+
+    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Student (V, n, K) and teacher (U, n, K) outputs -> loss, agreement, rate (nats)."""
+        check_views(student, teacher)
+        directions, theirs = unit_rows(student), unit_rows(teacher.detach())
+        agreement = mean_over_pairs(directions, theirs)
+        group = all_ranks()
+        if self.expa_type == 0:
+            rate = coding_rate(student[: len(teacher)], eps_squared=self.eps_squared, group=group).mean()
+        else:
+            rows = (directions[: len(teacher)] + theirs) / 2
+            rate = rate_of_rows(rows, self.eps_squared, group).mean()
+        return {
+            "loss": -agreement - balance(student, group) * rate,
+            "agreement": agreement.detach(),
+            "rate": rate.detach(),
+        }
+
+
+class DINO(nn.Module):
+    """DINO's objective: predict which of P prototypes the teacher sees, its scores centred and sharpened.
+
+    `L = -Σ_p softmax((t_u - c)/τ_t)_p · log softmax(s_v/τ_s)_p`, averaged over all pairs of different views
+    and images, in nats ("Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294). In
+    training mode the centre c follows, after the loss, the teacher's scores:
+    `c ← m·c + (1-m)·mean of t over views, images and ranks`.
+
+    Args:
+        prototypes: P, the number of scores.
+        student_temperature: τ_s.
+        teacher_temperature: τ_t, smaller: it sharpens what centring flattens.
+        centre_momentum: m.
+
+    The centre (P,) is the buffer `centre`: part of the state to be saved, and only ever changed in place.
+    """
+
+    scalars = ("loss",)
+    outputs_are_bits = False
+
+    def __init__(
+        self,
+        prototypes: int,
+        *,
+        student_temperature: float = 0.1,
+        teacher_temperature: float = 0.04,
+        centre_momentum: float = 0.9,
+    ):
+        super().__init__()
+        if prototypes < 1:
+            raise ValueError(f"prototypes: expected a number ≥ 1, got {prototypes}")
+        check_positive("student_temperature", student_temperature)
+        check_positive("teacher_temperature", teacher_temperature)
+        if not 0 <= centre_momentum <= 1:
+            raise ValueError(f"centre_momentum: expected a number from 0 to 1, got {centre_momentum}")
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+        self.centre_momentum = centre_momentum
+        self.register_buffer("centre", torch.zeros(prototypes))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Student (V, n, P) and teacher (U, n, P) scores -> loss."""
+        check_views(student, teacher)
+        if student.shape[-1] != len(self.centre):
+            raise ValueError(
+                f"student: expected scores of {len(self.centre)} prototypes, got shape {tuple(student.shape)}"
+            )
+        scores = reference.widen(teacher.detach())
+        targets = ((scores - self.centre) / self.teacher_temperature).softmax(-1)
+        predictions = (reference.widen(student) / self.student_temperature).log_softmax(-1)
+        loss = -mean_over_pairs(predictions, targets)
+        if self.training:
+            self._move_centre(scores)
+        return {"loss": loss}
+
+    def _move_centre(self, scores: Tensor) -> None:
+        mean = scores.mean((0, 1))
+        group = all_ranks()
+        if group is not None:
+            dist.all_reduce(mean, group=group)
+            mean /= group.size()
+        self.centre.lerp_(mean.to(self.centre.dtype), 1 - self.centre_momentum)
+
+
+def soft_bce(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
+    """Mean over pairs, images and bits of the cross-entropy `-t·log σ(a) - (1-t)·log σ(-a)` between
+    `t = σ(a_teacher/τ)` and the student's logits: (V, n, K) and (U, n, K) -> scalar, nats per bit."""
+    check_views(student, teacher)
+    a, b = reference.widen(student), reference.widen(teacher.detach()) / tau
+    ones = mean_over_pairs(F.logsigmoid(a), b.sigmoid())
+    zeros = mean_over_pairs(F.logsigmoid(-a), (-b).sigmoid())
+    return -(ones + zeros) / student.shape[-1]
+
+
+def cosine_to_signs(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over pairs and images of the cosine of the student's logits and the teacher's bits as ±1:
+    (V, n, K) and (U, n, K) -> scalar."""
+    check_views(student, teacher)
+    b = reference.widen(teacher.detach())
+    signs = torch.where(b > 0, 1.0, -1.0).to(b.dtype).masked_fill(b.isnan(), torch.nan)
+    return mean_over_pairs(unit_rows(student), signs) / math.sqrt(student.shape[-1])
+
+
+def mean_over_pairs(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over pairs (u, v), u ≠ v, and images of the product `⟨x_v, y_u⟩`: (V, n, K), (U, n, K) -> scalar.
+
+    In one pass, `Σ_v ⟨x_v, Σ_{u≠v} y_u⟩`: a view that the teacher sees too meets the sum of all teachers but
+    its own, every other view the sum of all, so of those their sum is enough. What is made on the way is no
+    larger than the student's views.
+    """
+    views, teachers, n = len(student), len(teacher), student.shape[1]
+    every = teacher.sum(0)
+    both, rest = student.split([teachers, views - teachers])
+    products = (both * (every - teacher)).sum() + (rest.sum(0) * every).sum()
+    return products / (teachers * (views - 1) * n)
+
+
+def rate_of_rows(rows: Tensor, eps_squared: float, group: "dist.ProcessGroup | None") -> Tensor:
+    """`coding_rate` of rows taken as they are, of whatever length: (V, n, K) -> (V,), nats.
+
+    By the definition, in fp64: whatever precision is set for matrix products, pivots of 1 come out as 1.
+    """
+    of_images = group is None and rows.shape[-2] < rows.shape[-1]  # the smaller of two equal determinants
+    matrix, _ = reference.regularised_gram(rows.double(), eps_squared, group, of_images, normalise=False)
+    return reference.half_logdet(matrix).to(rows.dtype)
+
+
+def unit_rows(outputs: Tensor) -> Tensor:
+    """Rows L2-normalised, in fp32."""
+    return F.normalize(reference.widen(outputs), dim=-1, eps=reference.NORM_EPS)
+
+
+def balance(student: Tensor, group: "dist.ProcessGroup | None") -> float:
+    """γ = (K + N)/(K·N), the weight that makes the coding rates of different sizes comparable."""
+    n, bits = student.shape[1:]
+    n *= 1 if group is None else group.size()
+    return (bits + n) / (bits * n)
+
+
+def all_ranks() -> "dist.ProcessGroup | None":
+    """The group of all ranks, None where this is the only one."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if several else None
+
+
+def check_positive(argument: str, value: float) -> None:
+    """Raise ValueError naming the argument unless the number is positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{argument}: expected a number > 0, got {value}")
+
+
+def check_views(student: Tensor, teacher: Tensor) -> None:
+    """Raise ValueError or TypeError naming the argument unless these are outputs (V, n, K) and (U, n, K)."""
+    check_logits("student", student)
+    check_logits("teacher", teacher)
+    if student.dim() != 3 or len(student) < 2 or 0 in student.shape:
+        raise ValueError(
+            f"student: expected shape (V, n, K) with V ≥ 2 and n, K ≥ 1, got {tuple(student.shape)}"
+        )
+    views, n, outputs = student.shape
+    if teacher.dim() != 3 or teacher.shape[1:] != student.shape[1:] or not 1 <= len(teacher) <= views:
+        raise ValueError(
+            f"teacher: expected shape (U, {n}, {outputs}) with 1 ≤ U ≤ {views}, got {tuple(teacher.shape)}"
+        )
+    if teacher.device != student.device:
+        raise ValueError(f"teacher: expected on {student.device} like student, got {teacher.device}")

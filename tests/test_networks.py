@@ -1,4 +1,5 @@
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ timm = pytest.importorskip("timm", reason="networks need timm")
 from bincomm.networks import (  # noqa: E402
     Head,
     Network,
+    PrototypeHead,
     create_backbone,
     create_teacher,
     feature_width,
@@ -73,6 +75,89 @@ def test_head_is_drawn_as_stated_and_reset_depends_on_the_generator_alone():
     for mine, theirs in zip(head.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert all((layer.bias == 0).all() for layer in head.layers if hasattr(layer, "bias"))
+
+
+def test_scores_are_those_of_a_weight_normalised_layer():
+    """Against torch's own weight normalisation with its magnitudes at 1: scores and gradients."""
+    head = PrototypeHead(20, 30, 12, 50, std=0.2).double()
+    layer = torch.nn.Linear(12, 50, bias=False).double()
+    with torch.no_grad():
+        layer.weight.copy_(head.prototypes)
+    layer = torch.nn.utils.parametrizations.weight_norm(layer)
+    magnitudes, rows = (layer.parametrizations.weight.original0, layer.parametrizations.weight.original1)
+    torch.nn.init.ones_(magnitudes)
+    features, weights = torch.randn(3, 5, 20).double(), torch.randn(3, 5, 50).double()
+    scores = head(features)
+    bottleneck = head.bottleneck(features)
+    expected = layer(bottleneck / bottleneck.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(scores, expected)
+    assert scores.abs().max() <= 1
+    mine = torch.autograd.grad((scores * weights).sum(), [*head.bottleneck.parameters(), head.prototypes])
+    other = torch.autograd.grad((expected * weights).sum(), [*head.bottleneck.parameters(), rows])
+    torch.testing.assert_close(mine, other)
+
+
+def test_the_code_of_a_head_is_what_lies_before_any_normalisation():
+    features = torch.randn(4, 20)
+    plain, prototypes = Head(20, 30, 12), PrototypeHead(20, 30, 12, 50)
+    assert torch.equal(plain.code(features), plain(features))
+    assert torch.equal(prototypes.code(features), prototypes.bottleneck(features))
+
+
+def test_prototypes_are_drawn_as_stated_and_reset_depends_on_the_generator_alone():
+    head, other = PrototypeHead(20, 30, 64, 500), PrototypeHead(20, 30, 64, 500)
+    assert head.prototypes.abs().max().item() == pytest.approx(1 / 8, rel=0.01)
+    assert head.prototypes.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.02)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(7.0)
+    head.reset(torch.Generator().manual_seed(5))
+    torch.rand(3)  # the global generator plays no part
+    other.reset(torch.Generator().manual_seed(5))
+    for mine, theirs in zip(head.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    plain = Head(20, 30, 64)
+    plain.reset(torch.Generator().manual_seed(5))
+    assert torch.equal(head.bottleneck.layers[0].weight, plain.layers[0].weight)
+
+
+def test_a_head_of_prototypes_is_copied_saved_and_averaged_like_any_other(tmp_path):
+    head = PrototypeHead(20, 30, 12, 50)
+    assert set(head.state_dict()) == {name for name, _ in head.named_parameters()}
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    other = PrototypeHead(20, 30, 12, 50)
+    other.load_state_dict(torch.load(tmp_path / "head.pt", weights_only=True))
+    features = torch.randn(4, 20)
+    head(features).sum().backward()  # a copy can be made after a step, too
+    for copied in (deepcopy(head), other):
+        assert torch.equal(copied(features), head(features))
+    student = Network(torch.nn.Identity(), head)
+    teacher = create_teacher(student, torch.nn.Identity())
+    before = teacher.head.prototypes.clone()
+    with torch.no_grad():
+        head.prototypes.add_(1.0)
+    update_teacher(teacher, student, 0.9)
+    torch.testing.assert_close(teacher.head.prototypes, before + 0.1)
+
+
+def test_prototypes_under_autocast():
+    head, features = PrototypeHead(20, 30, 12, 50), torch.randn(3, 5, 20)
+    exact = head(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = head(features)
+    assert scores.dtype == torch.bfloat16
+    assert (scores - exact).abs().max() < 0.02
+    scores.float().sum().backward()
+    assert head.prototypes.grad.dtype == torch.float32
+    assert head.prototypes.grad.isfinite().all()
+
+
+def test_features_of_zero_have_finite_scores():
+    head = PrototypeHead(20, 30, 12, 50)  # its biases are 0, and so is its bottleneck
+    scores = head(torch.zeros(3, 20))
+    scores.sum().backward()
+    assert (scores == 0).all()
+    assert all(p.grad.isfinite().all() for p in head.parameters())
 
 
 def test_teacher_starts_equal_and_follows():

@@ -89,14 +89,15 @@ def regularised_gram(
     eps_squared: float = 0.05,
     group: "torch.distributed.ProcessGroup | None" = None,
     of_images: bool = False,
+    normalise: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`I + α zᵀz` with `z = a/‖a‖` row by row and `α = K/(N·ε²)`, and N: sums over the ranks of a group.
 
-    `of_images` gives `I + α zzᵀ`, which has the same determinant.
+    `of_images` gives `I + α zzᵀ`, which has the same determinant; without `normalise`, z is a itself.
     """
     n, bits = logits.shape[-2:]
     with torch.autocast(logits.device.type, enabled=False):
-        z = F.normalize(widen(logits), dim=-1, eps=NORM_EPS)
+        z = F.normalize(widen(logits), dim=-1, eps=NORM_EPS) if normalise else widen(logits)
         gram = z @ z.mT if of_images else z.mT @ z
         images = torch.full((), n, dtype=gram.dtype, device=gram.device)
         if group is not None:
