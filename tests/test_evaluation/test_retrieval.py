@@ -1,0 +1,144 @@
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from bincomm import pack_signs
+from bincomm.evaluation import retrieval
+from bincomm.evaluation.retrieval import mean_average_precision
+
+
+def average_precision(relevant):
+    """Of one ranking, by its definition."""
+    ranks = np.flatnonzero(relevant)
+    return np.mean((np.arange(len(ranks)) + 1) / (ranks + 1))
+
+
+def signs(*shape):
+    return torch.where(torch.randn(*shape) > 0, 1.0, -1.0)
+
+
+def test_agrees_with_scikit_learn_without_ties(monkeypatch):
+    metrics = pytest.importorskip("sklearn.metrics", reason="the independent check is scikit-learn")
+    monkeypatch.setattr(retrieval, "PAIRS", 1000)  # several blocks of queries
+    database, queries = torch.randn(301, 16), torch.randn(40, 16)
+    labels, query_labels = torch.randint(5, (301,)), torch.randint(5, (40,))
+    x, y = database.double().numpy(), queries.double().numpy()
+    scores = y @ (x / np.linalg.norm(x, axis=1, keepdims=True)).T
+    cosines = scores / np.linalg.norm(y, axis=1, keepdims=True)
+    assert np.diff(np.sort(cosines)).min() > 2**-28  # untied
+    expected = [
+        metrics.average_precision_score(labels.numpy() == label, score)
+        for label, score in zip(query_labels.numpy(), scores, strict=True)
+    ]
+    found = mean_average_precision(database, labels, queries, query_labels)
+    assert found == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["messages", "signs", "features"])
+def test_is_the_mean_over_all_orders_of_ties(kind):
+    if kind == "features":  # 3 directions; what differs in length alone is equally near
+        directions = torch.randn(3, 5)
+        database = directions[torch.tensor([0, 1, 1, 2, 0, 1, 1])] * torch.rand(7, 1).add(0.1)
+        queries = torch.randn(6, 5)
+    else:
+        database, queries = signs(7, 3), signs(6, 3)
+    labels, query_labels = torch.tensor([0, 1, 0, 1, 1, 0, 1]), torch.tensor([0, 1, 0, 1, 0, 1])
+    distances = 1 - torch.cosine_similarity(queries[:, None].double(), database.double(), dim=-1).numpy()
+    expected = []
+    for row, label in zip(distances.round(9), query_labels, strict=True):
+        relevant = (labels == label).numpy()
+        orders = (np.array(order) for order in permutations(range(7)))
+        ranked = (relevant[order[row[order].argsort(kind="stable")]] for order in orders)
+        expected.append(np.mean([average_precision(ranking) for ranking in ranked]))
+    if kind == "messages":
+        database, queries = pack_signs(database), pack_signs(queries)
+    found = mean_average_precision(database, labels, queries, query_labels)
+    assert found == pytest.approx(np.mean(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["messages", "signs", "features", "repeated features"])
+def test_the_order_of_the_database_makes_no_difference(kind):
+    database, queries = torch.randn(401, 24), torch.randn(37, 24)
+    if kind == "repeated features":
+        database = database[torch.randint(60, (401,))] * torch.rand(401, 1).add(0.1)
+    elif kind != "features":
+        database, queries = signs(401, 24), signs(37, 24)
+    if kind == "messages":
+        database, queries = pack_signs(database), pack_signs(queries)
+    labels, query_labels = torch.randint(10, (401,)), torch.randint(10, (37,))
+    expected = mean_average_precision(database, labels, queries, query_labels)
+    for _ in range(5):
+        order = torch.randperm(401)
+        found = mean_average_precision(database[order], labels[order], queries, query_labels)
+        assert found == pytest.approx(expected, abs=1e-9)
+    by_class = labels.argsort()
+    found = mean_average_precision(database[by_class], labels[by_class], queries, query_labels)
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_messages_and_their_signs_give_one_figure():
+    database, queries = signs(300, 70), signs(50, 70)
+    labels, query_labels = torch.randint(4, (300,)), torch.randint(4, (50,))
+    found = mean_average_precision(pack_signs(database), labels, pack_signs(queries), query_labels)
+    expected = mean_average_precision(database, labels, queries, query_labels)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_is_known_beforehand():
+    labels = torch.arange(3).repeat_interleave(2)
+    apart = torch.eye(3).repeat_interleave(2, 0)
+    assert mean_average_precision(apart, labels, apart, labels) == 1.0
+    # Nothing to rank by: one item relevant among n, at any of their places alike.
+    one = torch.tensor([1, 0, 0, 0, 0])
+    found = mean_average_precision(torch.ones(5, 2), one, torch.ones(1, 2), torch.ones(1))
+    assert found == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5)
+    # A query whose class is not in the database does not count.
+    found = mean_average_precision(apart, labels, apart[:3], torch.tensor([0, 9, 1]))
+    assert found == 1.0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_queries_left_out_of_their_own_ranking(packed, monkeypatch):
+    monkeypatch.setattr(retrieval, "PAIRS", 150)
+    x, labels = signs(50, 20), torch.randint(6, (50,))
+    labels[0] = 6  # the only one of its class: no query once it is left out
+    x = pack_signs(x) if packed else x
+    expected = []
+    for i in range(1, 50):
+        others = torch.arange(50) != i
+        expected.append(mean_average_precision(x[others], labels[others], x[i : i + 1], labels[i : i + 1]))
+    found = mean_average_precision(x, labels, x, labels, same=True)
+    assert found == pytest.approx(np.mean(expected), abs=1e-12)
+    assert found < mean_average_precision(x, labels, x, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_other_dtypes_are_read_as_features(dtype):
+    database, queries = torch.randint(-9, 9, (60, 8)), torch.randint(-9, 9, (20, 8))
+    labels, query_labels = torch.randint(4, (60,)), torch.randint(4, (20,))
+    expected = mean_average_precision(database.double(), labels, queries.double(), query_labels)
+    assert mean_average_precision(database.to(dtype), labels, queries.to(dtype), query_labels) == expected
+
+
+def test_what_is_wrong_is_named():
+    x, y = torch.eye(3), torch.arange(3)
+    with pytest.raises(ValueError, match="queries: .*got 2 and 1"):
+        mean_average_precision(x, y, x[:2], y[:1])
+    with pytest.raises(ValueError, match="database: .*got 0"):
+        mean_average_precision(x[:0], y[:0], x, y)
+    with pytest.raises(ValueError, match="queries: .*NaN"):
+        mean_average_precision(x, y, x / 0, y)
+    with pytest.raises(ValueError, match="queries: expected 3 columns .*got 2"):
+        mean_average_precision(x, y, x[:, :2], y)
+    with pytest.raises(ValueError, match="same: .*3, got 2"):
+        mean_average_precision(x, y, x[:2], y[:2], same=True)
+    with pytest.raises(ValueError, match="query_labels: .*at least one"):
+        mean_average_precision(x, y, x, y + 3)
+    with pytest.raises(ValueError, match="query_labels: .*at least one"):
+        mean_average_precision(x, y, x, y, same=True)
+    with pytest.raises(TypeError, match="queries: expected torch.int32 .*got torch.float32"):
+        mean_average_precision(x.int(), y, x, y)
+    with pytest.raises(TypeError, match="queries: expected torch.float32 .*got torch.int32"):
+        mean_average_precision(x, y, x.int(), y)
