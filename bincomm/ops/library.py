@@ -88,7 +88,8 @@ def _form(name: str, pytorch_form: Callable) -> Callable:
         return pytorch_form
 
     def refuse_stand_in(*args):
-        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        tensors = (a[0] if isinstance(a, list) else a for a in args)
+        device = next(a.device.type for a in tensors if isinstance(a, torch.Tensor))
         if name not in KERNELS or KERNELS[name].get(device, "PyTorch") != "PyTorch":
             return pytorch_form(*args)
         why = f" ({_C_MISSING})" if device == "cpu" and _C_MISSING else ""

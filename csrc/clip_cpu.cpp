@@ -1,0 +1,133 @@
+// Gradients clipped one tensor at a time, on CPU.
+//
+// One pass over memory finds all norms, and a second changes only the gradients whose norm is above the limit. The
+// gradients are cut into parts that do not depend on the number of threads, and a norm adds its parts in their order.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "rows.h"
+
+namespace bincomm {
+namespace {
+
+constexpr int64_t kPart = 16384;   // elements
+constexpr int64_t kGrain = 65536;  // elements below which another thread costs more than it brings
+
+// In double: the square of no finite float overflows or vanishes there.
+BINCOMM_CLONES double sum_of_squares(const float* x, int64_t count) {
+  constexpr int kLanes = 64;
+  double lanes[kLanes] = {};
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t first = 0; first < whole; first += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const double a = x[first + j];
+      lanes[j] += a * a;
+    }
+  }
+  for (int64_t j = whole; j < count; ++j) lanes[j - whole] += static_cast<double>(x[j]) * x[j];
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  }
+  return lanes[0];
+}
+
+BINCOMM_CLONES void scale(float* x, int64_t count, double factor) {
+  for (int64_t j = 0; j < count; ++j) x[j] = static_cast<float>(x[j] * factor);
+}
+
+struct Part {
+  size_t gradient;
+  float* data;
+  int64_t count;
+  int64_t before;  // elements of all parts before this one
+};
+
+// Calls f(place, part) for all parts, on threads that get about equally many elements.
+template <typename F>
+void for_each_part(const std::vector<Part>& parts, const F& f) {
+  const int64_t elements = parts.empty() ? 0 : parts.back().before + parts.back().count;
+  torch::stable::parallel_for(0, elements, kGrain, [&](int64_t begin, int64_t end) {
+    const auto is_before = [](const Part& part, int64_t element) { return part.before < element; };
+    auto part = std::lower_bound(parts.begin(), parts.end(), begin, is_before);
+    for (; part != parts.end() && part->before < end; ++part) f(part - parts.begin(), *part);
+  });
+}
+
+// Whether the elements fill a block of memory, in whatever order.
+bool is_dense(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> steps;  // strides and sizes
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) != 1) steps.emplace_back(x.stride(d), x.size(d));
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : steps) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+Tensor clip_gradients_(std::vector<Tensor> gradients, double limit) {
+  STD_TORCH_CHECK(!gradients.empty(), "gradients: expected at least one");
+  std::vector<Tensor> blocks;  // the gradients, or copies of those that do not fill their memory
+  std::vector<Part> parts;
+  int64_t before = 0;
+  for (const Tensor& gradient : gradients) {
+    STD_TORCH_CHECK(gradient.scalar_type() == ScalarType::Float, "gradients: expected float32");
+    const Tensor& block = blocks.emplace_back(
+        gradient.numel() == 0 || is_dense(gradient) ? gradient : torch::stable::contiguous(gradient));
+    float* data = static_cast<float*>(block.mutable_data_ptr());
+    for (int64_t first = 0; first < block.numel(); first += kPart) {
+      const int64_t count = std::min(kPart, block.numel() - first);
+      parts.push_back({blocks.size() - 1, data + first, count, before});
+      before += count;
+    }
+  }
+
+  std::vector<double> sums(parts.size());
+  for_each_part(parts, [&](int64_t place, const Part& part) { sums[place] = sum_of_squares(part.data, part.count); });
+
+  std::vector<double> squares(gradients.size());
+  double total = 0.0;
+  for (size_t place = 0; place < parts.size(); ++place) squares[parts[place].gradient] += sums[place];
+  for (double square : squares) total += square;
+
+  std::vector<Part> long_parts;  // of gradients to be scaled; one that is not finite would only spread
+  before = 0;
+  const auto is_long = [&](size_t g) {
+    return limit > 0 && std::isfinite(squares[g]) && std::sqrt(squares[g]) > limit;
+  };
+  for (const Part& part : parts) {
+    if (!is_long(part.gradient)) continue;
+    long_parts.push_back({part.gradient, part.data, part.count, before});
+    before += part.count;
+  }
+  for_each_part(long_parts, [&](int64_t, const Part& part) {
+    scale(part.data, part.count, limit / std::sqrt(squares[part.gradient]));
+  });
+  for (size_t g = 0; g < gradients.size(); ++g) {
+    if (blocks[g].const_data_ptr() != gradients[g].const_data_ptr() && is_long(g)) {
+      torch::stable::copy_(gradients[g], blocks[g]);
+    }
+  }
+
+  Tensor norm = torch::stable::new_empty(gradients[0], {}, ScalarType::Float);
+  // A finite norm stays finite, also beyond fp32's largest number.
+  const double largest = std::isfinite(total) ? std::numeric_limits<float>::max() : total;
+  *static_cast<float*>(norm.mutable_data_ptr()) = static_cast<float>(std::min(std::sqrt(total), largest));
+  return norm;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bincomm, CPU, m) { m.impl("clip_gradients_", TORCH_BOX(&clip_gradients_)); }
+
+}  // namespace bincomm
