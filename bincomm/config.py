@@ -19,7 +19,11 @@ from bincomm.data.sources import open_source
 from bincomm.data.standard import SETS
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with others.
-INCIDENTAL = ("output", "threads", "save_every", "max_unusable")
+# The last row changes results by rounding alone.
+INCIDENTAL = (
+    "output", "threads", "save_every", "max_unusable", "resume", "keep", "init_from",
+    "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,21 @@ class PretrainConfig:
         data: a folder of images (nested or flat), tar shards (data-{000..127}.tar), a .txt file of image
             paths, a standard set by name ("cifar10"), or "digits"; or several such with weights, the shares
             of an epoch's images from each: {"photos": 3, "cifar10": 1}.
-        output: the run's directory; made if missing, resumed if it holds an unfinished run.
+        output: the run's directory; made if missing.
+        resume: auto goes on with the unfinished run in output where there is one; never refuses a directory
+            that holds a run; must refuses one that holds none.
+        init_from: weights that the backbone begins with: a run's directory, a .safetensors file, or a timm
+            model with pretrained weights, by name. The head is new.
+        method: what is trained: the paper's bits, or of its baselines SimDINO or DINO.
+        agreement: of the method bits: hard, the teacher's bits; soft, sigmoid(logit/tau) in their place;
+            cosine of the student's logits and the bits as ±1.
+        tau: temperature of soft agreement.
+        expa_type: of SimDINO: 1 takes the coding rate of the mean of student and teacher, 0 of the student.
+        prototypes: of DINO; its bottleneck has as many dimensions as bits says.
         seed: determines initialisation, order of images and augmentations.
         epochs: passes over the data.
         max_steps: end after so many steps, whatever epochs says; the schedules then span these.
-        batch_size: images a step.
+        batch_size: images a step, on all GPUs together.
         backbone: a timm model name.
         backbone_args: further arguments of timm.create_model, for example {"layers": [1, 1, 1, 1]}.
         bits: K, the bits of a message.
@@ -54,6 +68,14 @@ class PretrainConfig:
         drop_path: stochastic depth rate of the student.
         momentum: of the teacher's moving average at the start; 1 at the end, reached by cosine.
         precision: of the networks' forward pass; the losses are always in fp32.
+        compile: torch.compile both networks; auto does so on a GPU.
+        cuda_graph: replay a step's launches from a CUDA graph; for small networks on one GPU, whose steps are
+            shorter than launching them.
+        accumulate: parts a step's images are cut into to need less memory, for one more forward pass; the
+            loss stays that of all images.
+        checkpoint_activations: compute the backbone's activations again in the backward pass to need less
+            memory.
+        fsdp: split parameters and optimiser over the GPUs (FSDP2), for backbones that do not fit on one.
         global_size: side of the two global crops, pixels.
         global_scale: range of the area of a global crop, as a share of the image.
         local_crops: number of local crops, which the student alone sees.
@@ -72,10 +94,18 @@ class PretrainConfig:
         channels_last: lay images and convolutions out in memory with the channels last.
         log_every: steps between two lines of metrics.
         save_every: steps between two checkpoints.
+        keep: checkpoints that are kept, the newest.
     """
 
     data: dict[str, float] | str = "digits"
     output: str = "runs/default"
+    resume: Literal["auto", "never", "must"] = "auto"
+    init_from: str | None = None
+    method: Literal["bits", "simdino", "dino"] = "bits"
+    agreement: Literal["hard", "soft", "cosine"] = "hard"
+    tau: float = 0.1
+    expa_type: Literal[0, 1] = 1
+    prototypes: int = 65536
     seed: int = 0
     epochs: int = 100
     max_steps: int | None = None
@@ -97,6 +127,11 @@ class PretrainConfig:
     drop_path: float = 0.1
     momentum: float = 0.996
     precision: Literal["bf16", "fp32"] = "bf16"
+    compile: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: bool = False
+    accumulate: int = 1
+    checkpoint_activations: bool = False
+    fsdp: bool = False
     global_size: int = 224
     global_scale: tuple[float, float] = (0.4, 1.0)
     local_crops: int = 10
@@ -115,23 +150,28 @@ class PretrainConfig:
     channels_last: bool = False
     log_every: int = 50
     save_every: int = 1000
+    keep: int = 3
 
     def __post_init__(self):
         at_least = {
             "epochs": 1, "batch_size": 1, "bits": 1, "hidden": 1, "reset_every": 0, "beta": 0, "lr": 0,
             "min_lr": 0, "warmup_epochs": 0, "weight_decay": 0, "weight_decay_end": 0, "clip": 0,
-            "threads": 1, "log_every": 1, "save_every": 1,
+            "threads": 1, "log_every": 1, "save_every": 1, "keep": 1, "accumulate": 1, "prototypes": 1,
         }  # fmt: skip
         for key, smallest in at_least.items():
             if not getattr(self, key) >= smallest:
                 raise ValueError(f"{key}: expected at least {smallest}, got {getattr(self, key)}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}"
+            )
         if not self.data:
             raise ValueError(f"data: expected a source of images, got {self.data!r}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected from 0 to 2⁶³ - 1, got {self.seed}")
-        for key in ("eps_squared", "head_std"):
+        for key in ("eps_squared", "head_std", "tau"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}: expected a number > 0, got {getattr(self, key)}")
         for key in ("drop_path", "momentum"):

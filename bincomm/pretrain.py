@@ -1,31 +1,34 @@
 """Pretraining by discrete communication, from top to bottom."""
 
 import json
+import math
 import os
-import platform
 import signal
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
 import torch
 import yaml
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
 
-from bincomm import __version__
 from bincomm.config import PretrainConfig
 from bincomm.data.export import write_unusable
-from bincomm.data.loader import Loader, TooManyUnusableError
+from bincomm.data.loader import Loader, TooManyUnusableError, merge_states
 from bincomm.data.sources import Source, evaluation_sources, open_source
-from bincomm.engine.logs import Log, Watch, Window, bit_statistics, plot_curves, printable
-from bincomm.engine.optimiser import clear_state, clip_gradients, create_optimiser, set_rates
-from bincomm.engine.run import load_checkpoint, open_run, save_checkpoint, write_json, write_text, write_whole
+from bincomm.engine.checkpoints import Checkpoints, save_checkpoint
+from bincomm.engine.logs import Log, Watch, Window, plot_curves
+from bincomm.engine.optimiser import create_optimiser
+from bincomm.engine.ranks import Ranks, join_ranks, shard, whole
+from bincomm.engine.run import open_run, write_json, write_text, write_whole
 from bincomm.engine.schedules import cosine, warmup_cosine
-from bincomm.evaluation.features import extract
-from bincomm.evaluation.knn import knn_accuracy
-from bincomm.networks import Head, Network, create_backbone, create_teacher, feature_width, update_teacher
-from bincomm.objectives import DiscreteCommunication
+from bincomm.engine.step import Guard, Step, has_batch_norm
+from bincomm.evaluation.evaluate import evaluate
+from bincomm.models import create_networks, create_objective, hash_seed, place, place_optimiser, reset_head
+from bincomm.networks import Network, create_backbone
 from bincomm.ops.coding_rate import rate_ceiling
 
 
@@ -34,75 +37,188 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal ended the run after a step; its number is the argument."""
+    """A signal ended the run after a step, and it is saved; the signal's number is the argument."""
 
 
-def pretrain(config: PretrainConfig) -> dict[str, Any]:
+def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
     """Pretrain a backbone, or go on with the run in `config.output`, to the end; returns what result.json
-    holds.
+    holds. Where there are several ranks all call it, and those after the first return None.
 
     Raises:
         ValueError: the configuration, the data or the run's directory does not allow it; the message names
             the key.
-        TrainingError: the loss or its gradient is no longer finite.
+        TrainingError: the loss or its gradient was not finite in several steps in a row.
         TooManyUnusableError: more images than `config.max_unusable` allows cannot be used.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
+        OSError: what the run is to leave could not be written.
     """
-    device = choose_device(config.device)
     if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):
         raise ValueError(f"output: expected another folder than that of the images, got {config.output}")
-    source = open_source(config.data)
-    evaluation = evaluation_sources(config.data, source)
-    with open_run(config.output) as run:
-        check_same_run(run, config)
-        if (run / "result.json").exists():
-            print(f"{run} holds a finished run")
-            return json.loads((run / "result.json").read_text())
-        write_text(run / "config.yaml", yaml.safe_dump(config.as_dict(), sort_keys=False))
-        teacher = train(config, source, run, device)
-        export_backbone(teacher, config, run)
-        plot_curves(run)
-        result = evaluate(teacher, evaluation, config, run, device)
-        write_json(run / "result.json", result)
-        return result
+    with join_ranks(config.device) as ranks:
+        source = ranks.leaders_first(lambda: open_source(config.data))
+        evaluation = ranks.leaders_first(lambda: evaluation_sources(config.data, source))
+        with open_run(config.output, ranks) as run:
+            if ranks.first(lambda: begin(run, config)) == "finished":
+                if ranks.rank:
+                    return None
+                print(f"{run} holds a finished run")
+                return json.loads((run / "result.json").read_text())
+            teacher = train(config, source, run, ranks)
+            ranks.leave()  # what remains is rank 0's work, and the others need not wait for it
+            if ranks.rank:
+                return None
+            export_backbone(teacher, config, run)
+            plot_curves(run)
+            result = evaluate(teacher, evaluation, config, run, ranks.device)
+            write_json(run / "result.json", result)
+            return result
 
 
-def train(config: PretrainConfig, source: Source, run: Path, device: torch.device) -> Network:
-    """Train, or go on from the run's checkpoint, and return the teacher."""
+def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Network:
+    """Train, or go on from the run's newest checkpoint, and return the teacher."""
+    if config.batch_size % (ranks.world * config.accumulate):
+        raise ValueError(
+            f"batch_size: expected a multiple of {ranks.world * config.accumulate} "
+            f"({ranks.world} ranks × accumulate {config.accumulate}), got {config.batch_size}"
+        )
     loader = Loader(
         source,
         config.crops,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // ranks.world,
         seed=config.seed,
-        device=device,
+        device=ranks.device,
         threads=config.threads,
         max_unusable=config.max_unusable,
         dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
         channels_last=config.channels_last,
+        rank=ranks.rank,
+        world=ranks.world,
     )
     epoch_steps = loader.steps_per_epoch
     steps = min(config.epochs * epoch_steps, config.max_steps or config.epochs * epoch_steps)
     warmup = min(config.warmup_epochs * epoch_steps, steps // 4)
+    peak_lr = config.lr * config.batch_size / 256
 
-    student, teacher = create_networks(config, device)
-    objective = DiscreteCommunication(config.beta, config.eps_squared)
+    student, teacher = create_networks(config, ranks.device)
+    if ranks.world > 1 and ranks.device.type == "cuda":  # there is no such batch norm for CPUs
+        student, teacher = convert_sync_batchnorm(student), convert_sync_batchnorm(teacher)
+    objective = create_objective(config).to(ranks.device)
+    if config.fsdp:
+        shard(student, ranks)
+        shard(teacher, ranks)
     optimiser = create_optimiser(student)
-    window, watch = Window(config.log_every, config.bits, device), Watch(config.beta)
-
+    one_step = Step(
+        student,
+        teacher,
+        objective,
+        optimiser,
+        clip=config.clip,
+        precision=config.precision,
+        accumulate=config.accumulate,
+    )
+    bits = config.bits if objective.outputs_are_bits else None
+    window = Window(config.log_every, objective.scalars, bits, ranks.device)
+    watch = create_watch(config)
     parts = {
         "student": student,
         "teacher": teacher,
+        "objective": objective,
         "optimiser": optimiser,
+        "guard": one_step.guard,
         "loader": loader,
         "window": window,
         "watch": watch,
     }
-    step = resume(run, parts)
-    log = Log(run, step, steps)
+    checkpoints = Checkpoints(run / "checkpoints", config.keep, print)
+    step = resume(checkpoints, config, parts, ranks)
+    log = Log(run, step, steps, ranks)
+    checkpoints.say = log.say
+    if ranks.rank == 0:
+        announce(config, loader, source, step, steps, ranks, log)
+    if ranks.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes never change
+    named = len(loader.unusable)
+    signals = SignalFlag()
+    guard = one_step.guard
+    batches: deque[tuple] = deque(maxlen=guard.lag + 1)  # the oldest is the one that the guard judges
+    begun, skipped = step, 0
+    try:
+        while step < steps:
+            # The head is drawn anew at the start of epochs R, 2R, ...: the same for student and teacher.
+            epoch = step // epoch_steps
+            if config.reset_every and step % epoch_steps == 0 and epoch and epoch % config.reset_every == 0:
+                reset_head(student, teacher, optimiser, seed=(config.seed, epoch))
+
+            asked = time.perf_counter()
+            try:
+                views = loader.next()
+            except TooManyUnusableError:
+                write_unusable(run / "unusable.txt", loader.found_unusable())
+                if step and ranks.world == 1:
+                    save(checkpoints, step, config, parts, ranks)
+                    checkpoints.finish()
+                raise
+            named = tell_unusable(loader, named, run, log)
+            waited = time.perf_counter() - asked
+            if step == begun:
+                prepare(one_step, config, views, log)
+                log.since = time.perf_counter()
+
+            lr = warmup_cosine(step, steps, warmup, peak_lr, min(config.min_lr, peak_lr))
+            weight_decay = cosine(step, steps, config.weight_decay, config.weight_decay_end)
+            momentum = cosine(step, steps, config.momentum, 1.0)
+            done = one_step(*views, lr=lr, weight_decay=weight_decay, momentum=momentum)
+            window.add(done)
+            step += 1
+            log.step(config.batch_size, waited)
+
+            batches.append((views, loader.indices))
+            if ranks.world > 1 and signals.received is not None:
+                guard.ask_to_stop()
+            count, in_row, stop = guard.read()
+            if count > skipped:
+                log.say(f"warning: a step was skipped, its loss or gradient was not finite ({count} so far)")
+                skipped = count
+            if in_row > guard.LIMIT:
+                raise TrainingError(keep_evidence(run, step, config, parts, ranks, batches[0]))
+            # Alone, a rank reads the signal itself, once: one that comes from here on is for the next step.
+            stop = signals.received is not None if ranks.world == 1 else stop
+            last = step == steps
+            if last or step % config.log_every == 0:
+                metrics = window.report()
+                log.write(step, {**metrics, "lr": lr, "momentum": momentum, "epoch": epoch})
+                # A head is given its warm-up and, where it is drawn anew, an epoch before it is judged.
+                new = config.reset_every > 1 and epoch % config.reset_every == 0 and epoch > 0
+                for warning in watch.look(metrics) if step > warmup and not new and not ranks.rank else ():
+                    log.say(warning)
+            if last or stop or step % config.save_every == 0:
+                save(checkpoints, step, config, parts, ranks)
+            checkpoints.poll()
+            if stop:
+                checkpoints.finish()
+                if ranks.rank == 0 and checkpoints.newest != step:
+                    raise OSError(f"{run}: a signal came, and step {step} could not be saved")
+                raise Interrupted(signals.received or signal.SIGTERM)
+    finally:
+        checkpoints.finish()
+        signals.restore()
+        log.close()
+    if config.fsdp:
+        weights = whole(teacher.state_dict())
+        teacher = create_networks(config, ranks.device)[1]
+        teacher.load_state_dict(weights)
+    return teacher
+
+
+def announce(
+    config: PretrainConfig, loader: Loader, source: Source, step: int, steps: int, ranks: Ranks, log: Log
+) -> None:
+    """Say what is about to be done."""
+    where = ranks.device.type if ranks.world == 1 else f"{ranks.world} ranks ({ranks.device.type})"
     log.say(
         f"{'resuming at step ' + str(step) if step else 'training'}: {config.backbone}, {config.bits} bits, "
-        f"{len(source.images)} images, {steps} steps of {config.batch_size} ({epoch_steps} an epoch), "
-        f"on {device.type}, in {run}"
+        f"{len(source.images)} images, {steps} steps of {config.batch_size} ({loader.steps_per_epoch} an "
+        f"epoch), on {where}, in {config.output}"
     )
     for note in source.notes:
         log.say(f"note: {note}")
@@ -111,121 +227,104 @@ def train(config: PretrainConfig, source: Source, run: Path, device: torch.devic
             f"warning: the data changed since the run was saved ({loader.changed}): it goes on with what is "
             "there now, and will not end as it would have"
         )
-    named = len(loader.unusable)
-    signals = SignalFlag()
-    try:
-        while step < steps:
-            # The head is drawn anew at the start of epochs R, 2R, ...: the same for student and teacher.
-            epoch = step // epoch_steps
-            if config.reset_every and step % epoch_steps == 0 and epoch and epoch % config.reset_every == 0:
-                reset_head(student, teacher, optimiser, seed=(config.seed, epoch))
-
-            peak_lr = config.lr * config.batch_size / 256
-            lr = warmup_cosine(step, steps, warmup, peak_lr, min(config.min_lr, peak_lr))
-            weight_decay = cosine(step, steps, config.weight_decay, config.weight_decay_end)
-            momentum = cosine(step, steps, config.momentum, 1.0)
-
-            asked = time.perf_counter()
-            try:
-                global_views, local_views = loader.next()
-            except TooManyUnusableError:
-                if step and window.first_not_finite() is None:
-                    save(run, step, parts)
-                write_unusable(run / "unusable.txt", loader.found_unusable())
-                raise
-            named = tell_unusable(loader, named, run, log)
-            waited = time.perf_counter() - asked
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                with torch.no_grad():
-                    message = teacher(global_views)
-                logits = student(global_views) if local_views is None else student(global_views, local_views)
-            losses = objective(logits, message)
-            losses["loss"].backward()
-            gradient_norm = clip_gradients(student, config.clip)
-            set_rates(optimiser, lr, weight_decay)
-            optimiser.step()
-            optimiser.zero_grad()
-            update_teacher(teacher, student, momentum)
-            window.add(losses, gradient_norm, logits, message)
-            step += 1
-
-            log.step(config.batch_size, waited)
-            last = step == steps
-            ended_by = signals.received  # read once: a signal that comes from here on is for the next step
-            saving = last or step % config.save_every == 0 or ended_by is not None
-            logging = last or step % config.log_every == 0
-            if (saving or logging) and (ago := window.first_not_finite()) is not None:
-                raise TrainingError(not_finite(step - ago, run, config))
-            if logging:
-                metrics = window.report()
-                log.write(step, {**metrics, "lr": lr, "momentum": momentum, "epoch": epoch})
-                # A head is given its warm-up and, where it is drawn anew, an epoch before it is judged.
-                new = config.reset_every > 1 and epoch % config.reset_every == 0 and epoch > 0
-                for warning in watch.look(metrics) if step > warmup and not new else ():
-                    log.say(warning)
-            if saving:
-                save(run, step, parts)
-            if ended_by is not None:
-                raise Interrupted(ended_by)
-    finally:
-        signals.restore()
-        log.close()
-    return teacher
 
 
-def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Network, Network]:
-    """Student and teacher as they are before the first step: equal, and determined by the seed."""
-    torch.manual_seed(config.seed)
-    arguments = dict(config.backbone_args)
-    if config.drop_path:
-        arguments["drop_path_rate"] = config.drop_path
-    backbone, _ = create_backbone(config.backbone, config.global_size, **arguments)
-    sizes = [config.global_size] + [config.local_size] * (config.local_crops > 0)
-    head = Head(feature_width(backbone, sizes), config.hidden, config.bits, config.head_std)
-    student = Network(backbone, head)
-    # The teacher's message is to be certain: nothing is dropped in it, neither paths nor features.
-    certain = {key: value for key, value in arguments.items() if "drop" not in key}
-    still, _ = create_backbone(config.backbone, config.global_size, **certain)
-    layout = torch.channels_last if config.channels_last else torch.preserve_format
-    student = student.to(device, memory_format=layout)
-    return student, create_teacher(student, still).to(device, memory_format=layout)
+def prepare(one_step: Step, config: PretrainConfig, views: tuple[Tensor, Tensor | None], log: Log) -> None:
+    """Compile and capture what the configuration asks for, before the first step, and say so."""
+    on_gpu = one_step.device.type == "cuda"
+    if one_step.ranks > 1 and has_batch_norm(one_step.student) and not on_gpu:
+        log.say("warning: batch norm's statistics are each rank's own, so results depend on the ranks")
+    if config.compile == "on" or (config.compile == "auto" and on_gpu):
+        log.say("torch.compile: compiling; --compile off does without")
+        log.say(one_step.compile(*views))
+    if config.cuda_graph:
+        one_step.capture(*views)
+        log.say("cuda_graph: steps up to the gradient are replayed from a CUDA graph")
 
 
-def reset_head(
-    student: Network, teacher: Network, optimiser: torch.optim.Optimizer, seed: tuple[int, int]
+def create_watch(config: PretrainConfig) -> Watch:
+    """Limits between which the configuration's coding rate lies, and what its agreement means."""
+    images = torch.tensor(config.batch_size, dtype=torch.float64)
+    return Watch(
+        config.beta if config.method == "bits" else None,
+        floor=math.log1p(config.bits / config.eps_squared) / 2,
+        ceiling=rate_ceiling(images, config.bits, config.eps_squared).item(),
+        hard_bits=config.method == "bits" and config.agreement != "cosine",
+    )
+
+
+def save(
+    checkpoints: Checkpoints, step: int, config: PretrainConfig, parts: dict[str, Any], ranks: Ranks
 ) -> None:
-    """Draw the head anew, the same for student and teacher, and clear the optimiser's state of it."""
-    student.head.reset(torch.Generator().manual_seed(hash_seed(*seed)))
-    teacher.head.load_state_dict(student.head.state_dict())
-    clear_state(optimiser, student.head)
+    """Everything that determines the steps to come, written by rank 0; all ranks call it."""
+    state = collect(step, config, parts, ranks)
+    if ranks.rank == 0:
+        checkpoints.save(step, state)
 
 
-def hash_seed(seed: int, epoch: int) -> int:
-    """One seed from a run's seed and an epoch, different for different pairs of ordinary size."""
-    return (seed * 1_000_003 + epoch) % 2**63
+def collect(step: int, config: PretrainConfig, parts: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """The state of a run, copied to the CPU; complete on rank 0."""
+    state: dict[str, Any] = {"step": step, "config": config.as_dict()}
+    own = {"rng": torch.get_rng_state(), "loader": parts["loader"].state_dict()}
+    if ranks.device.type == "cuda":
+        own["cuda_rng"] = torch.cuda.get_rng_state(ranks.device)
+    every = ranks.gather(own)
+    if ranks.rank == 0 or config.fsdp:  # where every rank has a share of the tensors
+        state |= whole({name: part.state_dict() for name, part in parts.items() if name != "loader"})
+    state["loader"] = merge_states([rank.pop("loader") for rank in every])
+    return {**state, "ranks": every}
 
 
-def save(run: Path, step: int, parts: dict[str, Any]) -> None:
-    """Everything that determines the steps to come."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"step": step, "rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
-    save_checkpoint(run / "last.ckpt", state)
-
-
-def resume(run: Path, parts: dict[str, Any]) -> int:
-    """Take up the run's checkpoint, if it has one; returns the steps done."""
-    state = load_checkpoint(run / "last.ckpt")
+def resume(checkpoints: Checkpoints, config: PretrainConfig, parts: dict[str, Any], ranks: Ranks) -> int:
+    """Take up the run's newest checkpoint, if it has one; returns the steps done."""
+    ranks.first(lambda: None)  # rank 0 may have removed what a killed process left
+    state = checkpoints.load()
     if state is None:
+        if ranks.rank:  # the networks are the same on all ranks, the paths dropped in them are not
+            torch.manual_seed(hash_seed(config.seed, -ranks.rank))
         return 0
+    refuse_differences(config, state["config"], str(checkpoints.folder))
     for name, part in parts.items():
-        part.load_state_dict(state[name])
-    torch.set_rng_state(state["rng"])
-    if "cuda_rng" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda_rng"])
+        if isinstance(part, nn.Module):
+            place(part, state[name])
+        elif name == "optimiser":
+            place_optimiser(part, state[name])
+        else:
+            part.load_state_dict(state[name])
+    if len(state["ranks"]) == ranks.world:
+        own = state["ranks"][ranks.rank]
+        torch.set_rng_state(own["rng"])
+        if "cuda_rng" in own and ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"], ranks.device)
+    else:  # as many ranks as never were
+        torch.manual_seed(hash_seed(config.seed + state["step"], -ranks.rank))
     return state["step"]
+
+
+def keep_evidence(
+    run: Path, step: int, config: PretrainConfig, parts: dict[str, Any], ranks: Ranks, batch: tuple
+) -> str:
+    """Save the state and this rank's batch for inspection, and put what happened into words."""
+    state = collect(step, config, parts, ranks)
+    (global_views, local_views), images = batch
+    found = {
+        "global_views": global_views.cpu(),
+        "local_views": None if local_views is None else local_views.cpu(),
+        "images": [parts["loader"].images.name(image) for image in images],
+    }
+    kept = f"the state and the batch are in {run}/not_finite*.ckpt"
+    try:
+        if ranks.rank == 0:
+            save_checkpoint(run / "not_finite.ckpt", state)
+        save_checkpoint(run / f"not_finite_batch_{ranks.rank}.ckpt", found)
+    except OSError as error:
+        kept = f"the state and the batch could not be saved ({error})"
+    return (
+        f"the loss or its gradient was not finite in more than {Guard.LIMIT} steps in a row, up to step "
+        f"{step}; {kept}, and {run / 'checkpoints'} holds the last good checkpoints. Lower lr (now "
+        f"{config.lr:g}) or clip (now {config.clip:g}), or use precision fp32 (now {config.precision}), and "
+        "begin again with another --output."
+    )
 
 
 def tell_unusable(loader: Loader, named: int, run: Path, log: Log) -> int:
@@ -234,7 +333,10 @@ def tell_unusable(loader: Loader, named: int, run: Path, log: Log) -> int:
     for count, (name, why) in enumerate(found[named:], named + 1):
         log.say(f"left out: {name}: {why} ({count} of {len(loader.images)} images so far)")
     if len(found) > named:
-        write_unusable(run / "unusable.txt", found)
+        try:
+            write_unusable(run / "unusable.txt", found)
+        except OSError as error:
+            log.say(f"warning: {error}")
     return len(found)
 
 
@@ -247,101 +349,40 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
     write_whole(run / "backbone.safetensors", lambda file: file.write(data))
 
 
-def evaluate(
-    teacher: Network,
-    sources: tuple[Source, Source, bool] | None,
-    config: PretrainConfig,
-    run: Path,
-    device: torch.device,
-) -> dict[str, Any]:
-    """k-NN of the teacher, of the same network before training, of pixels and codes; use of the bits."""
-    metrics = (run / "metrics.jsonl").read_text().splitlines()
-    result: dict[str, Any] = {
-        "last_metrics": json.loads(metrics[-1]),
-        "rate_ceiling": rate_ceiling(
-            torch.tensor(config.batch_size, dtype=torch.float64), config.bits, config.eps_squared
-        ).item(),
-        "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
-        "machine": {"device": device.type, "python": platform.python_version()},
-    }
-    if sources is None:
-        return {**result, "knn": None}
-    gallery, queries, held_out = sources
-    untrained, _ = create_networks(config, device)
-
-    def tell(image: int, why: str) -> None:
-        print(printable(f"left out of the queries: {queries.images.name(image)}: {why}"))
-
-    # What cannot be used of the pretraining images was told when they were trained on.
-    trained = [
-        extract(teacher, gallery, config, device),
-        extract(teacher, queries, config, device, **({"report": tell} if held_out else {})),
-    ]
-    if not all(len(found["images"]) for found in trained):
-        return {**result, "knn": None}
-    before = [extract(untrained, source, config, device) for source in (gallery, queries)]
-    labels = [
-        torch.from_numpy(source.labels)[found["images"]]
-        for source, found in zip((gallery, queries), trained, strict=True)
-    ]
-
-    def knn(gallery_features: torch.Tensor, query_features: torch.Tensor) -> float:
-        return knn_accuracy(*(x.to(device) for x in (gallery_features, labels[0], query_features, labels[1])))
-
-    signs = trained[1]["signs"]
-    return {
-        **result,
-        "knn": {
-            "teacher": knn(trained[0]["features"], trained[1]["features"]),
-            "codes": knn(trained[0]["signs"], trained[1]["signs"]),
-            "random_initialisation": knn(before[0]["features"], before[1]["features"]),
-            "pixels": knn(trained[0]["pixels"], trained[1]["pixels"]),
-            "k": 20,
-            "gallery_images": len(labels[0]),
-            "query_images": len(labels[1]),
-            "queries_held_out": held_out,
-        },
-        "codes": bit_statistics((signs > 0).sum(0), len(signs)),
-    }
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of the configuration's key `device`."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but this torch finds no GPU")
-    return torch.device(
-        "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
-    )
-
-
-def check_same_run(run: Path, config: PretrainConfig) -> None:
-    """Refuse to go on with a run of another configuration; one that saved nothing is not in the way."""
-    if not any((run / name).exists() for name in ("last.ckpt", "result.json")):
-        return
+def begin(run: Path, config: PretrainConfig) -> str:
+    """Whether the run in a directory is "new", "unfinished" or "finished"; refuses one of another
+    configuration, and what `config.resume` does not want."""
+    finished = (run / "result.json").exists()
+    if not finished and not any((run / "checkpoints").glob("*.ckpt")):
+        if config.resume == "must":
+            raise ValueError(f"resume: expected a run in {run} to go on with, got none")
+        write_text(run / "config.yaml", dump(config))
+        return "new"
+    if config.resume == "never":
+        raise ValueError(f"resume: expected no run in {run}, got one; choose another --output")
     try:
         theirs = dict(yaml.safe_load((run / "config.yaml").read_text()))
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"output: {run} holds a run, but its config.yaml cannot be read: {error}") from error
+    refuse_differences(config, theirs, str(run))
+    if not finished:
+        write_text(run / "config.yaml", dump(config))
+    return "finished" if finished else "unfinished"
+
+
+def dump(config: PretrainConfig) -> str:
+    """A configuration as a recipe."""
+    return yaml.safe_dump(config.as_dict(), sort_keys=False)
+
+
+def refuse_differences(config: PretrainConfig, theirs: dict[str, Any], where: str) -> None:
+    """Raise ValueError naming the keys in which a run's configuration is another."""
     different = config.differences(theirs)
     if different:
         keys = "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in different.items())
         raise ValueError(
-            f"output: {run} holds a run of another configuration ({keys}); choose another --output"
+            f"output: {where} holds a run of another configuration ({keys}); choose another --output"
         )
-
-
-def not_finite(step: int, run: Path, config: PretrainConfig) -> str:
-    """What to tell when the loss or its gradient is no longer finite."""
-    kept = (
-        f"the last good checkpoint is {run / 'last.ckpt'}"
-        if (run / "last.ckpt").exists()
-        else "nothing was saved yet"
-    )
-    return (
-        f"the loss or its gradient is not finite at step {step}; {kept}. "
-        f"Lower lr (now {config.lr:g}) or clip (now {config.clip:g}), or use precision fp32 (now "
-        f"{config.precision}), and begin again with another --output."
-    )
 
 
 class SignalFlag:

@@ -1,5 +1,6 @@
 """Whole runs, on a few real digits: what they leave, and that nothing stops them for good."""
 
+import contextlib
 import json
 import math
 import os
@@ -22,9 +23,11 @@ from PIL import Image  # noqa: E402
 from bincomm import cli  # noqa: E402
 from bincomm.config import PretrainConfig, parse  # noqa: E402
 from bincomm.data.loader import TooManyUnusableError  # noqa: E402
+from bincomm.engine.checkpoints import load_checkpoint  # noqa: E402
 from bincomm.engine.logs import Log, read_lines  # noqa: E402
+from bincomm.models import create_networks  # noqa: E402
 from bincomm.networks import Network  # noqa: E402
-from bincomm.pretrain import Interrupted, TrainingError, create_networks, pretrain, save  # noqa: E402
+from bincomm.pretrain import Interrupted, TrainingError, dump, pretrain, save  # noqa: E402
 
 # A small network on small crops; the head is reset twice, and drop path draws random numbers in the network.
 OPTIONS = {
@@ -42,6 +45,13 @@ OPTIONS = {
     "reset_every": 1,
     "log_every": 4,
     "save_every": 6,
+}
+
+
+BATCH_NORM = {
+    "backbone": "resnetv2_18",
+    "backbone_args": '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8}',
+    "drop_path": 0,
 }
 
 
@@ -73,6 +83,11 @@ def finished(tmp_path_factory):
     return output, pretrain(configuration(output))
 
 
+def newest(run):
+    """A run's newest checkpoint."""
+    return load_checkpoint(max((run / "checkpoints").glob("*.ckpt")))
+
+
 def same_end(run, other):
     """Whether two runs ended alike, bit for bit."""
     for name in ("metrics.jsonl", "backbone.safetensors", "result.json"):
@@ -85,7 +100,7 @@ def test_what_a_run_leaves(finished):
         "config.yaml",
         "metrics.jsonl",
         "speed.jsonl",
-        "last.ckpt",
+        "checkpoints",
         "backbone.safetensors",
         "curves.png",
         "result.json",
@@ -111,7 +126,7 @@ def test_the_backbone_loads_in_timm(finished):
         create = json.loads(file.metadata()["create_model"])
     backbone = timm.create_model(**create)
     backbone.load_state_dict(safetensors.torch.load_file(output / "backbone.safetensors"), strict=True)
-    state = torch.load(output / "last.ckpt", weights_only=True)["teacher"]
+    state = newest(output)["teacher"]
     _, teacher = create_networks(configuration(output), torch.device("cpu"))
     teacher.load_state_dict(state)
     images = torch.randn(2, 3, 16, 16)
@@ -129,19 +144,21 @@ def test_another_seed_is_another_run(finished, tmp_path):
     assert first != other
 
 
-def test_killed_at_random_moments_and_resumed(finished, tmp_path):
-    """SIGKILL, several times; every time the same command goes on, and the end is the uninterrupted run's."""
+def test_killed_at_twenty_random_moments_and_resumed(tmp_path):
+    """SIGKILL; every time the same command goes on, and the end is the uninterrupted run's."""
     output, kills, seen = tmp_path / "killed", 0, []
-    for _ in range(40):
-        process = start(output)
+    options = {"epochs": 30, "max_steps": 500, "reset_every": 5}
+    pretrain(configuration(tmp_path / "whole", **options))
+    for _ in range(60):
+        process = start(output, **options)
         # Past the set-up, so that the kill falls into training or into a checkpoint's writing; the first one
         # past the first checkpoint, without which there is nothing to resume.
         for line in process.stdout:
             seen.append(line)
-            if line.startswith("step ") and (kills or (output / "last.ckpt").exists()):
+            if line.startswith("step ") and (kills or list((output / "checkpoints").glob("*.ckpt"))):
                 break
-        time.sleep(random.uniform(0, 0.5))
-        if kills < 3:
+        time.sleep(random.uniform(0, 0.3))
+        if kills < 20:
             process.kill()
         rest = process.communicate(timeout=120)[0]
         if process.returncode == 0:
@@ -149,9 +166,9 @@ def test_killed_at_random_moments_and_resumed(finished, tmp_path):
         assert process.returncode == -signal.SIGKILL, "".join(seen) + rest
         kills += 1
     assert process.returncode == 0
-    assert kills >= 1
+    assert kills == 20
     assert any("resuming at step" in line for line in seen)
-    same_end(finished[0], output)
+    same_end(tmp_path / "whole", output)
 
 
 def test_ctrl_c_saves_and_resumes(finished, tmp_path):
@@ -161,9 +178,9 @@ def test_ctrl_c_saves_and_resumes(finished, tmp_path):
             break
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, text
+    assert process.returncode == cli.SAVED, text
     assert "SIGINT: saved in" in text
-    assert (tmp_path / "run" / "last.ckpt").exists()
+    assert newest(tmp_path / "run")["step"] > 0
     pretrain(configuration(tmp_path / "run", save_every=1000))
     same_end(finished[0], tmp_path / "run")
 
@@ -179,15 +196,15 @@ def test_a_signal_at_any_moment_is_saved_before_it_ends_the_run(tmp_path, monkey
     monkeypatch.setattr(Log, moment, interrupted)
     with pytest.raises(Interrupted):
         pretrain(configuration(tmp_path / "run", log_every=2, save_every=1000))
-    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"] in (1, 3)
+    assert newest(tmp_path / "run")["step"] in (1, 3)
 
 
 def test_a_finished_run_is_not_trained_again(finished, capsys):
     output, result = finished
-    before = (output / "last.ckpt").stat().st_mtime_ns
+    before = (output / "backbone.safetensors").stat().st_mtime_ns
     assert cli.main(["pretrain", *arguments(output)]) == 0
     assert f"{result['knn']['teacher']:.2%}" in capsys.readouterr().out
-    assert (output / "last.ckpt").stat().st_mtime_ns == before
+    assert (output / "backbone.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_run_of_another_configuration_is_refused(finished, capsys):
@@ -215,53 +232,145 @@ def test_a_run_among_its_own_images_is_refused(tmp_path):
     assert os.listdir(tmp_path) == ["1.png"]
 
 
-def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    calls = []
-    forward = Network.forward
+def spoil_steps(monkeypatch, spoilt):
+    """Make the student's logits NaN in the steps of these numbers, which count from 1."""
+    forward, calls = Network.forward, []
 
-    def spoilt(self, *groups):
-        calls.append(self.training and len(groups) == 2)
+    def run(self, *groups):
         logits = forward(self, *groups)
-        return logits * float("nan") if sum(calls) >= 9 and len(groups) == 2 else logits
+        if len(groups) == 2:
+            calls.append(1)
+        return logits * float("nan") if len(groups) == 2 and len(calls) in spoilt else logits
 
-    monkeypatch.setattr(Network, "forward", spoilt)
-    config = configuration(tmp_path / "run")
-    with pytest.raises(
-        TrainingError, match=r"not finite at step 9; the last good checkpoint is .*last\.ckpt"
-    ):
-        pretrain(config)
-    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"] == 6
+    monkeypatch.setattr(Network, "forward", run)
 
 
-def test_a_gradient_that_is_not_finite_spoils_no_checkpoint(tmp_path, monkeypatch):
-    def spoilt(network, limit):
-        norms.append(math.inf if len(norms) == 11 else 1.0)  # at step 12, which is a step that saves
-        return torch.tensor(norms[-1])
+@pytest.mark.parametrize("backbone", ["test_vit", "resnetv2_18"])
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, capsys, backbone):
+    options = BATCH_NORM if backbone == "resnetv2_18" else {}
+    spoil_steps(monkeypatch, {3, 5, 6, 7})
+    result = pretrain(configuration(tmp_path / "run", max_steps=12, **options))
+    text = capsys.readouterr().out
+    assert "a step was skipped, its loss or gradient was not finite (1 so far)" in text
+    assert "(4 so far)" in text
+    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [record["skipped"] for record in records] == [1, 3, 0]
+    assert all(math.isfinite(record["loss"]) for record in records)
+    assert result["knn"]["teacher"] > 0.1
+    state = newest(tmp_path / "run")
+    for name in ("student", "teacher"):
+        assert all(value.isfinite().all() for value in state[name].values())
+    # The optimiser did not move in those steps.
+    assert {int(values["step"]) for values in state["optimiser"]["state"].values()} == {8}
 
-    norms = []
-    monkeypatch.setattr("bincomm.pretrain.clip_gradients", spoilt)
-    with pytest.raises(TrainingError, match=r"gradient is not finite at step 12; the last good checkpoint"):
+
+def test_more_than_three_in_a_row_stop_with_state_and_batch(tmp_path, monkeypatch):
+    spoil_steps(monkeypatch, {4, *range(8, 50)})
+    with pytest.raises(TrainingError, match=r"not finite in more than 3 steps in a row, up to step 11; .*lr"):
         pretrain(configuration(tmp_path / "run"))
-    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"] == 6
+    assert newest(tmp_path / "run")["step"] == 6  # an error saves nothing but what is for inspection
+    state = load_checkpoint(tmp_path / "run" / "not_finite.ckpt")
+    assert state["step"] == 11
+    assert all(value.isfinite().all() for value in state["student"].values())
+    batch = load_checkpoint(tmp_path / "run" / "not_finite_batch_0.ckpt")
+    assert batch["global_views"].shape == (64, 2, 3, 16, 16)
+    assert batch["local_views"].shape == (64, 2, 3, 12, 12)
+    assert len(batch["images"]) == 64
+    assert all(os.path.exists(image) for image in batch["images"])
+
+
+def test_what_resume_says_is_heeded(finished, tmp_path, capsys):
+    assert cli.main(["pretrain", *arguments(finished[0], resume="never")]) == 2
+    assert "resume: expected no run" in capsys.readouterr().err
+    assert cli.main(["pretrain", *arguments(tmp_path / "none", resume="must")]) == 2
+    assert "resume: expected a run" in capsys.readouterr().err
+
+
+def test_beginning_from_a_run_is_not_going_on_with_it(finished, tmp_path):
+    config = configuration(tmp_path / "run", init_from=finished[0], max_steps=2)
+    before, _ = create_networks(config, torch.device("cpu"))
+    theirs = safetensors.torch.load_file(finished[0] / "backbone.safetensors")
+    for name, value in before.backbone.state_dict().items():
+        assert torch.equal(value, theirs[name])
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == []
+    result = pretrain(config)
+    assert result["last_metrics"]["step"] == 2
+    with pytest.raises(ValueError, match=r"init_from: .* of another backbone: .* is missing there"):
+        create_networks(configuration(tmp_path, init_from=finished[0], backbone_args='{"patch_size": 4, "depth": 3}'), "cpu")
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(finished, tmp_path):
+    """Even where the run's own record of it is lost."""
+    config = configuration(tmp_path / "run", max_steps=8, log_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bincomm.pretrain.export_backbone", stop_here)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config)
+    other = configuration(tmp_path / "run", max_steps=8, log_every=2, lr=0.5)
+    (tmp_path / "run" / "config.yaml").write_text(dump(other))
+    with pytest.raises(ValueError, match=r"checkpoints holds a run of another configuration \(lr was 0.008"):
+        pretrain(other)
+
+
+def stop_here(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_training_goes_on_where_the_disk_is_full(finished, small_disk, monkeypatch, capsys):
+    step, taken = Log.step, []
+
+    def fill(self, *args):
+        step(self, *args)
+        taken.append(1)
+        if len(taken) == 8:  # after the first checkpoint
+            (small_disk / "filler").write_bytes(b"0")
+            with contextlib.suppress(OSError), open(small_disk / "filler", "ab", 0) as file:
+                while True:
+                    file.write(bytes(4096))
+        if len(taken) == 40:
+            assert [path.name for path in (small_disk / "run" / "checkpoints").iterdir()] == [
+                "step-000000006.ckpt"
+            ]
+            assert newest(small_disk / "run")["step"] == 6
+            (small_disk / "filler").unlink()
+
+    monkeypatch.setattr(Log, "step", fill)
+    pretrain(configuration(small_disk / "run", keep=1))
+    text = capsys.readouterr().out
+    assert "the checkpoint of step 12 could not be written" in text
+    assert "No space left on device" in text
+    assert "metrics could not be written" in text
+    same_end(finished[0], small_disk / "run")
 
 
 @pytest.mark.parametrize("stop", [21, 22, 23])
 def test_resumed_around_a_reset_with_batch_norm(tmp_path, stop):
     """Stopped just before, at and after the end of an epoch, where the head is drawn anew."""
-    options = {"backbone": "resnetv2_18", "drop_path": 0, "max_steps": 26, "save_every": stop}
-    options["backbone_args"] = '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8}'
+    options = {**BATCH_NORM, "max_steps": 26, "save_every": stop}
     pretrain(configuration(tmp_path / "whole", **options))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bincomm.pretrain.save", save_and_end)
         with pytest.raises(KeyboardInterrupt):
             pretrain(configuration(tmp_path / "run", **options))
-    assert torch.load(tmp_path / "run" / "last.ckpt", weights_only=True)["step"] == stop
+    assert newest(tmp_path / "run")["step"] == stop
     pretrain(configuration(tmp_path / "run", **options))
     same_end(tmp_path / "whole", tmp_path / "run")
 
 
-def save_and_end(*args):
-    save(*args)
+def save_and_end(checkpoints, *args):
+    save(checkpoints, *args)
     raise KeyboardInterrupt
 
 
@@ -293,9 +402,9 @@ def test_a_recipe_that_cannot_be_read_is_told_without_a_traceback(capsys, monkey
 @pytest.mark.parametrize("saved", [False, True])
 def test_what_an_interruption_promises_is_there(tmp_path, capsys, monkeypatch, saved):
     def interrupted(config):
-        os.makedirs(config.output)
+        os.makedirs(os.path.join(config.output, "checkpoints"))
         if saved:
-            (tmp_path / "run" / "last.ckpt").touch()
+            (tmp_path / "run" / "checkpoints" / "step-000000001.ckpt").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bincomm.pretrain.pretrain", interrupted)

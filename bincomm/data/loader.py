@@ -294,6 +294,15 @@ class Loader:
         return bool(found)
 
 
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The states of all ranks' loaders as one, for any of them: it knows the unusable images of all."""
+    met: dict[int, list] = {}
+    for image, step, why in itertools.chain.from_iterable(state["unusable"] for state in states):
+        if image not in met or step < met[image][1]:
+            met[image] = [image, step, why]
+    return {**states[0], "unusable": sorted(met.values(), key=lambda found: (found[1], found[0]))}
+
+
 def eval_batches(
     source: Source,
     *,

@@ -1,19 +1,27 @@
 """What a run tells while it trains: metrics of the channel, files of them, a bar, warnings."""
 
+import contextlib
+import errno
 import json
 import math
+import os
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from bincomm.engine.ranks import Ranks
 from bincomm.engine.run import write_text, write_whole
+from bincomm.engine.step import Done
 
 DEAD_SHARE = 0.01  # a bit is dead when it takes its rarer value in less than this share of the messages
 
@@ -31,41 +39,56 @@ def bit_statistics(ones: Tensor, messages: int) -> dict[str, float]:
 
 
 class Window:
-    """Metrics of the steps since the last report, gathered on the device; only reading them syncs."""
+    """Metrics of the steps since the last report, gathered on the device; only reading them syncs.
 
-    SCALARS = ("loss", "agreement", "rate", "gradient_norm")
+    Args:
+        length: most steps between two reports.
+        scalars: the objective's; the gradient's norm comes to them.
+        bits: K where the outputs are bits, whose use is then reported too; else None.
+        device: of the steps.
+    """
 
-    def __init__(self, length: int, bits: int, device: torch.device):
-        self.scalars = torch.zeros(length, len(self.SCALARS), device=device)
-        self.ones = torch.zeros(bits, dtype=torch.int64, device=device)
+    def __init__(self, length: int, scalars: Sequence[str], bits: int | None, device: torch.device):
+        self.names = (*scalars, "gradient_norm")
+        self.scalars = torch.zeros(length, len(self.names), device=device)
+        self.ones = torch.zeros(bits or 0, dtype=torch.int64, device=device)
         self.equal = torch.zeros((), dtype=torch.int64, device=device)
         self.counts = torch.zeros(3, dtype=torch.int64)  # steps, messages, compared bits; on the host
 
     @torch.no_grad()
-    def add(self, losses: dict[str, Tensor], gradient_norm: Tensor, student: Tensor, teacher: Tensor) -> None:
-        """One step: its losses, and the logits (V, n, K) of the student and (U, n, K) of the teacher."""
-        scalars = [*(losses[name].detach() for name in self.SCALARS[:3]), gradient_norm]
+    def add(self, done: Done) -> None:
+        """One step, and where the outputs are bits what was sent and received."""
+        scalars = [*(done.losses[name] for name in self.names[:-1]), done.gradient_norm]
         self.scalars[self.counts[0]] = torch.stack(scalars)
-        sent = teacher > 0
-        # A view against the other view's message: what the training asks for.
-        received = student[: len(teacher)].roll(1, 0) > 0
-        self.ones += sent.sum((0, 1))
-        self.equal += (sent == received).sum()
-        self.counts += torch.tensor([1, sent.shape[0] * sent.shape[1], sent.numel()])
-
-    def first_not_finite(self) -> int | None:
-        """How many steps ago the loss or the gradient stopped being finite; None while both are."""
-        steps = int(self.counts[0])
-        bad = (~torch.isfinite(self.scalars[:steps])).any(1).nonzero()
-        return steps - int(bad[0]) - 1 if len(bad) else None
+        self.counts[0] += 1
+        if len(self.ones):
+            sent = done.teacher > 0
+            # A view against the other view's message: what the training asks for.
+            received = done.student[: len(sent)].roll(1, 0) > 0
+            self.ones += sent.sum((0, 1))
+            self.equal += (sent == received).sum()
+            self.counts += torch.tensor([0, sent.shape[0] * sent.shape[1], sent.numel()])
 
     def report(self) -> dict[str, float]:
-        """The window's metrics, and an empty window."""
+        """The window's metrics, and an empty window. All ranks call it, and get the metrics of all images.
+
+        Scalars are means over the steps in which all of them were finite; "skipped" counts the others.
+        """
         steps, messages, compared = self.counts.tolist()
-        means = self.scalars[:steps].double().mean(0).tolist()
-        metrics = dict(zip(self.SCALARS, means, strict=True))
-        metrics |= bit_statistics(self.ones, messages)
-        metrics["bit_agreement"] = self.equal.item() / compared
+        values = self.scalars[:steps].double()
+        scalars, ones, equal = values.clone(), self.ones.clone(), self.equal.clone()
+        if dist.is_initialized():
+            for value in (scalars, ones, equal):
+                dist.all_reduce(value)
+            scalars /= dist.get_world_size()
+            messages, compared = messages * dist.get_world_size(), compared * dist.get_world_size()
+        finite = scalars.isfinite().all(1)
+        means = scalars[finite].mean(0).tolist()
+        metrics = dict(zip(self.names, means, strict=True))
+        metrics["skipped"] = steps - int(finite.sum())
+        if len(ones):
+            metrics |= bit_statistics(ones, messages)
+            metrics["bit_agreement"] = equal.item() / compared
         for value in (self.scalars, self.ones, self.equal, self.counts):
             value.zero_()
         return metrics
@@ -79,22 +102,28 @@ class Window:
 
 
 class Log:
-    """The metrics of a run in its files, and the bar on the terminal.
+    """The metrics of a run in its files, and the bar on the terminal; nothing on ranks other than the first.
 
     `metrics.jsonl` holds what the configuration and the seed determine, so that two runs can be compared bit
     for bit; what the machine determines, images a second and the share of time spent waiting for data, is in
     `speed.jsonl`. Both, from `step` on, are written anew: what a killed run wrote after its last checkpoint
-    is dropped.
+    is dropped. What a full disk does not take is kept, and written when there is room.
     """
 
-    def __init__(self, run: Path, step: int, steps: int):
-        self.files = {name: run / f"{name}.jsonl" for name in ("metrics", "speed")}
-        for path in self.files.values():
-            kept = [line for line in read_lines(path) if line["step"] <= step]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-        self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=None)
+    def __init__(self, run: Path, step: int, steps: int, ranks: Ranks):
+        self.run, self.rank, self.world = run, ranks.rank, ranks.world
+        self.bar = tqdm(
+            total=steps, initial=step, unit="step", dynamic_ncols=True, disable=True if self.rank else None
+        )
         self.since, self.waited, self.images = time.perf_counter(), 0.0, 0
+        self.pending: dict[str, list[str]] = {"metrics": [], "speed": []}
+        self.complained = False
+        self.board: SummaryWriter | None = None
+        if self.rank == 0:
+            for name in self.pending:
+                kept = [line for line in read_lines(run / f"{name}.jsonl") if line["step"] <= step]
+                write_text(run / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def step(self, images: int, waited: float) -> None:
         """Count one step of so many images, of which the loop waited `waited` seconds for data."""
@@ -107,28 +136,60 @@ class Log:
         elapsed = time.perf_counter() - self.since
         speed = {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
         self.since, self.waited, self.images = time.perf_counter(), 0.0, 0
-        for name, values in (("metrics", metrics), ("speed", speed)):
-            with open(self.files[name], "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-            for key, value in values.items():
-                self.board.add_scalar(key, value, step)
-        shown = (
-            f"loss {metrics['loss']:.4f}  agreement {metrics['agreement']:.4f}  rate {metrics['rate']:.1f}  "
-            f"entropy {metrics['bit_entropy']:.2f}  dead {metrics['dead_bits']:.0%}  "
-            f"{speed['images_per_second']:.0f} img/s  data {speed['data_wait']:.0%}"
-        )
+        if self.rank:
+            return
+        try:
+            self._store(step, metrics, speed)
+            self.complained = False
+        except OSError as error:
+            if not self.complained:
+                self.say(
+                    f"warning: metrics could not be written ({error}); they are kept until there is room"
+                )
+            self.complained = True
+        keys = {"loss": "loss {:.4f}", "agreement": "agreement {:.4f}", "rate": "rate {:.1f}"}
+        keys |= {"bit_entropy": "entropy {:.2f}", "dead_bits": "dead {:.0%}"}
+        parts = [words.format(metrics[key]) for key, words in keys.items() if key in metrics]
+        parts += [f"{speed['images_per_second']:.0f} img/s", f"data {speed['data_wait']:.0%}"]
         if self.bar.disable:
-            self.say(f"step {step}/{self.bar.total}  {shown}")
+            self.say(f"step {step}/{self.bar.total}  {'  '.join(parts)}")
         else:
-            self.bar.set_postfix_str(shown)
+            self.bar.set_postfix_str("  ".join(parts))
+
+    def _store(self, step: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
+        for name, values in (("metrics", metrics), ("speed", speed)):
+            self.pending[name].append(json.dumps({"step": step, **values}) + "\n")
+        for name, lines in self.pending.items():
+            path = self.run / f"{name}.jsonl"
+            size = path.stat().st_size
+            try:
+                with open(path, "a") as file:
+                    file.writelines(lines)
+            except OSError:
+                os.truncate(path, size)  # a line may have been written in part
+                raise
+            lines.clear()
+        # TensorBoard writes in a thread of its own, which dies of a full disk with a traceback.
+        if shutil.disk_usage(self.run).free < 1 << 16:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run / "tensorboard"))
+        try:
+            self.board = self.board or SummaryWriter(str(self.run / "tensorboard"))
+            for key, value in (metrics | speed).items():
+                self.board.add_scalar(key, value, step)
+            self.board.flush()
+        except OSError:
+            self.board = None  # its thread has ended; another is tried with the next metrics
+            raise
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
-        tqdm.write(printable(text))
+        """A line above the bar; of ranks other than the first, with their number."""
+        tqdm.write(printable(f"rank {self.rank}: {text}" if self.rank else text))
 
     def close(self) -> None:
         self.bar.close()
-        self.board.close()
+        if self.board is not None:
+            with contextlib.suppress(OSError):
+                self.board.close()
 
 
 def printable(text: str) -> str:
@@ -138,34 +199,55 @@ def printable(text: str) -> str:
 
 
 class Watch:
-    """Warns, once each, when the channel collapses: bits that never change, or bits that carry nothing.
+    """Warns, once each, when the channel collapses, and says what helps.
 
-    To be asked while the head has had time to learn: both signs are common in warm-up and after a reset.
+    To be asked while the head has had time to learn: its signs are common in warm-up and after a reset.
+
+    Args:
+        beta: weight of the coding rate where the configuration sets it, as for the method bits; else None.
+        floor, ceiling: the least and the largest coding rate there can be, nats.
+        hard_bits: whether the agreement is the binary cross-entropy of bits, whose ln 2 means silence.
     """
 
     PATIENCE = 5  # reports in a row
 
-    def __init__(self, beta: float):
-        self.beta = beta
-        self.spells = {"dead": 0, "mute": 0}  # reports in a row so far; below 0: warned of
+    def __init__(self, beta: float | None, floor: float, ceiling: float, hard_bits: bool):
+        self.beta, self.floor, self.ceiling, self.hard_bits = beta, floor, ceiling, hard_bits
+        self.spells = {"dead": 0, "narrow": 0, "flat": 0, "mute": 0}  # reports in a row; below 0: warned of
 
     def look(self, metrics: dict[str, float]) -> list[str]:
         """The warnings these metrics give rise to."""
-        signs = {"dead": metrics["dead_bits"] > 0.5, "mute": metrics["agreement"] > 0.98 * math.log(2)}
-        advice = {
-            "dead": f"warning: {metrics['dead_bits']:.0%} of the bits are dead (nearly always the same)."
-            f" The coding rate is too weak: raise beta (now {self.beta:g}), say to {2 * self.beta:g}, and "
-            "begin again with another --output.",
-            "mute": f"warning: agreement stays at {metrics['agreement']:.3f}, and ln 2 = 0.693 says that "
-            "nothing is transmitted. The coding rate is too strong or the learning rate wrong: lower beta "
-            f"(now {self.beta:g}), say to {self.beta / 2:g}, and begin again with another --output.",
+        if "bit_entropy" not in metrics:
+            return []
+        share = (metrics["rate"] - self.floor) / (self.ceiling - self.floor)
+        signs = {
+            "dead": metrics["dead_bits"] > 0.5,
+            "narrow": metrics["bit_entropy"] < 0.2,
+            "flat": share < 0.02,
+            "mute": self.hard_bits and metrics["agreement"] > 0.98 * math.log(2),
+        }
+        stronger = "The coding rate is too weak: "
+        weaker = "The coding rate is too strong or the learning rate wrong: "
+        if self.beta is None:
+            stronger += "lower lr"
+            weaker += "lower lr"
+        else:
+            stronger += f"raise beta (now {self.beta:g}), say to {2 * self.beta:g}"
+            weaker += f"lower beta (now {self.beta:g}), say to {self.beta / 2:g}"
+        words = {
+            "dead": f"{metrics['dead_bits']:.0%} of the bits are dead (nearly always the same). {stronger}",
+            "narrow": f"a bit carries {metrics['bit_entropy']:.2f} of the 1 bit it could. {stronger}",
+            "flat": f"the coding rate, {metrics['rate']:.1f} nats, is near its least, {self.floor:.1f} (its "
+            f"ceiling is {self.ceiling:.1f}): all images give the same output. {stronger}",
+            "mute": f"agreement stays at {metrics['agreement']:.3f}, and ln 2 = 0.693 says that nothing is "
+            f"transmitted, the coding rate being {share:.0%} of the way to its ceiling. {weaker}",
         }
         warnings = []
         for name, seen in signs.items():
             if self.spells[name] >= 0:
                 self.spells[name] = self.spells[name] + 1 if seen else 0
             if self.spells[name] == self.PATIENCE:
-                warnings.append(advice[name])
+                warnings.append(f"warning: {words[name]}, and begin again with another --output.")
                 self.spells[name] = -1
         return warnings
 
@@ -199,7 +281,7 @@ def plot_curves(run: Path) -> None:
     figure = Figure(figsize=(12, 6), layout="constrained")
     for axes, (title, keys, unit) in zip(figure.subplots(2, 3).flat, panels, strict=True):
         for key in keys:
-            axes.plot(steps, [record[key] for record in records], label=key)
+            axes.plot(steps, [record.get(key, math.nan) for record in records], label=key)
         axes.set(title=title, xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
         if len(keys) > 1:

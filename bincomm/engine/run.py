@@ -5,34 +5,38 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
+from bincomm.engine.ranks import Ranks
 
 LOCK = ".bincomm.lock"  # marks a directory as a run's, and is locked while a process trains in it
 
 
 @contextmanager
-def open_run(output: str) -> Iterator[Path]:
-    """Make a run's directory and hold it for this process.
+def open_run(output: str, ranks: Ranks) -> Iterator[Path]:
+    """Make a run's directory and hold it for these ranks.
 
     Raises:
         ValueError: the directory cannot be made or written in, or another process trains in it.
     """
     path = Path(output)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        # The file is opened for writing, so this finds out about an unwritable directory too.
-        lock = open(path / LOCK, "a")  # noqa: SIM115  (closed below; the lock lives as long as the run)
-    except OSError as error:
-        raise ValueError(f"output: cannot write in {output}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"output: {output} is in use by another process") from error
+    with ExitStack() as held:
+
+        def take() -> None:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                # The file is opened for writing, so this finds out about an unwritable directory too.
+                lock = held.enter_context(open(path / LOCK, "a"))
+            except OSError as error:
+                raise ValueError(f"output: cannot write in {output}: {error.strerror}") from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"output: {output} is in use by another process") from error
+
+        ranks.first(take)
         yield path
 
 
@@ -68,37 +72,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole: tensors and plain values only, so that it loads with `weights_only`."""
-
-    def write(file: BinaryIO) -> None:
-        try:
-            torch.save(state, file)
-        except RuntimeError:
-            # torch.save hides why writing failed; where the disk is full, writing more raises the reason.
-            file.write(bytes(1 << 20))
-            file.flush()
-            raise
-
-    write_whole(path, write)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """The checkpoint, on the CPU; None where there is none.
-
-    Raises:
-        ValueError: the file is no checkpoint.
-    """
-    if not path.exists():
-        return None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint; move it away to start anew: {error}"
-        ) from error
 
 
 def _umask() -> int:

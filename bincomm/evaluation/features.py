@@ -27,7 +27,7 @@ def extract(
 
     Returns:
         "images" (n,) int64, the numbers of the images in the source; "features" (n, D) of the backbone,
-        "signs" (n, K) of the head's logits as ±1, "pixels" (n, 3·s·s), the image itself averaged down to
+        "signs" (n, K) of the head's code as ±1, "pixels" (n, 3·s·s), the image itself averaged down to
         s = PIXELS a side where it is larger; fp32, CPU.
     """
     found: dict[str, list[Tensor]] = {"images": [], "features": [], "signs": [], "pixels": []}
@@ -44,7 +44,7 @@ def extract(
         for numbers, images in eval_batches(source, **crops, batch_size=batch_size, device=device):
             found["images"].append(torch.tensor(numbers))
             features = network.backbone(images)
-            signs = torch.where(network.head(features) > 0, 1.0, -1.0)
+            signs = torch.where(network.head.code(features) > 0, 1.0, -1.0)
             pixels = F.adaptive_avg_pool2d(images, min(PIXELS, config.global_size)).flatten(1)
             for name, value in (("features", features), ("signs", signs), ("pixels", pixels)):
                 found[name].append(value.float().cpu())

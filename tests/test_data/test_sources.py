@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from bincomm.data.sources import digits, evaluation_sources, open_source
+from bincomm.engine.ranks import ALONE
 from bincomm.engine.run import open_run
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
@@ -85,7 +86,7 @@ def test_a_test_folder_without_labels_asks_nothing(tmp_path):
 
 def test_a_run_among_the_images_is_no_data(tmp_path):
     make(tmp_path, "cat/1.png", "dog/1.png")
-    with open_run(str(tmp_path / "runs" / "first")):
+    with open_run(str(tmp_path / "runs" / "first"), ALONE):
         make(tmp_path, "runs/first/curves.png")
         source = open_source(str(tmp_path))
     assert names(source, tmp_path) == ["cat/1.png", "dog/1.png"]

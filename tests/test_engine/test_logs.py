@@ -1,3 +1,4 @@
+import io
 import json
 import math
 
@@ -5,10 +6,17 @@ import pytest
 import torch
 
 from bincomm.engine.logs import Log, Watch, Window, bit_statistics, plot_curves, read_lines
+from bincomm.engine.ranks import ALONE
+from bincomm.engine.step import Done
 
 
-def losses(value):
-    return {"loss": torch.tensor(value), "agreement": torch.tensor(0.5), "rate": torch.tensor(7.0)}
+def done(loss, gradient_norm, student, teacher):
+    losses = {"loss": torch.tensor(loss), "agreement": torch.tensor(0.5), "rate": torch.tensor(7.0)}
+    return Done(losses, torch.tensor(gradient_norm), student, teacher)
+
+
+def new_window():
+    return Window(4, ("loss", "agreement", "rate"), 6, torch.device("cpu"))
 
 
 def test_bit_statistics():
@@ -21,55 +29,53 @@ def test_bit_statistics():
 
 
 def test_window_averages_over_steps_and_compares_views_crosswise():
-    window = Window(4, 6, torch.device("cpu"))
+    window = new_window()
     teacher = torch.randn(2, 5, 6)
     student = torch.cat(
         [teacher[1:], teacher[:1], torch.randn(3, 5, 6)]
     )  # each view says the other's message
-    window.add(losses(1.0), torch.tensor(2.0), student, teacher)
-    window.add(losses(3.0), torch.tensor(4.0), student, teacher)
+    window.add(done(1.0, 2.0, student, teacher))
+    window.add(done(3.0, 4.0, student, teacher))
     metrics = window.report()
     assert metrics["loss"] == 2.0
     assert metrics["gradient_norm"] == 3.0
     assert metrics["bit_agreement"] == 1.0
     expected = bit_statistics((teacher > 0).sum((0, 1)), 10)
     assert metrics["bit_entropy"] == pytest.approx(expected["bit_entropy"])
-    window.add(losses(5.0), torch.tensor(0.0), -student, teacher)
+    window.add(done(5.0, 0.0, -student, teacher))
     assert window.report()["bit_agreement"] == 0.0
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.inf)])
-def test_window_finds_the_step_that_spoiled_the_loss_or_the_gradient(loss, gradient):
-    window = Window(4, 6, torch.device("cpu"))
-    for value, norm in ((1.0, 1.0), (loss, gradient), (2.0, 1.0)):
-        assert window.first_not_finite() in (None, 0)
-        window.add(losses(value), torch.tensor(norm), torch.randn(2, 5, 6), torch.randn(2, 5, 6))
-    assert window.first_not_finite() == 1
+def test_window_counts_the_steps_that_were_skipped_and_averages_the_others(loss, gradient):
+    window = new_window()
+    for value, norm in ((1.0, 1.0), (loss, gradient), (2.0, 3.0)):
+        window.add(done(value, norm, torch.randn(2, 5, 6), torch.randn(2, 5, 6)))
+    metrics = window.report()
+    assert (metrics["skipped"], metrics["loss"], metrics["gradient_norm"]) == (1, 1.5, 2.0)
 
 
 def test_window_goes_on_from_its_state():
-    first, second = (Window(4, 6, torch.device("cpu")) for _ in range(2))
-    steps = [
-        (losses(float(k)), torch.tensor(1.0), torch.randn(2, 5, 6), torch.randn(2, 5, 6)) for k in range(3)
-    ]
+    first, second = (new_window() for _ in range(2))
+    steps = [done(float(k), 1.0, torch.randn(2, 5, 6), torch.randn(2, 5, 6)) for k in range(3)]
     for k, step in enumerate(steps):
-        first.add(*step)
+        first.add(step)
         if k == 1:
             second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
-    second.add(*steps[2])
+    second.add(steps[2])
     assert first.report() == second.report()
 
 
 def test_log_drops_what_came_after_the_checkpoint(tmp_path):
     metrics = {"loss": 1.0, "agreement": 0.5, "rate": 7.0, "bit_entropy": 1.0, "bit_entropy_min": 0.5}
     metrics |= {"dead_bits": 0.0, "bit_agreement": 0.9, "bit_majority": 0.5, "lr": 0.1}
-    log = Log(tmp_path, 0, 30)
+    log = Log(tmp_path, 0, 30, ALONE)
     for step in (10, 20, 30):
         log.write(step, {**metrics, "loss": float(step)})
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # cut off by a kill
-    log = Log(tmp_path, 20, 30)
+    log = Log(tmp_path, 20, 30, ALONE)
     log.write(30, {**metrics, "loss": 31.0})
     log.close()
     assert [(r["step"], r["loss"]) for r in read_lines(tmp_path / "metrics.jsonl")] == [
@@ -86,20 +92,62 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_watch_warns_once_of_either_collapse():
-    healthy = {"dead_bits": 0.0, "agreement": 0.5}
-    dead, mute = {"dead_bits": 0.8, "agreement": 0.1}, {"dead_bits": 0.0, "agreement": 0.692}
-    watch = Watch(beta=0.1)
-    assert [watch.look(healthy) for _ in range(9)] == [[]] * 9
-    assert [watch.look(dead) for _ in range(4)] == [[]] * 4
-    assert watch.look(healthy) == []  # a spell that ends is none
-    warnings = [warning for _ in range(20) for warning in watch.look(dead)]
+HEALTHY = {"dead_bits": 0.0, "agreement": 0.5, "bit_entropy": 0.9, "rate": 50.0}
+
+
+@pytest.mark.parametrize(
+    ("signs", "words", "advice"),
+    [
+        ({"dead_bits": 0.8}, "80% of the bits are dead", "raise beta (now 0.1), say to 0.2"),
+        ({"bit_entropy": 0.1}, "a bit carries 0.10 of the 1 bit", "raise beta (now 0.1), say to 0.2"),
+        ({"rate": 5.0}, "rate, 5.0 nats, is near its least, 4.0 (its ceiling is 100.0)", "raise beta"),
+        ({"agreement": 0.692}, "nothing is transmitted", "lower beta (now 0.1), say to 0.05"),
+    ],
+)
+def test_watch_warns_once_of_every_collapse(signs, words, advice):
+    def new_watch():
+        return Watch(beta=0.1, floor=4.0, ceiling=100.0, hard_bits=True)
+
+    watch, bad = new_watch(), HEALTHY | signs
+    assert [watch.look(HEALTHY) for _ in range(9)] == [[]] * 9
+    assert [watch.look(bad) for _ in range(4)] == [[]] * 4
+    assert watch.look(HEALTHY) == []  # a spell that ends is none
+    warnings = [warning for _ in range(20) for warning in watch.look(bad)]
     assert len(warnings) == 1
-    assert "80% of the bits are dead" in warnings[0]
-    assert "raise beta (now 0.1), say to 0.2" in warnings[0]
-    resumed = Watch(beta=0.1)
+    assert words in warnings[0]
+    assert advice in warnings[0]
+    resumed = new_watch()
     resumed.load_state_dict(watch.state_dict())
-    assert [resumed.look(dead) for _ in range(9)] == [[]] * 9
-    warnings = [warning for _ in range(20) for warning in watch.look(mute)]
+    assert [resumed.look(bad) for _ in range(9)] == [[]] * 9
+
+
+def test_watch_knows_what_an_objective_has_no_part_in():
+    watch = Watch(beta=None, floor=4.0, ceiling=100.0, hard_bits=False)
+    assert [watch.look({"loss": 1.0}) for _ in range(9)] == [[]] * 9
+    assert [watch.look(HEALTHY | {"agreement": 0.999}) for _ in range(9)] == [[]] * 9  # a cosine
+    warnings = [warning for _ in range(9) for warning in watch.look(HEALTHY | {"dead_bits": 0.9})]
     assert len(warnings) == 1
-    assert "lower beta (now 0.1), say to 0.05" in warnings[0]
+    assert "beta" not in warnings[0]
+
+
+def test_metrics_that_a_full_disk_did_not_take_are_written_later(tmp_path, monkeypatch, capsys):
+    log = Log(tmp_path, 0, 30, ALONE)
+    log.write(10, HEALTHY | {"loss": 1.0})
+    whole = (tmp_path / "metrics.jsonl").read_text()
+
+    class Full(io.StringIO):
+        def writelines(self, lines):
+            with real(tmp_path / "metrics.jsonl", "a") as file:
+                file.write('{"step": 2')  # as much as there was room for
+            raise OSError(28, "No space left on device")
+
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *args, **options: Full())
+    log.write(20, HEALTHY | {"loss": 2.0})
+    monkeypatch.undo()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    assert "metrics could not be written" in capsys.readouterr().out
+    log.write(30, HEALTHY | {"loss": 3.0})
+    log.close()
+    assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
+    assert [line["step"] for line in read_lines(tmp_path / "speed.jsonl")] == [10, 20, 30]

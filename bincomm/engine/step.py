@@ -1,0 +1,324 @@
+"""One training step: the teacher's message, the student's gradient, both networks moved on."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bincomm.engine.optimiser import clip_gradients, set_rates
+from bincomm.networks import Network, update_teacher
+
+
+class Done(NamedTuple):
+    """What a step leaves for the log, all on the device."""
+
+    losses: dict[str, Tensor]
+    gradient_norm: Tensor  # of all gradients together, before clipping
+    student: Tensor  # (V, n, K) logits
+    teacher: Tensor  # (U, n, K) logits
+
+
+class Step:
+    """Trains a student and its teacher on one batch after another, without waiting for the device.
+
+    A step whose loss or gradient is not finite on any rank moves neither the student nor any statistics, on
+    all ranks alike; see `Guard`.
+
+    Where torch.distributed is initialised gradients are averaged over the ranks, by DistributedDataParallel
+    unless the parameters are split by `bincomm.engine.ranks.shard`.
+
+    Args:
+        student, teacher: equal networks; the teacher becomes the student's moving average.
+        objective: of `bincomm.objectives`.
+        optimiser: of the student's parameters, from `create_optimiser`.
+        clip: largest norm of a parameter's gradient, 0 = no clipping.
+        precision: of the networks' forward passes, "bf16" or "fp32".
+        accumulate: parts that a batch is cut into, to need less memory. The loss is that of the whole batch,
+            for the coding rate of all images is not the sum of the parts' rates: its gradient at the logits
+            is taken first, after forward passes of all parts that keep nothing, then every part runs again
+            and takes its share of it. That costs one more forward pass of the student.
+
+    Raises:
+        ValueError: `accumulate` with batch norm, whose statistics would be those of a part.
+    """
+
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network,
+        objective: nn.Module,
+        optimiser: torch.optim.Optimizer,
+        *,
+        clip: float,
+        precision: str,
+        accumulate: int = 1,
+    ):
+        if accumulate > 1 and has_batch_norm(student):
+            raise ValueError(
+                f"accumulate: expected 1 for a backbone with batch norm, got {accumulate}: its statistics "
+                "would be those of a part of the batch"
+            )
+        self.student, self.teacher, self.objective, self.optimiser = student, teacher, objective, optimiser
+        self.clip, self.accumulate = clip, accumulate
+        self.device = next(student.parameters()).device
+        self.autocast = precision == "bf16"
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.sharded = hasattr(student, "reshard")
+        self.forward: nn.Module = student
+        if self.ranks > 1 and not self.sharded:
+            device_ids = [self.device.index] if self.device.type == "cuda" else None
+            # Statistics of batch norm are each rank's own or, on a GPU, common to all anyway.
+            self.forward = DistributedDataParallel(
+                student, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        # What a step changes beside the parameters: statistics of batch norm, the centre of DINO.
+        modules = (student, teacher, objective)
+        self.statistics = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+        self.guard = Guard(self.device, self.ranks)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part, by name
+
+    def __call__(
+        self,
+        global_views: Tensor,
+        local_views: Tensor | None,
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+    ) -> Done:
+        """One step on crops (n, 2, 3, S, S) and (n, L, 3, s, s)."""
+        if self.graph is None:
+            done, skip = self._gradient(global_views, local_views)
+        else:
+            done, skip = self._replay(global_views, local_views)
+        set_rates(self.optimiser, lr, weight_decay)
+        self.optimiser.found_inf, self.optimiser.grad_scale = skip, None  # where 1, it stands still
+        self.optimiser.step()
+        if self.graph is None:  # whose gradients lie where it writes them
+            self.optimiser.zero_grad()
+        self.mark("optimiser")
+        update_teacher(self.teacher, self.student, momentum)
+        self.mark("average")
+        self.guard.copy_to_host()
+        return done
+
+    def _gradient(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Done, Tensor]:
+        """The student's clipped gradient, and whether the step is to be skipped: 0 or 1, on the device."""
+        before = [statistic.clone() for statistic in self.statistics]
+        cut = [_cut(views, self.accumulate) for views in (global_views, local_views)]
+        parts = list(zip(*cut, strict=True))
+        with torch.inference_mode():
+            message = torch.cat([self._run(self.teacher, views, None) for views, _ in parts], dim=1)
+        message = message.clone()  # out of inference mode: autograd is to save it
+        if self.sharded:
+            self.teacher.reshard()
+        self.mark("teacher")
+
+        if self.accumulate == 1:
+            outputs = self._run(self.forward, *parts[0])
+            logits = outputs.detach().requires_grad_()
+        else:
+            draws, found = [], []
+            with torch.no_grad():
+                for part in parts:
+                    draws.append(_random_state(self.device))
+                    found.append(self._run(self.forward, *part))
+            logits = torch.cat(found, dim=1).requires_grad_()
+        self.mark("student")
+
+        losses = self.objective(logits, message)
+        losses["loss"].backward()
+        self.mark("loss")
+
+        if self.accumulate == 1:
+            outputs.backward(logits.grad)
+        else:
+            gradients = logits.grad.chunk(self.accumulate, dim=1)
+            for number, (part, draw, gradient) in enumerate(zip(parts, draws, gradients, strict=True), 1):
+                _set_random_state(self.device, draw)  # the same paths are dropped again
+                with self._without_averaging(number < self.accumulate):
+                    self._run(self.forward, *part).backward(gradient)
+        self.mark("backward")
+
+        norm = clip_gradients(self.student, self.clip)
+        losses = {name: value.detach() for name, value in losses.items()}
+        skip = self.guard.judge(losses["loss"], norm)
+        for statistic, old in zip(self.statistics, before, strict=True):
+            statistic.copy_(torch.where(skip > 0, old, statistic))
+        self.mark("clip")
+        return Done(losses, norm, logits.detach(), message), skip
+
+    def _run(self, network: nn.Module, global_views: Tensor, local_views: Tensor | None) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return network(global_views) if local_views is None else network(global_views, local_views)
+
+    @contextlib.contextmanager
+    def _without_averaging(self, without: bool):
+        """Gradients stay this rank's own, until the last part's backward pass averages the sum."""
+        if self.sharded:
+            self.student.set_requires_gradient_sync(not without)
+            yield
+        elif without and self.forward is not self.student:
+            with self.forward.no_sync():
+                yield
+        else:
+            yield
+
+    def compile(self, global_views: Tensor, local_views: Tensor | None) -> str:
+        """Compile both networks for crops of these shapes; what came of it, in words.
+
+        Where torch.compile fails the networks are left as they were.
+        """
+        networks = (self.forward, self.teacher)
+        buffers = [(b, b.clone()) for network in networks for b in network.buffers()]
+        started = time.perf_counter()
+        try:
+            for network in networks:
+                network.compile(dynamic=False)
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.random.fork_rng(devices), self._without_averaging(True):
+                with torch.inference_mode():
+                    self._run(self.teacher, global_views, None)
+                self._run(self.forward, global_views, local_views).sum().backward()
+            outcome = f"torch.compile: both networks, in {time.perf_counter() - started:.0f} s"
+        except Exception as error:  # of any of its compilers; which exception is theirs to choose
+            for network in networks:
+                network._compiled_call_impl = None
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            outcome = f"warning: torch.compile failed, so the networks run without it, slower: {reason}"
+        finally:
+            self.optimiser.zero_grad()
+            if self.sharded:
+                self.teacher.reshard()
+            with torch.no_grad():
+                for buffer, old in buffers:
+                    buffer.copy_(old)
+        return outcome
+
+    def capture(self, global_views: Tensor, local_views: Tensor | None) -> None:
+        """Capture all of a step up to the gradient in a CUDA graph, for crops of these shapes.
+
+        What follows, the optimiser and the average, is few launches, with numbers that change every step.
+
+        Raises:
+            ValueError: not on a GPU, on several ranks, or with `accumulate`.
+        """
+        if self.device.type != "cuda" or self.ranks > 1 or self.accumulate > 1:
+            raise ValueError(
+                "cuda_graph: expected one GPU and accumulate = 1, got "
+                f"{self.ranks} × {self.device.type} and accumulate = {self.accumulate}"
+            )
+        self.static = [None if v is None else v.clone() for v in (global_views, local_views)]
+        buffers = [(b, b.clone()) for m in (self.student, self.teacher, self.objective) for b in m.buffers()]
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side), torch.random.fork_rng([self.device]):
+            for _ in range(3):
+                self._gradient(*self.static)
+                self.optimiser.zero_grad()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        with torch.no_grad():
+            for buffer, old in buffers:
+                buffer.copy_(old)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.captured = self._gradient(*self.static)
+        self.guard.reset()
+        self.graph = graph
+
+    def _replay(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Done, Tensor]:
+        for static, views in zip(self.static, (global_views, local_views), strict=True):
+            if static is not None:
+                static.copy_(views)
+        self.graph.replay()
+        self.mark("clip")
+        return self.captured
+
+
+class Guard:
+    """Counts the steps that were skipped because something was not finite, and tells when to stop.
+
+    The counts live on the device. The host reads those of the step before the last, which are there by then,
+    so it never waits for a step that it has only just begun; meanwhile, after more than `LIMIT` such steps in
+    a row, nothing moves any more.
+    """
+
+    LIMIT = 3
+
+    def __init__(self, device: torch.device, ranks: int):
+        self.ranks = ranks
+        self.lag = 0 if device.type == "cpu" else 1  # steps that `read` is behind
+        # Skipped steps in all; in a row; whether a rank asks for the end, here and on any of them.
+        self.counts = torch.zeros(4, dtype=torch.float32, device=device)
+        self.copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """0 where loss and gradient are finite on all ranks, else 1."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) | (self.counts[1] > self.LIMIT)
+        flags = torch.stack([bad.float(), self.counts[2]])
+        if self.ranks > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        skip = flags[0]
+        in_row = (self.counts[1] + 1) * skip
+        self.counts.copy_(torch.stack([self.counts[0] + skip, in_row, self.counts[2], flags[1]]))
+        return skip
+
+    def ask_to_stop(self) -> None:
+        """Let all ranks stop after the same step, soon."""
+        self.counts[2] = 1
+
+    def copy_to_host(self) -> None:
+        """Begin to copy the counts of the step just launched."""
+        if self.counts.device.type == "cpu":
+            self.copies.append((self.counts.clone(), None))
+            return
+        copy = torch.empty(4, pin_memory=True).copy_(self.counts, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.copies.append((copy, event))
+
+    def read(self) -> tuple[int, int, bool]:
+        """Skipped steps in all, those in a row, and whether to stop, as of this step on a CPU and of the one
+        before it on a GPU."""
+        if len(self.copies) <= self.lag:
+            return 0, 0, False
+        copy, event = self.copies.popleft()
+        if event is not None:
+            event.synchronize()
+        skipped, in_row, _, stop = copy.tolist()
+        return int(skipped), int(in_row), bool(stop)
+
+    def reset(self) -> None:
+        self.counts.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"skipped": self.counts[:2]}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.counts[:2].copy_(state["skipped"])
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether an image's features depend on the other images of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+
+
+def _cut(views: Tensor | None, parts: int) -> list[Tensor | None]:
+    return [None] * parts if views is None else list(views.chunk(parts))
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,77 @@
+"""What a run's backbone and codes are worth at its end."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from bincomm import __version__
+from bincomm.config import PretrainConfig
+from bincomm.data.sources import Source
+from bincomm.engine.logs import bit_statistics, printable
+from bincomm.evaluation.features import extract
+from bincomm.evaluation.knn import knn_accuracy
+from bincomm.models import create_networks
+from bincomm.networks import Network
+from bincomm.ops.coding_rate import rate_ceiling
+
+
+def evaluate(
+    teacher: Network,
+    sources: tuple[Source, Source, bool] | None,
+    config: PretrainConfig,
+    run: Path,
+    device: torch.device,
+) -> dict[str, Any]:
+    """k-NN of the teacher, of the same network before training, of pixels and codes; use of the bits."""
+    metrics = (run / "metrics.jsonl").read_text().splitlines()
+    result: dict[str, Any] = {
+        "last_metrics": json.loads(metrics[-1]),
+        "rate_ceiling": rate_ceiling(
+            torch.tensor(config.batch_size, dtype=torch.float64), config.bits, config.eps_squared
+        ).item(),
+        "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "machine": {"device": device.type, "python": platform.python_version()},
+    }
+    if sources is None:
+        return {**result, "knn": None}
+    gallery, queries, held_out = sources
+    untrained, _ = create_networks(config, device)
+
+    def tell(image: int, why: str) -> None:
+        print(printable(f"left out of the queries: {queries.images.name(image)}: {why}"))
+
+    # What cannot be used of the pretraining images was told when they were trained on.
+    trained = [
+        extract(teacher, gallery, config, device),
+        extract(teacher, queries, config, device, **({"report": tell} if held_out else {})),
+    ]
+    if not all(len(found["images"]) for found in trained):
+        return {**result, "knn": None}
+    before = [extract(untrained, source, config, device) for source in (gallery, queries)]
+    labels = [
+        torch.from_numpy(source.labels)[found["images"]]
+        for source, found in zip((gallery, queries), trained, strict=True)
+    ]
+
+    def knn(gallery_features: torch.Tensor, query_features: torch.Tensor) -> float:
+        return knn_accuracy(*(x.to(device) for x in (gallery_features, labels[0], query_features, labels[1])))
+
+    signs = trained[1]["signs"]
+    return {
+        **result,
+        "knn": {
+            "teacher": knn(trained[0]["features"], trained[1]["features"]),
+            "codes": knn(trained[0]["signs"], trained[1]["signs"]),
+            "random_initialisation": knn(before[0]["features"], before[1]["features"]),
+            "pixels": knn(trained[0]["pixels"], trained[1]["pixels"]),
+            "k": 20,
+            "gallery_images": len(labels[0]),
+            "query_images": len(labels[1]),
+            "queries_held_out": held_out,
+        },
+        "codes": bit_statistics((signs > 0).sum(0), len(signs)),
+    }

@@ -1,0 +1,74 @@
+"""What a network's features and codes are worth on labelled images, one centre crop of each."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bincomm.config import PretrainConfig
+from bincomm.data.sources import Source
+from bincomm.engine.logs import bit_statistics
+from bincomm.evaluation.features import extract
+from bincomm.evaluation.geometry import effective_dimensions
+from bincomm.evaluation.knn import knn_accuracy
+from bincomm.evaluation.linear import linear_probe
+from bincomm.evaluation.retrieval import mean_average_precision
+from bincomm.networks import Network
+from bincomm.ops.messages import pack_signs
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Features (n, D) of a backbone, codes (n, K) of its head as ±1 and labels (n,) of images."""
+
+    features: Tensor
+    signs: Tensor
+    labels: Tensor
+
+
+def look_at(
+    network: Network, sources: tuple[Source, Source], config: PretrainConfig, device: torch.device
+) -> tuple[Labelled, Labelled]:
+    """Gallery and queries as a network sees them, on its device; images that cannot be used are left out.
+
+    Raises:
+        ValueError: none of the gallery's or of the queries' images can be used.
+    """
+    seen = []
+    for name, source in zip(("gallery", "queries"), sources, strict=True):
+        found = extract(network, source, config, device)
+        if not len(found["images"]):
+            raise ValueError(f"data: none of the {len(source.images)} images of the {name} can be used")
+        labels = torch.from_numpy(source.labels)[found["images"]]
+        seen.append(Labelled(*(x.to(device) for x in (found["features"], found["signs"], labels))))
+    return seen[0], seen[1]
+
+
+def classify(gallery: Labelled, queries: Labelled) -> dict[str, float]:
+    """Shares of queries whose class k-NN (k = 20) and a linear probe of the features find."""
+    features = gallery.features, gallery.labels, queries.features, queries.labels
+    return {"knn": knn_accuracy(*features), "linear": linear_probe(*features).accuracy}
+
+
+def measure(gallery: Labelled, queries: Labelled) -> dict[str, float]:
+    """Every figure of features and codes: the shares of `classify`, mAP@ALL of the queries in the gallery
+    by the features' cosine and the codes' Hamming distance, effective dimensions of the queries' features
+    and use of the bits in the queries' codes, entropies in bits."""
+    messages, asked = pack_signs(gallery.signs), pack_signs(queries.signs)
+    dimensions = effective_dimensions(queries.features)
+    bits = bit_statistics((queries.signs > 0).sum(0), len(queries.signs))
+    return {
+        **classify(gallery, queries),
+        "map": mean_average_precision(gallery.features, gallery.labels, queries.features, queries.labels),
+        "map_codes": mean_average_precision(messages, gallery.labels, asked, queries.labels),
+        "d_eff": dimensions.d_eff,
+        "r_eff": dimensions.r_eff,
+        "bit_entropy": bits["bit_entropy"],
+        "dead_bits": bits["dead_bits"],
+    }
+
+
+def device_of(config: PretrainConfig) -> torch.device:
+    """Where to measure: the device that the configuration's run was trained on, on this machine."""
+    gpu = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")

@@ -1,0 +1,251 @@
+"""Adapting a backbone to a target: it begins with the source's, under a new head, and ends as a run of its own."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+
+for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors"):
+    pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
+import safetensors.torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from bincomm import cli, models  # noqa: E402
+from bincomm.adapt import configure  # noqa: E402
+from bincomm.config import PretrainConfig, parse  # noqa: E402
+from bincomm.data.sources import digits, evaluation_sources, open_source  # noqa: E402
+from bincomm.engine.logs import Log  # noqa: E402
+from bincomm.evaluation.features import extract  # noqa: E402
+from bincomm.evaluation.knn import knn_accuracy  # noqa: E402
+from bincomm.evaluation.linear import linear_probe  # noqa: E402
+from bincomm.models import create_networks  # noqa: E402
+from bincomm.pretrain import pretrain  # noqa: E402
+
+OPTIONS = {
+    "recipe": "digits",
+    "backbone": "resnetv2_18",
+    "backbone_args": '{"layers": [1, 1], "channels": [8, 16], "stem_chs": 8}',
+    "global_size": 16,
+    "local_size": 12,
+    "bits": 16,
+    "hidden": 32,
+    "max_steps": 30,
+    "log_every": 4,
+    "save_every": 5,
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A finished run, whose running statistics and weights are no longer those it began with."""
+    output = tmp_path_factory.mktemp("source") / "run"
+    pretrain(parse([*(f"--{key}={value}" for key, value in OPTIONS.items()), f"--output={output}"])[0])
+    return output
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """Digits, white on black turned to black on white: train/ and test/ with labels, fewer of them."""
+    folder = tmp_path_factory.mktemp("target")
+    for path in sorted(digits().glob("*/*/*.png"))[::4]:
+        copy = folder / path.relative_to(digits())
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).point(lambda value: 255 - value).save(copy)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(source, target, tmp_path_factory):
+    output = tmp_path_factory.mktemp("adapted") / "run"
+    assert cli.main(arguments(source, target, output)) == 0
+    return output
+
+
+def arguments(source, target, output, **options):
+    values = {"from": source, "data": target, "output": output, "max_steps": 12, **options}
+    return ["adapt", *(f"--{key}={value}" for key, value in values.items())]
+
+
+def configuration(run):
+    return PretrainConfig(**yaml.safe_load((run / "config.yaml").read_text()))
+
+
+def evaluated(weights, config):
+    """k-NN and linear probe of the backbone in a file, by direct calls."""
+    _, teacher = create_networks(parse(["--recipe", str(config)])[0], CPU)
+    teacher.backbone.load_state_dict(safetensors.torch.load_file(weights))
+    chosen = configuration(config.parent)
+    found = evaluation_sources(chosen.data, open_source(chosen.data))
+    features = []
+    for part in found[:2]:
+        features += [extract(teacher, part, chosen, CPU)["features"], torch.from_numpy(part.labels)]
+    return {"knn": knn_accuracy(*features, k=20), "linear": linear_probe(*features).accuracy}
+
+
+def test_before_is_the_source_and_after_the_run(source, target, adapted):
+    result = json.loads((adapted / "adapt.json").read_text())
+    config = adapted / "config.yaml"
+    assert result["before"] == evaluated(source / "backbone.safetensors", config)
+    assert result["after"] == evaluated(adapted / "backbone.safetensors", config)
+    assert result["before"] != result["after"]
+    assert result["query_images"] == len(list(target.glob("test/*/*")))
+    assert result["queries_held_out"]
+    assert result["after"]["knn"] == json.loads((adapted / "result.json").read_text())["knn"]["teacher"]
+
+
+def test_a_run_gives_its_keys_but_those_of_the_recipe_and_the_command_line(source, target):
+    theirs = configuration(source)
+    config = configure(str(source), [f"--data={target}", "--lr=0.5", "--output=out"])
+    expected = {
+        "data": str(target), "output": "out", "init_from": str(source), "lr": 0.5,
+        "epochs": 10, "max_steps": None, "reset_every": 0, "warmup_epochs": 1,
+    }  # fmt: skip
+    assert config.as_dict() == {**theirs.as_dict(), **expected}
+    assert theirs.max_steps == 30
+    assert theirs.reset_every == 20
+
+
+def test_another_recipe_says_all_but_the_backbone(source, target):
+    config = configure(str(source), [f"--data={target}", "--recipe=small_images"])
+    assert (config.epochs, config.reset_every, config.global_size) == (200, 20, 64)
+    assert config.backbone_args == configuration(source).backbone_args
+    assert config.bits == 256
+    assert config.hidden == configuration(source).hidden
+
+
+def test_it_begins_with_the_backbone_under_a_new_head_and_never_resets(source, target, tmp_path, monkeypatch):
+    began, resets = [], []
+    create, reset = create_networks, models.reset_head
+
+    def watched(config, device):
+        networks = create(config, device)
+        began.append([{name: x.clone() for name, x in n.state_dict().items()} for n in networks])
+        return networks
+
+    monkeypatch.setattr("bincomm.pretrain.create_networks", watched)
+    monkeypatch.setattr(
+        "bincomm.pretrain.reset_head", lambda *args, **named: resets.append(reset(*args, **named))
+    )
+    # Images for five steps an epoch: there are ends of epochs at which a reset could come.
+    assert cli.main(arguments(source, target, tmp_path / "run", reset_every=1)) == 0
+    assert len(resets) == 2
+    began.clear()
+    resets.clear()
+    assert cli.main(arguments(source, target, tmp_path / "other")) == 0
+    assert resets == []
+    theirs = torch.load(source / "checkpoints/step-000000030.ckpt", weights_only=True)["teacher"]
+    heads = [name for name in theirs if name.startswith("head.")]
+    assert heads
+    for state in began[0]:
+        for name, value in theirs.items():
+            if name in heads and "weight" in name:
+                assert not torch.equal(state[name], value)
+                assert state[name].std() < 1.1 * configuration(source).head_std
+            elif name in heads:
+                assert not state[name].any()
+            else:
+                assert torch.equal(state[name], value), name
+
+
+def test_the_same_command_goes_on_and_is_done_once(source, target, adapted, tmp_path, monkeypatch, capsys):
+    steps, step = [], Log.step
+
+    def interrupted(self, *args):
+        steps.append(step(self, *args))
+        if len(steps) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "step", interrupted)
+        assert cli.main(arguments(source, target, tmp_path / "run")) == cli.SAVED
+    assert cli.main(arguments(source, target, tmp_path / "run")) == 0
+    assert "resuming at step 8" in capsys.readouterr().out
+    for name in ("adapt.json", "backbone.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (adapted / name).read_bytes()
+    last = (adapted / "checkpoints/step-000000012.ckpt").stat().st_mtime_ns
+    assert cli.main(arguments(source, target, adapted)) == 0
+    assert (adapted / "checkpoints/step-000000012.ckpt").stat().st_mtime_ns == last
+    result = json.loads((adapted / "adapt.json").read_text())
+    line = f"linear probe         {result['before']['linear']:7.2%} {result['after']['linear']:7.2%}"
+    assert line in capsys.readouterr().out
+
+
+def test_from_a_file_the_backbone_is_known(source, target, adapted, tmp_path):
+    keys = ("global_size", "local_crops", "local_size", "bits", "hidden", "batch_size", "precision")
+    options = {key: getattr(configuration(source), key) for key in keys}
+    file = source / "backbone.safetensors"
+    assert cli.main(arguments(file, target, tmp_path / "run", eval_crop=1, drop_path=0, **options)) == 0
+    before = [json.loads((run / "adapt.json").read_text())["before"] for run in (tmp_path / "run", adapted)]
+    assert before[0] == before[1]
+    config = configuration(tmp_path / "run")
+    assert (config.backbone, config.backbone_args["layers"]) == ("resnetv2_18", [1, 1])
+    assert config.lr == PretrainConfig.lr
+
+
+def test_a_timm_name_is_the_backbone(target):
+    config = configure("resnet18.a1_in1k", [f"--data={target}"])
+    assert (config.backbone, config.init_from, config.epochs) == ("resnet18.a1_in1k",) * 2 + (10,)
+
+
+def test_images_without_labels_are_trained_on(source, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(70):
+        Image.new("RGB", (20, 20), (3 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    assert cli.main(arguments(source, tmp_path / "images", tmp_path / "run", max_steps=2)) == 0
+    assert "nothing could be measured" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "adapt.json").read_text())["after"] is None
+    assert (tmp_path / "run" / "backbone.safetensors").exists()
+
+
+def test_a_directory_of_an_adaptation_from_elsewhere_is_refused(source, target, adapted, capsys):
+    file = source / "backbone.safetensors"
+    options = {"backbone_args": OPTIONS["backbone_args"]}
+    assert cli.main(arguments(file, target, adapted, **options)) == 2
+    error = capsys.readouterr().err
+    assert f"holds a run that began with {source}, not with {file}" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("nowhere/at-all", "from: expected a run's directory, a .safetensors file or a timm model, got 'no"),
+        ("resnet81", "did you mean resnet"),
+        ("empty folder", "holds no run whose config.yaml can be read"),
+        ("unfinished run", "is not finished (there is no backbone.safetensors)"),
+        ("garbage file", "cannot be read as safetensors"),
+        ("unknown file", "does not say of which backbone it is; say --backbone"),
+    ],
+)
+def test_a_wrong_source_is_told_in_one_line(source, target, tmp_path, capsys, kind, words):
+    given = kind
+    if " " in kind:
+        given = tmp_path / "given"
+        given.mkdir()
+        if kind == "unfinished run":
+            (given / "config.yaml").write_bytes((source / "config.yaml").read_bytes())
+        elif kind.endswith("file"):
+            given /= "a.safetensors"
+            given.write_bytes(b"garbage" * 9)
+        if kind == "unknown file":
+            safetensors.torch.save_file({"weight": torch.zeros(2)}, given)
+    assert cli.main(arguments(given, target, tmp_path / "run")) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bincomm: error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_backbone_are_told(source, target, tmp_path, capsys):
+    assert cli.main(arguments(source, target, tmp_path / "run", backbone="resnet18", backbone_args="{}")) == 2
+    assert "holds weights of another backbone" in capsys.readouterr().err
+
+
+def test_init_from_is_not_an_option(source, target, tmp_path, capsys):
+    assert cli.main(arguments(source, target, tmp_path / "run", init_from="resnet18")) == 2
+    assert "init_from: adapt begins with the backbone that --from names" in capsys.readouterr().err

@@ -1,0 +1,245 @@
+"""Several methods in one table: its figures are those of the evaluation functions, and it can be gone on with."""
+
+import json
+import os
+import re
+import signal
+import statistics
+
+import pytest
+import torch
+
+for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors"):
+    pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
+from PIL import Image  # noqa: E402
+
+from bincomm import cli  # noqa: E402
+from bincomm.compare import BEFORE, METHODS, method_configs, prototypes_for  # noqa: E402
+from bincomm.config import PretrainConfig, parse  # noqa: E402
+from bincomm.data.sources import evaluation_sources, open_source  # noqa: E402
+from bincomm.engine.logs import Log, bit_statistics  # noqa: E402
+from bincomm.evaluation.features import extract  # noqa: E402
+from bincomm.evaluation.geometry import effective_dimensions  # noqa: E402
+from bincomm.evaluation.knn import knn_accuracy  # noqa: E402
+from bincomm.evaluation.linear import linear_probe  # noqa: E402
+from bincomm.evaluation.retrieval import mean_average_precision  # noqa: E402
+from bincomm.models import create_networks  # noqa: E402
+
+OPTIONS = {
+    "recipe": "digits",
+    "backbone": "test_vit",
+    "backbone_args": '{"patch_size": 4, "depth": 1}',
+    "global_size": 16,
+    "local_size": 12,
+    "bits": 16,
+    "hidden": 32,
+    "max_steps": 6,
+    "log_every": 4,
+    "save_every": 3,
+}
+
+
+def arguments(output, **options):
+    values = {**OPTIONS, **options, "output": output}
+    return ["compare", *(f"--{key}={value}" for key, value in values.items())]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """A comparison of all methods that need code of their own, over two seeds where it is cheap."""
+    output = tmp_path_factory.mktemp("compare") / "all"
+    assert cli.main(arguments(output, methods="bits-reset,simdino,dino", seeds="0,1")) == 0
+    return output, json.loads((output / "table.json").read_text())
+
+
+def rows(table):
+    return {row["name"]: row for row in table["rows"]}
+
+
+def evaluated(teacher, config):
+    """The figures of a network by direct calls, codes compared as ±1 vectors."""
+    found = evaluation_sources(config.data, open_source(config.data))
+    gallery, queries = (extract(teacher, source, config, torch.device("cpu")) for source in found[:2])
+    labels = [torch.from_numpy(source.labels) for source in found[:2]]
+    features = (gallery["features"], labels[0], queries["features"], labels[1])
+    bits = bit_statistics((queries["signs"] == 1).sum(0), 360)
+    return {
+        "knn": knn_accuracy(*features, k=20),
+        "linear": linear_probe(*features).accuracy,
+        "map": mean_average_precision(*features),
+        "map_codes": mean_average_precision(gallery["signs"], labels[0], queries["signs"], labels[1]),
+        "d_eff": effective_dimensions(queries["features"]).d_eff,
+        "r_eff": effective_dimensions(queries["features"]).r_eff,
+        "bit_entropy": bits["bit_entropy"],
+        "dead_bits": bits["dead_bits"],
+    }
+
+
+@pytest.mark.parametrize("method", ["bits-reset", "simdino", "dino"])
+def test_figures_are_those_of_the_evaluation_functions(compared, method):
+    output, table = compared
+    config = parse(["--recipe", str(output / f"{method}-seed1" / "config.yaml")])[0]
+    assert config.seed == 1
+    state = torch.load(output / f"{method}-seed1/checkpoints/step-000000006.ckpt", weights_only=True)
+    _, teacher = create_networks(config, torch.device("cpu"))
+    assert rows(table)[BEFORE]["runs"][1]["knn"] == evaluated(teacher, config)["knn"]
+    teacher.load_state_dict(state["teacher"])
+    shown = dict(rows(table)[method]["runs"][1])
+    assert shown.pop("seconds") > 0
+    assert shown == pytest.approx(evaluated(teacher, config), rel=1e-9)
+    result = json.loads((output / f"{method}-seed1" / "result.json").read_text())
+    assert shown["knn"] == result["knn"]["teacher"]
+
+
+def test_before_training_is_the_network_of_the_bits(compared):
+    output, table = compared
+    config = parse(["--recipe", str(output / "bits-reset-seed0" / "config.yaml")])[0]
+    _, teacher = create_networks(config, torch.device("cpu"))
+    assert rows(table)[BEFORE]["runs"][0] == pytest.approx(evaluated(teacher, config), rel=1e-9)
+
+
+def test_mean_and_standard_deviation_over_the_seeds(compared):
+    output, table = compared
+    row = rows(table)["dino"]
+    each = [run["map"] for run in row["runs"]]
+    assert each[0] != each[1]
+    assert row["mean"]["map"] == pytest.approx(statistics.mean(each))
+    assert row["std"]["map"] == pytest.approx(statistics.stdev(each))
+    line = next(x for x in (output / "table.md").read_text().splitlines() if x.startswith("| dino "))
+    assert f"{100 * row['mean']['map']:.1f} ± {100 * row['std']['map']:.1f}" in line
+
+
+def test_what_runs_share_and_where_they_differ(compared):
+    output, table = compared
+    assert table["seeds"] == [0, 1]
+    assert table["differences"] == {
+        "bits-reset": {"method": "bits", "reset_every": 20},
+        "simdino": {"method": "simdino", "reset_every": 0},
+        "dino": {"method": "dino", "reset_every": 0},
+    }
+    assert table["config"]["prototypes"] == 128
+    assert table["config"]["max_steps"] == 6
+    assert not {"method", "reset_every", "output", "seed"} & table["config"].keys()
+    assert table["machine"]["device"]
+    assert table["versions"]["torch"] == torch.__version__
+    state = torch.load(output / "dino-seed0/checkpoints/step-000000006.ckpt", weights_only=True)
+    assert state["teacher"]["head.prototypes"].shape == (128, 16)
+    Image.open(output / "plot.png").verify()
+
+
+def test_the_same_command_trains_nothing_again_and_another_method_is_added(compared, capsys):
+    output, table = compared
+    checkpoints = {path: path.stat().st_mtime_ns for path in output.glob("*/checkpoints/*.ckpt")}
+    assert len(checkpoints) == 12
+    text = (output / "table.md").read_text()
+    assert cli.main(arguments(output, methods="bits-reset,simdino,dino", seeds="0,1")) == 0
+    assert {path: path.stat().st_mtime_ns for path in output.glob("*/checkpoints/*.ckpt")} == checkpoints
+    assert json.loads((output / "table.json").read_text()) == table
+    assert (output / "table.md").read_text() == text
+    assert text in capsys.readouterr().out
+
+
+def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, capsys):
+    """A signal in the second run: the first is not trained again, the second ends as if nothing had been."""
+    output, steps = tmp_path / "run", []
+    step = Log.step
+
+    def interrupted(self, *args):
+        steps.append(step(self, *args))
+        if len(steps) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"methods": "bits-reset,simdino", "seeds": "1"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "step", interrupted)
+        assert cli.main(arguments(output, **options)) == cli.SAVED
+    assert "SIGTERM: saved" in capsys.readouterr().err
+    assert not (output / "table.json").exists()
+    first = (output / "bits-reset-seed1/checkpoints/step-000000006.ckpt").stat().st_mtime_ns
+    assert cli.main(arguments(output, **options)) == 0
+    assert "resuming at step 4" in capsys.readouterr().out
+    assert (output / "bits-reset-seed1/checkpoints/step-000000006.ckpt").stat().st_mtime_ns == first
+    ours, theirs = rows(json.loads((output / "table.json").read_text())), rows(compared[1])
+    for method in ("bits-reset", "simdino"):
+        for run in (ours[method]["runs"][0], theirs[method]["runs"][1]):
+            run.pop("seconds", None)
+        assert ours[method]["runs"][0] == theirs[method]["runs"][1]
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"methods": "bits-reset,simdinno"}, "no method named 'simdinno'; did you mean simdino?"),
+        ({"methods": "dino,dino"}, "methods: expected at least one and each once"),
+        ({"seeds": "1,1"}, "seeds: expected at least one and each once"),
+        ({"method": "dino"}, "method: compare takes --methods"),
+        ({"epoch": 3}, "did you mean --epochs?"),
+        ({"data": "nowhere"}, "data: 'nowhere' does not exist"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line_before_training(tmp_path, capsys, options, words):
+    assert cli.main(arguments(tmp_path / "run", **options)) == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_without_labels_are_refused_before_training(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(70):
+        Image.new("RGB", (20, 20), (3 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    assert cli.main(arguments(tmp_path / "run", data=tmp_path / "images")) == 2
+    assert re.search(r"error: data: expected images with labels .* got none in", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_job_of_several_ranks_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    assert cli.main(arguments(tmp_path / "run")) == 2
+    assert "without torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_last_checkpoint_is_gone_is_told(compared, tmp_path, capsys):
+    output = tmp_path / "run"
+    options = {"methods": "bits-fixed"}
+    assert cli.main(arguments(output, **options)) == 0
+    (output / "bits-fixed/checkpoints/step-000000006.ckpt").unlink()
+    capsys.readouterr()
+    assert cli.main(arguments(output, **options)) == 2
+    assert "holds no checkpoint of its last step, 6" in capsys.readouterr().err
+
+
+def test_what_sets_the_methods_apart():
+    config = PretrainConfig(agreement="soft", expa_type=0, reset_every=0, method="dino", output="out")
+    made = {method: method_configs(config, method, None)[0] for method in METHODS}
+    keys = ("method", "agreement", "expa_type", "reset_every")
+    assert {name: tuple(getattr(c, key) for key in keys) for name, c in made.items()} == {
+        "bits-reset": ("bits", "hard", 0, 10),
+        "bits-fixed": ("bits", "hard", 0, 0),
+        "bits-soft": ("bits", "soft", 0, 0),
+        "bits-cosine": ("bits", "cosine", 0, 0),
+        "simdino": ("simdino", "soft", 1, 0),
+        "simdino-expa0": ("simdino", "soft", 0, 0),
+        "dino": ("dino", "soft", 0, 0),
+    }
+    assert made["dino"].output == "out/dino"
+    assert [(c.output, c.seed) for c in method_configs(config, "dino", [3, 5])] == [
+        ("out/dino-seed3", 3),
+        ("out/dino-seed5", 5),
+    ]
+    assert method_configs(PretrainConfig(reset_every=7), "bits-reset", None)[0].reset_every == 7
+
+
+@pytest.mark.parametrize(
+    "images, prototypes", [(5, 1), (40, 2), (1437, 128), (50_000, 4096), (1_281_167, 65536), (10**8, 65536)]
+)
+def test_prototypes_for_a_number_of_images(images, prototypes):
+    assert prototypes_for(images) == prototypes
+
+
+def test_prototypes_that_are_given_are_taken(tmp_path):
+    assert cli.main(arguments(tmp_path / "run", methods="dino", prototypes=65536, max_steps=1)) == 0
+    assert json.loads((tmp_path / "run" / "table.json").read_text())["config"]["prototypes"] == 65536

@@ -1,0 +1,109 @@
+"""Checkpoints that are written whole, in the background, and survive what happens to disks."""
+
+import os
+import resource
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from bincomm.engine import checkpoints as module
+from bincomm.engine.checkpoints import Checkpoints, load_checkpoint, save_checkpoint
+
+
+def test_checkpoints(tmp_path):
+    path = tmp_path / "one.ckpt"
+    save_checkpoint(path, {"step": 3, "weights": {"a": torch.arange(4)}})
+    state = load_checkpoint(path)
+    assert state["step"] == 3
+    assert torch.equal(state["weights"]["a"], torch.arange(4))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"one\.ckpt cannot be read"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_and_the_old_one_kept(tmp_path):
+    path = tmp_path / "one.ckpt"
+    save_checkpoint(path, {"step": 3})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*/one\.ckpt"):
+            save_checkpoint(path, {"step": 4, "weights": torch.zeros(1 << 20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_checkpoint(path)["step"] == 3
+    assert os.listdir(tmp_path) == ["one.ckpt"]
+
+
+def steps(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_are_kept_and_the_newest_that_can_be_read_is_taken(tmp_path):
+    said = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, said.append)
+    assert checkpoints.load() is None
+    for step in (8, 9, 10):
+        checkpoints.save(step, {"step": step})
+    checkpoints.finish()
+    names = ["step-000000009.ckpt", "step-000000010.ckpt"]
+    assert steps(tmp_path / "checkpoints") == names
+    (tmp_path / "checkpoints" / f".{names[1]}.abc").write_bytes(b"half of one")
+    (tmp_path / "checkpoints" / names[1]).write_bytes(b"rotten")
+    again = Checkpoints(tmp_path / "checkpoints", 2, said.append)
+    assert steps(tmp_path / "checkpoints") == names  # what a killed process left half is gone
+    assert again.load() == {"step": 9}
+    assert len(said) == 1
+    assert "step-000000010.ckpt cannot be read" in said[0]
+    (tmp_path / "checkpoints" / names[0]).write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the checkpoints in .* can be read"):
+        again.load()
+
+
+def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    may_write = threading.Event()
+    write = module.save_checkpoint
+
+    def slow(path, state):
+        assert may_write.wait(60)
+        write(path, state)
+
+    monkeypatch.setattr(module, "save_checkpoint", slow)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, print)
+    checkpoints.save(1, {"step": 1})
+    assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
+    may_write.set()
+    checkpoints.finish()
+    assert steps(tmp_path / "checkpoints") == ["step-000000001.ckpt"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two megabytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_told_and_costs_no_checkpoint(small_disk):
+    said = []
+    checkpoints = Checkpoints(small_disk / "checkpoints", 3, said.append)
+    checkpoints.save(1, {"step": 1, "weights": torch.zeros(200_000)})
+    checkpoints.finish()
+    checkpoints.save(2, {"step": 2, "weights": torch.zeros(400_000)})
+    checkpoints.finish()
+    assert len(said) == 1
+    assert "checkpoint of step 2 could not be written" in said[0]
+    assert "No space left on device" in said[0]
+    assert "the last good one: 1" in said[0]
+    assert steps(small_disk / "checkpoints") == ["step-000000001.ckpt"]
+    checkpoints.save(3, {"step": 3, "weights": torch.zeros(100_000)})  # there is room again
+    checkpoints.finish()
+    assert len(said) == 1
+    assert Checkpoints(small_disk / "checkpoints", 3, said.append).load()["step"] == 3
