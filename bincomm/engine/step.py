@@ -191,7 +191,7 @@ class Step:
         except Exception as error:  # of any of its compilers; which exception is theirs to choose
             for network in networks:
                 network._compiled_call_impl = None
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             outcome = f"warning: torch.compile failed, so the networks run without it, slower: {reason}"
         finally:
             self.optimiser.zero_grad()

@@ -1,0 +1,198 @@
+"""The training step: its parts, its memory-saving forms, and what it does where something is not finite."""
+
+import inspect
+
+import pytest
+import torch
+
+timm = pytest.importorskip("timm", reason="training needs the packages of bincomm[train]")
+
+from bincomm.engine import optimiser as optimiser_module  # noqa: E402
+from bincomm.engine import step as step_module  # noqa: E402
+from bincomm.engine.optimiser import create_optimiser  # noqa: E402
+from bincomm.engine.step import Guard, Step  # noqa: E402
+from bincomm.networks import (  # noqa: E402
+    Head,
+    Network,
+    create_backbone,
+    create_teacher,
+    feature_width,
+    update_teacher,
+)
+from bincomm.objectives import DINO, DiscreteCommunication  # noqa: E402
+
+RATES = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}
+# Without biases of keys: they have no effect, so their gradient is rounding, which AdamW makes as large as any.
+VIT = ("test_vit", {"patch_size": 4, "depth": 2, "qkv_bias": False})
+RESNET = ("resnetv2_18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8})
+
+
+def create(model=VIT, objective=None, drop_path=0.0, precision="fp32", clip=0.5, **options):
+    torch.manual_seed(0)
+    name, arguments = model
+    backbone, _ = create_backbone(
+        name, 16, **arguments, **({"drop_path_rate": drop_path} if drop_path else {})
+    )
+    student = Network(backbone, Head(feature_width(backbone, [16]), 32, 12, 0.1))
+    teacher = create_teacher(student, create_backbone(name, 16, **arguments)[0])
+    optimiser = create_optimiser(student)
+    return Step(
+        student,
+        teacher,
+        objective or DiscreteCommunication(),
+        optimiser,
+        clip=clip,
+        precision=precision,
+        **options,
+    )
+
+
+def batches(count, n=6):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield (
+            torch.randn(n, 2, 3, 16, 16, generator=generator),
+            torch.randn(n, 3, 3, 12, 12, generator=generator),
+        )
+
+
+def states(step):
+    networks = (step.student, step.teacher)
+    return [{name: value.clone() for name, value in net.state_dict().items()} for net in networks]
+
+
+def assert_same(one, other, **tolerance):
+    for mine, theirs in zip(states(one), states(other), strict=True):
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], **tolerance)
+
+
+def test_a_step_is_what_its_parts_are():
+    """Against the step written out with PyTorch's own functions."""
+    step, plain = create(), create()
+    student, teacher = plain.student, plain.teacher
+    decayed = [p for p in student.parameters() if p.ndim > 1]
+    others = [p for p in student.parameters() if p.ndim <= 1]
+    adam = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=0.01, weight_decay=0.1
+    )
+    objective = DiscreteCommunication()
+    for views in batches(3):
+        done = step(*views, **RATES)
+        with torch.no_grad():
+            message = teacher(views[0])
+        losses = objective(student(*views), message)
+        losses["loss"].backward()
+        norms = [torch.nn.utils.clip_grad_norm_(p, 0.5) for p in student.parameters()]
+        adam.step()
+        adam.zero_grad()
+        update_teacher(teacher, student, 0.9)
+        torch.testing.assert_close(done.losses["loss"], losses["loss"].detach())
+        torch.testing.assert_close(done.gradient_norm, torch.stack(norms).norm(), rtol=1e-4, atol=1e-6)
+    assert_same(step, plain, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_accumulation_takes_the_loss_of_the_whole_batch(drop_path):
+    """The coding rate of all images, and the same gradient, whatever the number of parts."""
+    whole, parts = create(drop_path=0.0), create(drop_path=0.0, accumulate=3)
+    for views in batches(3):
+        first, second = whole(*views, **RATES), parts(*views, **RATES)
+        torch.testing.assert_close(first.losses, second.losses)
+        torch.testing.assert_close(first.gradient_norm, second.gradient_norm, rtol=1e-4, atol=1e-6)
+    assert_same(whole, parts, rtol=1e-4, atol=2e-5)
+    if drop_path:
+        dropping = create(drop_path=drop_path, accumulate=3)
+        logits = []
+        dropping.forward.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
+        dropping(*next(batches(1)), **RATES)
+        first, second = torch.cat(logits[:3], 1), torch.cat(logits[3:], 1)
+        assert torch.equal(first, second)  # the same paths were dropped in both passes
+        assert not torch.equal(first, create(accumulate=3).forward(*next(batches(1))))
+
+
+def test_accumulation_with_batch_norm_is_refused():
+    with pytest.raises(ValueError, match="accumulate: expected 1 for a backbone with batch norm, got 2"):
+        create(RESNET, accumulate=2)
+
+
+@pytest.mark.parametrize("model", [VIT, RESNET])
+@pytest.mark.parametrize("make", [DiscreteCommunication, lambda: DINO(12)])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_teacher(model, make):
+    step = create(model, make())
+    good = list(batches(2))
+    step(*good[0], **RATES)
+    before, centre = states(step)[0], [b.clone() for b in step.objective.buffers()]
+    teacher = [b.clone() for b in step.teacher.buffers()]
+    optimiser = [value["exp_avg"].clone() for value in step.optimiser.state.values()]
+    step(good[1][0], torch.full_like(good[1][1], torch.nan), **RATES)
+    for name, value in step.student.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(value, before[name]), name
+    after = [*step.objective.buffers(), *step.teacher.buffers()]
+    for kept, buffer in zip(centre + teacher, after, strict=True):
+        assert not buffer.is_floating_point() or torch.equal(kept, buffer)
+    for kept, value in zip(optimiser, step.optimiser.state.values(), strict=True):
+        assert torch.equal(kept, value["exp_avg"])
+        assert value["step"] == 1
+    assert step.guard.read()[:2] == (0, 0)
+    assert step.guard.read()[:2] == (1, 1)
+    step(*good[1], **RATES)
+    assert step.guard.read()[:2] == (1, 0)
+    assert not torch.equal(step.student.head.layers[0].weight, before["head.layers.0.weight"])
+
+
+def test_after_too_many_in_a_row_nothing_moves():
+    step = create()
+    for (global_views, _), good in zip(batches(6), (0, 0, 0, 0, 1, 1), strict=True):
+        local_views = None if good else torch.full((6, 1, 3, 12, 12), torch.nan)
+        before = states(step)[0]
+        step(global_views, local_views, **RATES)
+        assert all(torch.equal(value, before[name]) for name, value in step.student.state_dict().items())
+    assert [step.guard.read()[1] for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    assert Guard.LIMIT == 3
+
+
+def test_compiled_or_not_it_is_the_same_step():
+    plain, compiled = create(), create()
+    first, random = next(batches(1)), torch.get_rng_state()
+    assert compiled.compile(*first).startswith("torch.compile: both networks, in ")
+    assert torch.equal(random, torch.get_rng_state())
+    assert_same(plain, compiled, rtol=0, atol=0)  # trying it out left no trace
+    for views in batches(2):
+        one, other = plain(*views, **RATES), compiled(*views, **RATES)
+        torch.testing.assert_close(one.losses, other.losses, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiler_that_fails_is_told_and_done_without(monkeypatch):
+    plain, step = create(RESNET), create(RESNET)
+
+    def fail(graph, inputs):
+        raise RuntimeError("no such compiler\nmore about it")
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: real(*args, backend=fail, **options))
+    outcome = step.compile(*next(batches(1)))
+    assert outcome.startswith("warning: torch.compile failed, so the networks run without it")
+    assert "no such compiler" in outcome
+    assert "\n" not in outcome
+    for views in batches(2):
+        plain(*views, **RATES)
+        step(*views, **RATES)
+    assert_same(plain, step, rtol=0, atol=0)
+
+
+def test_nothing_on_the_way_is_read_on_the_host():
+    """A host that waits for the device once a step leaves the device idle; test_gpu looks for it there."""
+    for module in (step_module, optimiser_module):
+        source = inspect.getsource(module).replace(inspect.getsource(Guard.read), "")
+        for reading in (".item()", ".tolist()", ".cpu()", ".numpy()", "synchronize()"):
+            assert reading not in source, (module.__name__, reading)
+
+
+def test_the_parts_of_a_step_are_marked():
+    step = create()
+    marks = []
+    step.mark = marks.append
+    step(*next(batches(1)), **RATES)
+    assert marks == ["teacher", "student", "loss", "backward", "clip", "optimiser", "average"]
