@@ -8,7 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup pretrain test lint bench bench-data gpu-test gpu-sanitize gpu-bench gpu-bench-data clean
+.PHONY: setup pretrain test lint bench bench-data bench-step gpu-test gpu-sanitize gpu-bench gpu-bench-data \
+  gpu-bench-step clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -58,6 +59,13 @@ bench-data: setup
 gpu-bench-data:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(call measure_data,$(PYTHON),gpu)
+
+bench-step: setup
+	$(BIN)/python -m benchmarks.step benchmarks/results/step-cpu
+
+gpu-bench-step:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m benchmarks.step benchmarks/results/step-gpu
 
 define measure_data
 	@test -d "$(DATA)" || { echo "DATA: expected a folder of images, got '$(DATA)'"; exit 2; }

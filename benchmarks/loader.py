@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -18,13 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
+from benchmarks.measuring import CORES, GPU, in_words, machine
 from benchmarks.torchvision_loader import Images, batches, views
 from bincomm.config import parse
 from bincomm.data.crops import Crops
@@ -34,9 +33,8 @@ from bincomm.data.sources import Files, Source, open_source
 from bincomm.engine.run import write_json, write_text, write_whole
 from bincomm.pretrain import train
 
-GPU = torch.cuda.is_available()
+PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "bincomm")
 DEVICE = torch.device("cuda" if GPU else "cpu")
-CORES = len(os.sched_getaffinity(0))
 BATCH = 256 if GPU else 64
 ROUNDS = 5
 CROPS = Crops()  # the paper's: 2 × 224 + 10 × 96
@@ -56,7 +54,7 @@ def main() -> None:
     if options.part:
         print(json.dumps((PARTS | {"start": start})[options.part](options.folder)))
         return
-    found: dict[str, Any] = {"machine": machine(), "date": date.today().isoformat()}
+    found: dict[str, Any] = {"machine": machine(*PACKAGES), "date": date.today().isoformat()}
     for part in PARTS:
         print(f"{part} ...", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "benchmarks.loader", "--part", part, options.folder, "-"]
@@ -220,38 +218,15 @@ def rates(contenders: dict[str, Callable[[], Any]], batches: int = 8) -> dict[st
     return {"batch_size": BATCH, "images_per_second": found}
 
 
-def machine() -> dict[str, str]:
-    """What figures need beside them."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    names = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "bincomm")
-    installed = {name: found for name in names if (found := installed_version(name))}
-    return {
-        "device": torch.cuda.get_device_name() if GPU else "CPU",
-        "cpu": f"{cpu.partition(':')[2].strip()}, {CORES} cores",
-        "python": platform.python_version(),
-        **installed,
-    }
-
-
-def installed_version(name: str) -> str | None:
-    """The version of an installed package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def page(found: dict[str, Any], name: str) -> str:
     """The Markdown page."""
-    m = dict(found["machine"])
-    device, cpu = m.pop("device"), m.pop("cpu")
-    versions = ", ".join(f"{package} {number}" for package, number in m.items())
     lines = [
         "# The data path, measured",
         "",
-        f"`make {'gpu-' if GPU else ''}bench-data DATA=FOLDER` on {found['date']}: {device}, {cpu}; "
-        f"{versions}. FOLDER held {found['crops']['images']} images. An image with all its crops is one. "
-        f"Medians of {ROUNDS} rounds, least and most in brackets; contenders take turns, and each was warm.",
+        f"`make {'gpu-' if GPU else ''}bench-data DATA=FOLDER` on {found['date']}: "
+        f"{in_words(found['machine'])}. FOLDER held {found['crops']['images']} images. An image with all its "
+        f"crops is one. Medians of {ROUNDS} rounds, least and most in brackets; contenders take turns, and "
+        "each was warm.",
     ]
     titles = {
         "crops": f"2 × {CROPS.global_size} and {CROPS.local_crops} × {CROPS.local_size} crops",

@@ -1,8 +1,12 @@
 """Values and gradients held against fp64, times and memory of a step, on a CPU and on a GPU."""
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 GPU = torch.cuda.is_available()
+CORES = len(os.sched_getaffinity(0))
 SECONDS = 2.0  # of rounds for one figure, about, but
 FEWEST_ROUNDS = 10
 
@@ -133,3 +138,32 @@ def copy_bandwidth() -> float:
     target.copy_(source)
     took = events(lambda: target.copy_(source), tuple, 20)["p50"]
     return 2 * source.numel() / (took / 1e3)
+
+
+def machine(*packages: str) -> dict[str, str]:
+    """What figures need beside them: device, CPU, and versions of Python and of those packages."""
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
+    found = {
+        "device": torch.cuda.get_device_name() if GPU else "CPU",
+        "cpu": f"{cpu.partition(':')[2].strip()}, {CORES} cores",
+        "python": platform.python_version(),
+    }
+    for package in packages:
+        if (number := installed_version(package)) is not None:
+            found[package] = number
+    return found
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def in_words(machine: dict[str, str]) -> str:
+    """What `machine` found, as a page has it."""
+    versions = dict(machine)
+    device, cpu = versions.pop("device"), versions.pop("cpu")
+    return f"{device}, {cpu}; {', '.join(f'{package} {number}' for package, number in versions.items())}"

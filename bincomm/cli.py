@@ -1,18 +1,26 @@
-"""The command line: `bincomm pretrain | data | doctor`. Everything it does can be called from Python."""
+"""The command line: `bincomm pretrain | adapt | compare | profile | data | doctor`."""
 
 import argparse
 import difflib
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+SAVED = 75  # status of a run that a signal ended once it was saved (EX_TEMPFAIL: the same command goes on)
+NEEDS_MORE = "training needs more packages ({}): pip install 'bincomm[train]'"
 
 USAGE = """usage: bincomm COMMAND [OPTIONS]
 
   pretrain   pretrain a backbone on images without labels, or go on with an unfinished run
+  adapt      go on training a pretrained backbone on unlabelled images of another domain
+  compare    train several methods with the same budget, and put them into one table
+  profile    where the time of a training step goes
   data       look at crops, find images that cannot be used, write tar shards
   doctor     tell what is built, found and used on this machine
 
@@ -20,16 +28,31 @@ USAGE = """usage: bincomm COMMAND [OPTIONS]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 failed, 2 bad arguments, 128 + n ended by signal n."""
+    """Run a command; returns the exit status: 0, 1 failed, 2 bad arguments, SAVED, or 130 interrupted with
+    nothing saved since the last checkpoint."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
-    commands = {"pretrain": run_pretrain, "data": run_data, "doctor": run_doctor}
+    commands = {
+        "pretrain": run_pretrain,
+        "adapt": run_adapt,
+        "compare": run_compare,
+        "data": run_data,
+        "profile": run_profile,
+        "doctor": run_doctor,
+    }
     try:
-        return dispatch(arguments, commands, USAGE)
+        status = dispatch(arguments, commands, USAGE)
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was saved", file=sys.stderr)
-        return 128 + signal.SIGINT
+        status = 128 + signal.SIGINT
+    if "torch.distributed" in sys.modules and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # DistributedDataParallel keeps threads of the process group alive, beside which taking down the
+        # interpreter can abort the process, its work long done.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def dispatch(
@@ -50,33 +73,166 @@ def run_pretrain(arguments: list[str]) -> int:
     """`bincomm pretrain`."""
     try:
         from bincomm.config import parse
-        from bincomm.data.loader import TooManyUnusableError
-        from bincomm.pretrain import Interrupted, TrainingError, pretrain
+        from bincomm.pretrain import pretrain
     except ImportError as error:
-        return fail(f"training needs more packages ({error}): pip install 'bincomm[train]'", status=1)
+        return fail(NEEDS_MORE.format(error), status=1)
     try:
         config, recipe = parse(arguments)
     except (ValueError, OSError) as error:
         return fail(str(error))
-    print(f"recipe {recipe}, data {config.data}, output {config.output}", flush=True)
-    try:
+
+    def run() -> str | None:
         result = pretrain(config)
+        return None if result is None else summary(result, config.output)
+
+    if rank() == 0:
+        print(f"recipe {recipe}, data {config.data}, output {config.output}", flush=True)
+    return carry_out(run, config.output)
+
+
+def run_adapt(arguments: list[str]) -> int:
+    """`bincomm adapt`."""
+    try:
+        from bincomm.adapt import adapt, configure, summary
+    except ImportError as error:
+        return fail(NEEDS_MORE.format(error), status=1)
+    parser = argparse.ArgumentParser(
+        prog="bincomm adapt",
+        allow_abbrev=False,
+        description="Train a pretrained backbone on, under a new head, on unlabelled images of a target.",
+        epilog="All options of `bincomm pretrain` are options here too: --output, --epochs, --lr ... Without "
+        "them, and besides what recipe adapt says, they are those of the run that --from names.",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        metavar="WEIGHTS",
+        help="a run's directory, a .safetensors file, or a timm model with pretrained weights, by name",
+    )
+    parser.add_argument("--data", required=True, help="the target's images, as in `bincomm pretrain`")
+    own, rest = parser.parse_known_args(arguments)
+    try:
+        config = configure(own.source, [f"--data={own.data}", *rest])
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+
+    def run() -> str | None:
+        result = adapt(config)
+        return None if result is None else summary(result, config.output)
+
+    if rank() == 0:
+        print(f"from {config.init_from}, data {config.data}, output {config.output}", flush=True)
+    return carry_out(run, config.output)
+
+
+def run_compare(arguments: list[str]) -> int:
+    """`bincomm compare`."""
+    try:
+        from bincomm.compare import DEFAULT_METHODS, METHODS, as_markdown, compare
+        from bincomm.config import parse
+    except ImportError as error:
+        return fail(NEEDS_MORE.format(error), status=1)
+    parser = argparse.ArgumentParser(
+        prog="bincomm compare",
+        allow_abbrev=False,
+        description="Train several methods on the same images, steps and seeds, and measure them alike. "
+        "The same command goes on with what is unfinished.",
+        epilog="All options of `bincomm pretrain` but --method are options here too, and hold for every run: "
+        "--data, --recipe, --epochs ... Where --reset_every is 0, bits-reset takes 10.",
+    )
+    parser.add_argument(
+        "--methods",
+        type=lambda text: text.split(","),
+        default=list(DEFAULT_METHODS),
+        metavar="NAMES",
+        help=f"of {', '.join(METHODS)}; default {','.join(DEFAULT_METHODS)}",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=whole_numbers,
+        metavar="N,N,...",
+        help="a run of every method for each; default --seed alone",
+    )
+    parser.add_argument(
+        "--prototypes",
+        type=positive,
+        metavar="N",
+        help="of dino; default the power of two from a twentieth of the number of images on, at most 65536",
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="of the runs and the table, default runs/compare-RECIPE"
+    )
+    parser.add_argument("--method", help=argparse.SUPPRESS)
+    own, rest = parser.parse_known_args(arguments)
+    if own.method is not None:
+        return fail("method: compare takes --methods")
+    try:
+        config, recipe = parse(rest)
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    config = replace(config, output=own.output or f"runs/compare-{recipe}")
+
+    def run() -> str:
+        table = compare(config, own.methods, own.seeds, own.prototypes)
+        return f"\n{as_markdown(table)}\nin {config.output}: table.md, table.json, plot.png, and every run"
+
+    print(f"recipe {recipe}, data {config.data}, output {config.output}", flush=True)
+    return carry_out(run, config.output)
+
+
+def run_profile(arguments: list[str]) -> int:
+    """`bincomm profile`."""
+    try:
+        from bincomm.config import parse
+        from bincomm.profiling import describe, profile
+    except ImportError as error:
+        return fail(NEEDS_MORE.format(error), status=1)
+    parser = argparse.ArgumentParser(
+        prog="bincomm profile",
+        allow_abbrev=False,
+        description="Where the time of a training step goes, and how much of the machine is used.",
+        epilog="All options of `bincomm pretrain` are options here too: --recipe, --data, --batch_size ...",
+    )
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps measured, default 20")
+    own, rest = parser.parse_known_args(arguments)
+    try:
+        config, recipe = parse(rest)
+        print(f"recipe {recipe}, data {config.data}, batches of {config.batch_size}", flush=True)
+        print(describe(profile(config, own.steps)))
+    except (RuntimeError, OSError) as error:
+        return fail(str(error), status=1)
+    except ValueError as error:
+        return fail(str(error))
+    return 0
+
+
+def carry_out(run: Callable[[], str | None], output: str) -> int:
+    """Train, print what it returns, and put into words what ended it early; returns the exit status."""
+    from bincomm.data.loader import TooManyUnusableError
+    from bincomm.engine.ranks import ToldByAnotherRank
+    from bincomm.pretrain import Interrupted, TrainingError
+
+    try:
+        text = run()
     except (TrainingError, TooManyUnusableError, OSError) as error:
         return fail(str(error), status=1)
     except ValueError as error:
         return fail(str(error))
+    except ToldByAnotherRank:
+        return 1
     except Interrupted as error:
-        number = signal.Signals(error.args[0])
-        print(
-            f"\n{number.name}: saved in {config.output}; the same command goes on from here", file=sys.stderr
-        )
-        return 128 + number
+        if rank() == 0:
+            name = signal.Signals(error.args[0]).name
+            print(f"\n{name}: saved in {output}; the same command goes on from here", file=sys.stderr)
+        return SAVED
     except KeyboardInterrupt:
-        if not (Path(config.output) / "last.ckpt").exists():
+        if not any(Path(output).glob("**/checkpoints/*.ckpt")):
             raise
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 128 + signal.SIGINT
-    print(summary(result, config.output))
+    if text is not None:
+        print(text)
     return 0
 
 
@@ -99,16 +255,18 @@ def summary(result: dict[str, Any], output: str) -> str:
             lines.append("  (the queries' images, not their labels, were seen in training)")
     else:
         lines.append("\nno k-NN: the data has no usable images with labels (folders named after classes)")
-    entropy, least = metrics["bit_entropy"], metrics["bit_entropy_min"]
-    gain = metrics["bit_agreement"] - metrics["bit_majority"]
+    if "bit_entropy" in metrics:
+        entropy, least = metrics["bit_entropy"], metrics["bit_entropy_min"]
+        gain = metrics["bit_agreement"] - metrics["bit_majority"]
+        lines.append(
+            f"channel: bit entropy {entropy:.3f} (least {least:.3f}), {metrics['dead_bits']:.1%} dead bits,"
+        )
+        lines.append(
+            f"  {metrics['bit_agreement']:.1%} of bits agree, {gain:+.1%} over always sending the commoner "
+            "value"
+        )
     lines.append(
-        f"channel: bit entropy {entropy:.3f} (least {least:.3f}), {metrics['dead_bits']:.1%} dead bits,"
-    )
-    lines.append(
-        f"  {metrics['bit_agreement']:.1%} of bits agree, {gain:+.1%} over always sending the commoner value"
-    )
-    lines.append(
-        f"in {output}: backbone.safetensors, curves.png, metrics.jsonl, result.json, config.yaml, last.ckpt"
+        f"in {output}: backbone.safetensors, curves.png, metrics.jsonl, result.json, config.yaml, checkpoints"
     )
     return "\n".join(lines)
 
@@ -220,6 +378,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole_numbers(text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    return [int(number) for number in text.split(",")]
+
+
 def run_doctor(arguments: list[str]) -> int:
     """`bincomm doctor [--json]`."""
     from bincomm.diagnosis import describe, doctor
@@ -236,8 +399,14 @@ def run_doctor(arguments: list[str]) -> int:
 
 def fail(message: str, status: int = 2) -> int:
     """Print an error and return the exit status."""
-    print(f"bincomm: error: {message}", file=sys.stderr)
+    where = f"rank {rank()}: " if rank() else ""
+    print(f"bincomm: error: {where}{message}", file=sys.stderr, flush=True)
     return status
+
+
+def rank() -> int:
+    """This process among those that torchrun started."""
+    return int(os.environ.get("RANK", 0))
 
 
 if __name__ == "__main__":

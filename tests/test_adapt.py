@@ -1,4 +1,4 @@
-"""Adapting a backbone to a target: it begins with the source's, under a new head, and ends as a run of its own."""
+"""Adapting a backbone to a target: it begins with the source's, under a new head, and ends as a run does."""
 
 import json
 import os
@@ -112,6 +112,7 @@ def test_a_run_gives_its_keys_but_those_of_the_recipe_and_the_command_line(sourc
 def test_another_recipe_says_all_but_the_backbone(source, target):
     config = configure(str(source), [f"--data={target}", "--recipe=small_images"])
     assert (config.epochs, config.reset_every, config.global_size) == (200, 20, 64)
+    assert config.backbone == "resnetv2_18"
     assert config.backbone_args == configuration(source).backbone_args
     assert config.bits == 256
     assert config.hidden == configuration(source).hidden

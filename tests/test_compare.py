@@ -1,4 +1,4 @@
-"""Several methods in one table: its figures are those of the evaluation functions, and it can be gone on with."""
+"""Several methods in one table: its figures are those of the evaluation functions, and it can go on."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_what_runs_share_and_where_they_differ(compared):
     Image.open(output / "plot.png").verify()
 
 
-def test_the_same_command_trains_nothing_again_and_another_method_is_added(compared, capsys):
+def test_the_same_command_trains_nothing_again(compared, capsys):
     output, table = compared
     checkpoints = {path: path.stat().st_mtime_ns for path in output.glob("*/checkpoints/*.ckpt")}
     assert len(checkpoints) == 12
@@ -169,7 +169,10 @@ def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"methods": "bits-reset,simdinno"}, "no method named 'simdinno'; did you mean simdino?"),
+        (
+            {"methods": "bits-reset,simdinno"},
+            "methods: there is none named 'simdinno'; did you mean simdino?",
+        ),
         ({"methods": "dino,dino"}, "methods: expected at least one and each once"),
         ({"seeds": "1,1"}, "seeds: expected at least one and each once"),
         ({"method": "dino"}, "method: compare takes --methods"),

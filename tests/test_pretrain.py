@@ -295,8 +295,9 @@ def test_beginning_from_a_run_is_not_going_on_with_it(finished, tmp_path):
     assert read_lines(tmp_path / "run" / "metrics.jsonl") == []
     result = pretrain(config)
     assert result["last_metrics"]["step"] == 2
+    deeper = configuration(tmp_path, init_from=finished[0], backbone_args='{"patch_size": 4, "depth": 3}')
     with pytest.raises(ValueError, match=r"init_from: .* of another backbone: .* is missing there"):
-        create_networks(configuration(tmp_path, init_from=finished[0], backbone_args='{"patch_size": 4, "depth": 3}'), "cpu")
+        create_networks(deeper, torch.device("cpu"))
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(finished, tmp_path):

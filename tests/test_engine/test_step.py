@@ -22,7 +22,7 @@ from bincomm.networks import (  # noqa: E402
 from bincomm.objectives import DINO, DiscreteCommunication  # noqa: E402
 
 RATES = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}
-# Without biases of keys: they have no effect, so their gradient is rounding, which AdamW makes as large as any.
+# Without biases of keys: they have no effect, so their gradient is rounding, which AdamW makes large.
 VIT = ("test_vit", {"patch_size": 4, "depth": 2, "qkv_bias": False})
 RESNET = ("resnetv2_18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8})
 

@@ -1,0 +1,367 @@
+"""Measure a step of training against a plain PyTorch loop: python -m benchmarks.step RESULTS
+
+Writes RESULTS.json and RESULTS.md. Every case runs in a process of its own, so that the memory it takes is
+its own; its contenders begin with the same weights and crops, have to arrive at the same loss, and take
+turns.
+"""
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.layers import set_fused_attn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import plain_loop
+from benchmarks.measuring import GPU, events, in_words, machine
+from bincomm.config import PretrainConfig
+from bincomm.engine.optimiser import create_optimiser
+from bincomm.engine.run import write_json, write_text
+from bincomm.engine.step import Step
+from bincomm.models import create_networks, create_objective
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+ROUNDS = 5
+STEPS = 8 if GPU else 1  # of a contender's turn
+PARTS = ("teacher", "student", "loss", "backward", "clip", "optimiser", "average")
+AROUND = ("loss", "clip", "average")  # what is not networks
+RATES = {"lr": 1e-4, "weight_decay": 0.04, "momentum": 0.996}
+PEAK = 989.4  # dense bf16 TFLOP/s of H100 and H200 (SXM), by their data sheets
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Case(NamedTuple):
+    """What is trained: crops are 2 of `global_size` and 10 of `local_size`."""
+
+    backbone: str
+    precision: str
+    images: int
+    global_size: int = 224
+    local_size: int = 96
+    arguments: dict[str, Any] = {}  # noqa: RUF012  (of the backbone; never changed)
+
+    def config(self) -> PretrainConfig:
+        """As a run has it; no path is dropped, as the draws would differ."""
+        return PretrainConfig(
+            backbone=self.backbone,
+            backbone_args=self.arguments,
+            batch_size=self.images,
+            global_size=self.global_size,
+            local_size=self.local_size,
+            precision=self.precision,
+            drop_path=0.0,
+        )
+
+    def title(self) -> str:
+        patch = self.arguments.get("patch_size", 16)
+        crops = f"2 × {self.global_size} + 10 × {self.local_size}"
+        return f"{self.backbone}, patches of {patch}, {crops}, {self.images} images, {self.precision}"
+
+
+SMALL = {"global_size": 64, "local_size": 32, "arguments": {"patch_size": 8}}
+CASES = (
+    {
+        "vit_small": Case("vit_small_patch16_224", "bf16", 256),
+        "vit_base": Case("vit_base_patch16_224", "bf16", 256),
+    }
+    if GPU
+    else {
+        "vit_tiny_fp32": Case("vit_tiny_patch16_224", "fp32", 16),
+        "vit_tiny_bf16": Case("vit_tiny_patch16_224", "bf16", 16),
+        "small_images_fp32": Case("vit_tiny_patch16_224", "fp32", 64, **SMALL),
+        "small_images_bf16": Case("vit_tiny_patch16_224", "bf16", 64, **SMALL),
+    }
+)
+
+
+def main() -> None:
+    """Measure all cases and write the results, or one case and print it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="results are written to this name .json and .md")
+    parser.add_argument("--part", choices=[*CASES], help="measure this case alone and print what is found")
+    parser.add_argument("--images", type=int, help="images a step, for --part")
+    options = parser.parse_args()
+    if options.part:
+        case = CASES[options.part]
+        print(json.dumps(measure(case._replace(images=options.images or case.images))))
+        return
+    found: dict[str, Any] = {
+        "machine": machine("torch", "timm", "bincomm"),
+        "threads": torch.get_num_threads(),
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+        "date": date.today().isoformat(),
+        "rounds": ROUNDS,
+        "cases": {},
+    }
+    if GPU:
+        found["matmul_tflops"] = matmul_tflops()
+    for part, case in CASES.items():
+        images = case.images
+        while part not in found["cases"]:
+            print(f"{part}, {images} images ...", file=sys.stderr, flush=True)
+            command = [sys.executable, "-m", "benchmarks.step", "--part", part, "--images", str(images), "-"]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+            if result is not None:
+                found["cases"][part] = {"images_wanted": case.images, **result}
+            images //= 2  # it did not fit
+            if not images:
+                raise SystemExit(f"{part}: not even one image fits")
+    options.results.parent.mkdir(exist_ok=True)
+    write_json(options.results.with_suffix(".json"), found)
+    write_text(options.results.with_suffix(".md"), page(found))
+    print(page(found))
+
+
+def measure(case: Case) -> dict[str, Any] | None:
+    """Times, losses and memory of all contenders; None where they do not fit the GPU."""
+    try:
+        return race(case)
+    except torch.cuda.OutOfMemoryError:
+        return None
+
+
+class Contender(NamedTuple):
+    """One step, which returns its loss, and what marks its parts."""
+
+    step: Callable[[], Tensor | float]
+    marks: Step | plain_loop.PlainLoop
+    notes: str = ""
+
+
+def race(case: Case) -> dict[str, Any]:
+    """All contenders in turns."""
+    torch.manual_seed(1)
+    dtype = PRECISIONS[case.precision]
+    size, small = case.global_size, case.local_size
+    views = (
+        torch.randn(case.images, 2, 3, size, size, device=DEVICE, dtype=dtype),
+        torch.randn(case.images, 10, 3, small, small, device=DEVICE, dtype=dtype),
+    )
+    crops = [crop.contiguous() for group in views for crop in group.unbind(1)]
+    makers = {"bincomm": lambda: ours(case, views)}
+    if GPU:
+        makers["bincomm, torch.compile"] = lambda: ours(case, views, compiled=True)
+    makers["plain loop"] = lambda: plain(case, crops, fused=True)
+    makers["plain loop, attention written out"] = lambda: plain(case, crops, fused=False)
+
+    contenders, owned, losses = {}, {}, {}
+    for name, make in makers.items():
+        before = allocated()
+        contenders[name] = make()
+        losses[name] = [float(contenders[name].step()) for _ in range(2)]  # the second after an update
+        owned[name] = allocated() - before
+    check(losses, case.precision)
+
+    totals, parts, peaks = (defaultdict(list) for _ in range(3))
+    for _ in range(ROUNDS):
+        for name, contender in contenders.items():
+            if GPU:
+                contender.step()  # what others have left in caches
+                torch.cuda.reset_peak_memory_stats()
+                others = allocated() - owned[name]
+            took, split = clocked(contender)
+            totals[name].append(took)
+            parts[name].append(split)
+            if GPU:
+                peaks[name].append(torch.cuda.max_memory_allocated() - others)
+    return {
+        "title": case.title(),
+        "images": case.images,
+        "losses": losses,
+        "step_ms": totals,
+        "parts_ms": parts,
+        "peak_bytes": {name: max(values) for name, values in peaks.items()},
+        "notes": [contender.notes for contender in contenders.values() if contender.notes],
+        "flops": flops(case, crops) if GPU else None,
+    }
+
+
+def ours(case: Case, views: tuple[Tensor, Tensor], compiled: bool = False) -> Contender:
+    """Our step, as a run takes it."""
+    config = case.config()
+    student, teacher = create_networks(config, DEVICE)
+    objective = create_objective(config).to(DEVICE)
+    step = Step(
+        student, teacher, objective, create_optimiser(student), clip=config.clip, precision=config.precision
+    )
+    notes = step.compile(*views) if compiled else ""
+
+    def run() -> Tensor:
+        done = step(*views, **RATES)
+        step.guard.read()
+        return done.losses["loss"]
+
+    return Contender(run, step, notes)
+
+
+def plain(case: Case, crops: list[Tensor], fused: bool) -> Contender:
+    """The plain loop, with the same weights and timm's fused attention or the written-out one."""
+    config = case.config()
+    theirs, _ = create_networks(config, torch.device("cpu"))
+    set_fused_attn(fused)
+    backbone = timm.create_model(
+        case.backbone, num_classes=0, img_size=case.global_size, dynamic_img_size=True, **case.arguments
+    )
+    set_fused_attn(True)
+    student = plain_loop.MultiCrop(backbone, config.hidden, config.bits)
+    student.backbone.load_state_dict(theirs.backbone.state_dict())
+    student.head.load_state_dict(theirs.head.layers.state_dict())
+    teacher = copy.deepcopy(student).requires_grad_(False).to(DEVICE)
+    loop = plain_loop.PlainLoop(
+        student.to(DEVICE),
+        teacher,
+        plain_loop.create_optimiser(student),
+        clip=config.clip,
+        precision=config.precision,
+        beta=config.beta,
+        eps_squared=config.eps_squared,
+    )
+    return Contender(lambda: loop(crops, **RATES), loop)
+
+
+def check(losses: dict[str, list[float]], precision: str) -> None:
+    """Refuse times of contenders that do not compute the same."""
+    tolerance = {"fp32": 1e-4, "bf16": 1e-2}[precision]
+    for name, values in losses.items():
+        for mine, theirs in zip(losses["bincomm"], values, strict=True):
+            assert abs(mine - theirs) <= tolerance * abs(mine), f"{name}: losses {values}, not {losses}"
+
+
+def clocked(contender: Contender) -> tuple[float, dict[str, float]]:
+    """Milliseconds of a step, all in all and by its parts, as the mean over a turn."""
+    marks: list[tuple[str, Any]] = []
+    contender.marks.mark = lambda part: marks.append((part, now()))
+    if GPU:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        marks.append(("", now()))
+        contender.step()
+    if GPU:
+        torch.cuda.synchronize()
+    took = 1e3 * (time.perf_counter() - started) / STEPS
+    contender.marks.mark = lambda part: None
+    parts = dict.fromkeys(PARTS, 0.0)
+    for (_, begin), (part, end) in pairwise(marks):
+        if part:
+            parts[part] += (begin.elapsed_time(end) if GPU else 1e3 * (end - begin)) / STEPS
+    return took, parts
+
+
+def now() -> Any:
+    """A point in time: of the GPU's, which nobody waits for, or of the clock."""
+    if not GPU:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def allocated() -> int:
+    """Bytes of tensors on the GPU."""
+    return torch.cuda.memory_allocated() if GPU else 0
+
+
+def flops(case: Case, crops: list[Tensor], images: int = 2) -> int:
+    """Floating-point operations of a step, counted on few images and scaled; those of the loss are left out
+    where they are none of PyTorch's products."""
+    contender = plain(case, [crop[:images] for crop in crops], fused=True)
+    with FlopCounterMode(display=False) as counter:
+        contender.step()
+    return counter.get_total_flops() * case.images // images
+
+
+def matmul_tflops() -> float:
+    """What a large bf16 product reaches here."""
+    side = 8192
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * side**3 / (events(lambda: a @ b, tuple, 20)["p50"] / 1e3) / 1e12
+
+
+def page(found: dict[str, Any]) -> str:
+    """The Markdown page."""
+    malloc = ", ".join(f"{name}={value}" for name, value in found["malloc"].items())
+    lines = [
+        "# A training step, measured",
+        "",
+        f"`make {'gpu-' if GPU else ''}bench-step` on {found['date']}: {in_words(found['machine'])}; "
+        f"{found['threads']} threads{'; ' + malloc if malloc else ''}. Head 2048 wide, 256 bits, synthetic "
+        f"crops. Medians of {found['rounds']} rounds of {STEPS} steps, least and most in brackets; "
+        "contenders take turns, and their losses agreed over two steps before they were timed. An image with "
+        "all its crops is one. The plain loop is `benchmarks/plain_loop.py`.",
+    ]
+    if GPU:
+        lines += [
+            "",
+            f"A bf16 product of 8192 × 8192 matrices reached {found['matmul_tflops']:.0f} TFLOP/s; the data "
+            f"sheet's {PEAK} is of H100 and H200.",
+        ]
+    for case in found["cases"].values():
+        lines += ["", f"## {case['title']}", ""]
+        if case["images"] != case["images_wanted"]:
+            lines += [f"{case['images_wanted']} images did not fit the memory.", ""]
+        lines += [*case["notes"], ""] if case["notes"] else []
+        lines += [*totals_table(case, found.get("matmul_tflops")), "", *parts_table(case)]
+    return "\n".join(lines) + "\n"
+
+
+def totals_table(case: dict[str, Any], matmul: float | None) -> list[str]:
+    """Steps as a whole."""
+    header = ["", "ms a step", "images/s", "bincomm is"]
+    if GPU:
+        header += ["of the product", "of the data sheet", "peak memory, GiB"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    ours = statistics.median(case["step_ms"]["bincomm"])
+    for name, values in case["step_ms"].items():
+        took = statistics.median(values)
+        cells = [
+            name,
+            f"{took:.1f} ({min(values):.1f} – {max(values):.1f})",
+            f"{1e3 * case['images'] / took:.1f}",
+            f"{took / ours:.2f}×" if name != "bincomm" else "",
+        ]
+        if GPU:
+            reached = case["flops"] / (took / 1e3) / 1e12
+            cells += [f"{reached / matmul:.1%}", f"{reached / PEAK:.1%}"]
+            cells += [f"{case['peak_bytes'][name] / 2**30:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def parts_table(case: dict[str, Any]) -> list[str]:
+    """Steps by their parts, and what is not networks together."""
+    lines = [f"| ms | {' | '.join(PARTS)} | {' + '.join(AROUND)} | bincomm is |"]
+    lines += ["|---" * (len(PARTS) + 3) + "|"]
+    around = {
+        name: statistics.median(sum(split[part] for part in AROUND) for split in splits)
+        for name, splits in case["parts_ms"].items()
+    }
+    for name, splits in case["parts_ms"].items():
+        medians = [statistics.median(split[part] for split in splits) for part in PARTS]
+        ratio = f"{around[name] / around['bincomm']:.1f}×" if name != "bincomm" else ""
+        cells = [name, *(f"{m:.1f}" for m in medians), f"{around[name]:.1f}", ratio]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Domain adaptation: a pretrained backbone learns on, by the same objective, from images of a target."""
+
+import argparse
+import difflib
+import json
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import yaml
+from safetensors import SafetensorError
+
+from bincomm.config import PretrainConfig, parse, recipe_path
+from bincomm.data.sources import evaluation_sources, open_source
+from bincomm.engine.run import write_json
+from bincomm.evaluation.measure import classify, device_of, look_at
+from bincomm.models import create_networks, made_with
+from bincomm.pretrain import pretrain
+
+# What is not taken over from the run that a backbone comes from, besides what the recipe says.
+OWN = ("data", "output", "resume", "init_from", "device")
+
+
+def configure(source: str, arguments: list[str]) -> PretrainConfig:
+    """The configuration of an adaptation: a command line's options, before the recipe's (adapt unless they
+    name another), before those of the run that the backbone comes from, before the defaults. The name and
+    arguments of the backbone are the source's, whatever the recipe.
+
+    Args:
+        source: a run's directory, a .safetensors file, or a timm model with pretrained weights.
+        arguments: options of `bincomm pretrain`.
+
+    Raises:
+        ValueError: there is no such source, or what `bincomm.config.parse` raises it for.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", default="adapt")
+    parser.add_argument("--init_from")
+    parser.add_argument("--backbone")
+    known, _ = parser.parse_known_args(arguments)
+    if known.init_from is not None:
+        raise ValueError("init_from: adapt begins with the backbone that --from names")
+    theirs = keys_of(source)
+    if not theirs and known.backbone is None:
+        raise ValueError(f"from: {source} does not say of which backbone it is; say --backbone")
+    said = yaml.safe_load(recipe_path(known.recipe).read_text()) or {}
+    taken = {
+        key: value for key, value in theirs.items() if key not in said or key in ("backbone", "backbone_args")
+    }
+    options = [f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in taken.items()]
+    given = [f"--recipe={known.recipe}", *options, *arguments, f"--init_from={source}"]
+    return parse(given)[0]
+
+
+def keys_of(source: str) -> dict[str, Any]:
+    """What a source says of its configuration: a run all of it but `OWN`, a file of ours and timm's models
+    the backbone, other files nothing.
+
+    Raises:
+        ValueError: there is no such source, or it cannot be read.
+    """
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        try:
+            theirs = dict(yaml.safe_load((path / "config.yaml").read_text()))
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"from: {source} holds no run whose config.yaml can be read: {error}") from error
+        if not (path / "backbone.safetensors").exists():
+            raise ValueError(f"from: the run in {source} is not finished (there is no backbone.safetensors)")
+        keys = [f.name for f in fields(PretrainConfig) if f.name not in OWN]
+        return {key: theirs[key] for key in keys if key in theirs}
+    if path.exists():
+        try:
+            made = made_with(source)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"from: {source} cannot be read as safetensors: {error}") from error
+        return {"backbone": made[0], "backbone_args": made[1]} if made else {}
+    if timm.is_model(source):
+        return {"backbone": source, "backbone_args": {}}
+    near = difflib.get_close_matches(source, timm.list_models(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"from: expected a run's directory, a .safetensors file or a timm model, got {source!r}{hint}"
+    )
+
+
+def adapt(config: PretrainConfig) -> dict[str, Any] | None:
+    """Pretrain the backbone that `config.init_from` names on `config.data`, or go on with that; returns what
+    adapt.json holds: k-NN and linear probe, before and after, on the target's labelled images, None each
+    where it has none. Where there are several ranks all call it, and those after the first return None.
+
+    Raises:
+        ValueError: there is no `config.init_from`, or `config.output` holds a run from another.
+        Other errors are those of `pretrain`.
+    """
+    if config.init_from is None:
+        raise ValueError("init_from: expected weights to begin with, got none")
+    output = Path(config.output)
+    refuse_another_start(output, config.init_from)
+    if pretrain(config) is None:
+        return None
+    if (output / "adapt.json").exists():
+        return json.loads((output / "adapt.json").read_text())
+    result: dict[str, Any] = {"from": config.init_from, "data": config.data, "before": None, "after": None}
+    found = evaluation_sources(config.data, open_source(config.data))
+    if found is not None:
+        gallery, queries, held_out = found
+        device = device_of(config)
+        for name, weights in (("before", config.init_from), ("after", config.output)):
+            _, teacher = create_networks(replace(config, init_from=weights), device)
+            result[name] = classify(*look_at(teacher, (gallery, queries), config, device))
+        result |= {
+            "gallery_images": len(gallery.images),
+            "query_images": len(queries.images),
+            "queries_held_out": held_out,
+        }
+    write_json(output / "adapt.json", result)
+    return result
+
+
+def refuse_another_start(output: Path, source: str) -> None:
+    """Raise ValueError where a directory holds a run that began with other weights."""
+    if not any((output / "checkpoints").glob("*.ckpt")):
+        return
+    theirs = (yaml.safe_load((output / "config.yaml").read_text()) or {}).get("init_from")
+    places = [name and os.path.abspath(os.path.expanduser(name)) for name in (theirs, source)]
+    if places[0] != places[1]:
+        raise ValueError(
+            f"output: {output} holds a run that began with {theirs or 'new weights'}, not with {source}; "
+            "choose another --output"
+        )
+
+
+def summary(result: dict[str, Any], output: str) -> str:
+    """What a finished adaptation has to say."""
+    if result["before"] is None:
+        lines = [
+            "\nnothing could be measured: the data has no images with labels (folders named after classes)"
+        ]
+    else:
+        size = f"{result['query_images']} queries in {result['gallery_images']} images"
+        lines = [f"\n{size} of {result['data']}{'':6}before   after"]
+        for key, name in (("knn", "k-NN, k=20"), ("linear", "linear probe")):
+            lines.append(f"  {name:20} {result['before'][key]:7.2%} {result['after'][key]:7.2%}")
+        if not result["queries_held_out"]:
+            lines.append("  (the queries' images, not their labels, were seen in adapting)")
+    return "\n".join([*lines, f"in {output}: backbone.safetensors, adapt.json, and what else a run leaves"])

@@ -1,0 +1,273 @@
+"""Several methods side by side: each trained with the same budget and seeds, then measured alike."""
+
+import difflib
+import os
+import platform
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import timm
+import torch
+from matplotlib.figure import Figure
+
+from bincomm import __version__
+from bincomm.config import PretrainConfig
+from bincomm.data.sources import evaluation_sources, open_source
+from bincomm.engine.checkpoints import Checkpoints
+from bincomm.engine.logs import read_lines
+from bincomm.engine.run import write_json, write_text, write_whole
+from bincomm.evaluation.measure import device_of, look_at, measure
+from bincomm.models import create_networks
+from bincomm.networks import Network
+from bincomm.pretrain import pretrain
+
+# A method's keys; everything else is the same for all. The ablations are of bits-fixed, as in the paper.
+METHODS: dict[str, dict[str, Any]] = {
+    "bits-reset": {"method": "bits", "agreement": "hard"},
+    "bits-fixed": {"method": "bits", "agreement": "hard", "reset_every": 0},
+    "bits-soft": {"method": "bits", "agreement": "soft", "reset_every": 0},
+    "bits-cosine": {"method": "bits", "agreement": "cosine", "reset_every": 0},
+    "simdino": {"method": "simdino", "expa_type": 1, "reset_every": 0},
+    "simdino-expa0": {"method": "simdino", "expa_type": 0, "reset_every": 0},
+    "dino": {"method": "dino", "reset_every": 0},
+}
+DEFAULT_METHODS = ("bits-reset", "bits-fixed", "simdino", "dino")
+RESET_EVERY = 10  # of bits-reset where the configuration says never
+IMAGES_PER_PROTOTYPE = 20  # as DINO's 65 536 have on ImageNet's 1.28 million images
+BEFORE = "before training"
+
+# Of a figure: its heading, what it is multiplied by, decimals.
+FIGURES = {
+    "knn": ("k-NN %", 100, 1),
+    "linear": ("linear %", 100, 1),
+    "map": ("mAP % features", 100, 1),
+    "map_codes": ("mAP % codes", 100, 1),
+    "d_eff": ("d_eff", 1, 1),
+    "r_eff": ("r_eff", 1, 1),
+    "bit_entropy": ("bit entropy", 1, 2),
+    "dead_bits": ("dead bits %", 100, 1),
+}
+COLUMNS = {**FIGURES, "seconds": ("seconds", 1, 0)}
+
+
+def compare(
+    config: PretrainConfig,
+    methods: Sequence[str] = DEFAULT_METHODS,
+    seeds: Sequence[int] | None = None,
+    prototypes: int | None = None,
+) -> dict[str, Any]:
+    """Train every method with every seed, each an ordinary run in `config.output`/METHOD[-seedK], measure
+    all, and write table.md, table.json and plot.png there; returns what table.json holds.
+
+    Runs that are finished are measured only, and one that was interrupted goes on.
+
+    Args:
+        config: what the runs share; its method and, in all but bits-reset, its reset_every are a method's
+            own (`METHODS`).
+        methods: names in `METHODS`.
+        seeds: None: the configuration's alone.
+        prototypes: of DINO; None: the configuration's, or where that is the default `prototypes_for` the
+            number of images.
+
+    Raises:
+        ValueError: an unknown method, images without labels, several ranks, or whatever `pretrain` raises it
+            for; nothing was trained then, unless a run's directory was in the way.
+        Other errors are those of `pretrain`.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("compare: expected to be started without torchrun, which is for single runs")
+    check_names(methods, seeds)
+    if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):
+        raise ValueError(f"output: expected another folder than that of the images, got {config.output}")
+    source = open_source(config.data)
+    found = evaluation_sources(config.data, source)
+    if found is None:
+        raise ValueError(
+            f"data: expected images with labels (folders named after classes) to measure on, got none in "
+            f"{config.data}"
+        )
+    if prototypes is None and config.prototypes == PretrainConfig.prototypes:
+        prototypes = prototypes_for(len(source.images))
+    shared = replace(config, prototypes=prototypes or config.prototypes)
+    configs = {method: method_configs(shared, method, seeds) for method in methods}
+    for method, runs in configs.items():
+        for run in runs:
+            print(f"\n{method}, seed {run.seed}: {run.output}", flush=True)
+            pretrain(run)
+
+    gallery, queries, held_out = found
+    device = device_of(config)
+
+    def figures(network: Network) -> dict[str, float]:
+        return measure(*look_at(network, (gallery, queries), config, device))
+
+    # Backbones begin alike whatever the method, and heads with that of the bits.
+    begin = [create_networks(run, device)[1] for run in method_configs(shared, "bits-fixed", seeds)]
+    rows = [{"name": BEFORE, "runs": [figures(network) for network in begin]}]
+    for method, runs in configs.items():
+        measured = [
+            {**figures(trained_teacher(run, device)), "seconds": seconds_trained(run)} for run in runs
+        ]
+        rows.append({"name": method, "runs": measured})
+    for row in rows:
+        values = {key: [run[key] for run in row["runs"]] for key in row["runs"][0]}
+        row["mean"] = {key: mean(each) for key, each in values.items()}
+        row["std"] = {key: stdev(each) for key, each in values.items()} if len(row["runs"]) > 1 else None
+    table = {
+        "rows": rows,
+        **common_and_own(configs),
+        "gallery_images": len(gallery.images),
+        "query_images": len(queries.images),
+        "queries_held_out": held_out,
+        "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+    }
+    output = Path(config.output)
+    write_json(output / "table.json", table)
+    write_text(output / "table.md", as_markdown(table))
+    figure = plot(rows)
+    write_whole(output / "plot.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    return table
+
+
+def check_names(methods: Sequence[str], seeds: Sequence[int] | None) -> None:
+    """Raise ValueError for methods there are not, for one named twice, and for none at all."""
+    for method in methods:
+        if method not in METHODS:
+            near = difflib.get_close_matches(method, METHODS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"methods: there is none named {method!r}{hint} Methods: {', '.join(METHODS)}")
+    for name, given in (("methods", methods), ("seeds", [0] if seeds is None else seeds)):
+        if len(given) == 0 or len(set(given)) < len(given):
+            raise ValueError(f"{name}: expected at least one and each once, got {', '.join(map(str, given))}")
+
+
+def prototypes_for(images: int) -> int:
+    """Prototypes of DINO for a number of images: the power of two from images/20 on, at most 65 536."""
+    return min(65536, 1 << max(0, -(-images // IMAGES_PER_PROTOTYPE) - 1).bit_length())
+
+
+def method_configs(shared: PretrainConfig, method: str, seeds: Sequence[int] | None) -> list[PretrainConfig]:
+    """The configurations of a method's runs, one per seed."""
+    keys = {"reset_every": shared.reset_every or RESET_EVERY, **METHODS[method]}
+    path = os.path.join(shared.output, method)
+    if seeds is None:
+        return [replace(shared, **keys, output=path)]
+    return [replace(shared, **keys, output=f"{path}-seed{seed}", seed=seed) for seed in seeds]
+
+
+def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
+    """The teacher that a finished run ended with, backbone and head.
+
+    Raises:
+        ValueError: its last checkpoint is missing.
+    """
+    run = Path(config.output)
+    checkpoint = Checkpoints(run / "checkpoints", config.keep, print).load()
+    last = read_lines(run / "metrics.jsonl")[-1]["step"]
+    if checkpoint is None or checkpoint["step"] != last:
+        raise ValueError(
+            f"output: {run} holds no checkpoint of its last step, {last}; remove it to train it anew"
+        )
+    _, teacher = create_networks(replace(config, init_from=None), device)
+    teacher.load_state_dict(checkpoint["teacher"])
+    return teacher
+
+
+def seconds_trained(config: PretrainConfig) -> float:
+    """How long a run's steps took, waiting for data included and without what comes before and after them."""
+    seconds, step = 0.0, 0
+    for line in read_lines(Path(config.output) / "speed.jsonl"):
+        seconds += (line["step"] - step) * config.batch_size / line["images_per_second"]
+        step = line["step"]
+    return seconds
+
+
+def common_and_own(configs: dict[str, list[PretrainConfig]]) -> dict[str, Any]:
+    """Keys of the configurations that are the same in all runs, and by method those that are not."""
+    each = {method: runs[0].as_dict() for method, runs in configs.items()}
+    first = next(iter(each.values()))
+    left_out = ("output", "seed")
+    same = [key for key in first if key not in left_out and all(c[key] == first[key] for c in each.values())]
+    return {
+        "seeds": [run.seed for run in next(iter(configs.values()))],
+        "config": {key: first[key] for key in same},
+        "differences": {
+            method: {key: value for key, value in c.items() if key not in (*same, *left_out)}
+            for method, c in each.items()
+        },
+    }
+
+
+def as_markdown(table: dict[str, Any]) -> str:
+    """The table, its columns aligned, and what one must know to read it."""
+    lines = [["method", *(heading for heading, _, _ in COLUMNS.values())]]
+    for row in table["rows"]:
+        lines.append([row["name"], *(words(row, key) for key in COLUMNS)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    config, seeds = table["config"], table["seeds"]
+    budget = f"{config['epochs']} epochs"
+    if config["max_steps"]:
+        budget += f", at most {config['max_steps']} steps"
+    spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
+    seen = "" if table["queries_held_out"] else ", whose images, not their labels, were seen in training"
+    notes = (
+        f"{config['data']}: {config['backbone']}, {budget}, batches of {config['batch_size']}, "
+        f"{config['bits']} bits; {spread if len(seeds) > 1 else f'seed {seeds[0]}'}.",
+        "Features are those of the teacher's backbone, of one centre crop, of "
+        f"{table['gallery_images']} images and {table['query_images']} queries{seen}. k-NN with k = 20; "
+        "mAP@ALL by the cosine of features and the Hamming distance of codes; d_eff, r_eff and use of bits "
+        "are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
+        "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Seconds are those "
+        "of a run's training steps.",
+    )
+    return "\n".join([*text, *(f"\n{textwrap.fill(note, 110)}" for note in notes)]) + "\n"
+
+
+def words(row: dict[str, Any], key: str) -> str:
+    """A figure of a row as the table shows it."""
+    if key not in row["mean"]:
+        return "-"
+    _, factor, decimals = COLUMNS[key]
+    spread = "" if row["std"] is None else f" ± {factor * row['std'][key]:.{decimals}f}"
+    return f"{factor * row['mean'][key]:.{decimals}f}{spread}"
+
+
+def plot(rows: list[dict[str, Any]]) -> Figure:
+    """A panel per figure, a line per method: every seed a small dot, their mean a large one with its value;
+    dashed, the network before training."""
+    figure = Figure(figsize=(14, 2.6 + 0.5 * len(rows)), layout="constrained")
+    methods = [row for row in rows if row["name"] != BEFORE]
+    (before,) = (row["mean"] for row in rows if row["name"] == BEFORE)
+    panels = figure.subplots(2, len(FIGURES) // 2, sharey=True)
+    for axes, (key, (heading, factor, _)) in zip(panels.flat, FIGURES.items(), strict=True):
+        axes.axvline(factor * before[key], color="grey", linestyle="--", linewidth=1)
+        for place, row in enumerate(methods):
+            colour, centre = f"C{place}", factor * row["mean"][key]
+            each = [factor * run[key] for run in row["runs"]]
+            axes.plot([min(each), max(each)], [place, place], color=colour, alpha=0.5)
+            axes.plot(each, [place] * len(each), ".", color=colour, alpha=0.6)
+            axes.plot(centre, place, "o", color=colour, markersize=8)
+            axes.annotate(
+                words(row, key), (centre, place), (0, 7), textcoords="offset points", ha="center", fontsize=8
+            )
+        axes.set(title=heading, ylim=(len(methods) - 0.4, -0.7))
+        axes.set_yticks(range(len(methods)), [row["name"] for row in methods])
+        axes.margins(x=0.2)
+        axes.grid(axis="x", alpha=0.3)
+    figure.suptitle("dashed: before training", fontsize="small", color="grey")
+    return figure

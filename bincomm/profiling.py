@@ -1,0 +1,166 @@
+"""Where the time of a training step goes, and how much of what the machine can do is used."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from bincomm.config import PretrainConfig
+from bincomm.data.loader import Loader
+from bincomm.data.sources import open_source
+from bincomm.engine.optimiser import create_optimiser
+from bincomm.engine.ranks import ALONE, join_ranks
+from bincomm.engine.step import Step
+from bincomm.models import create_networks, create_objective
+
+WARM_UP = 3  # steps
+PARTS = ("data", "teacher", "student", "loss", "backward", "clip", "optimiser", "average")
+PRODUCT = {"cpu": 2048, "cuda": 8192}  # side of the square matrices that the machine's best is measured with
+
+
+class Clock:
+    """Milliseconds between marks: of the device where it is a GPU, else of this process."""
+
+    def __init__(self, device: torch.device):
+        self.gpu = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        """The end of a part."""
+        if self.gpu:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        else:
+            moment = time.perf_counter()
+        self.marks.append((name, moment))
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds of each part since the mark before it, from the first mark on; then it is empty."""
+        if self.gpu:
+            torch.cuda.synchronize()
+        found = {}
+        for (_, begun), (name, ended) in zip(self.marks, self.marks[1:], strict=False):
+            found[name] = begun.elapsed_time(ended) if self.gpu else 1e3 * (ended - begun)
+        self.marks.clear()
+        return found
+
+
+def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
+    """Train for a few steps as `pretrain` would on one process, and measure; nothing is written.
+
+    Returns:
+        "parts": milliseconds of each of `PARTS`, medians over the steps ("data" is the time waited for it;
+        of a CUDA graph "clip" is all up to there); "step_ms", "images_per_second"; "flops_per_image", of the
+        matrix products and convolutions of both networks, forward and backward; "mfu", the share of "peak",
+        operations a second of one large matrix product in the same precision, measured here; "memory_bytes",
+        of the GPU at its most, None on a CPU; "compiled", what came of torch.compile.
+
+    Raises:
+        ValueError: the configuration or the data does not allow it; the message names the key.
+    """
+    with join_ranks(config.device) as ranks:
+        device = ranks.device
+        if ranks.world > ALONE.world:
+            raise ValueError(
+                f"profile: expected one process, got {ranks.world} ranks; start without torchrun"
+            )
+    bf16 = config.precision == "bf16"
+    loader = Loader(
+        open_source(config.data),
+        config.crops,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        device=device,
+        threads=config.threads,
+        max_unusable=config.max_unusable,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        channels_last=config.channels_last,
+    )
+    student, teacher = create_networks(config, device)
+    step = Step(
+        student,
+        teacher,
+        create_objective(config).to(device),
+        create_optimiser(student),
+        clip=config.clip,
+        precision=config.precision,
+        accumulate=config.accumulate,
+    )
+    views = loader.next()
+    flops = count_flops(step, *(None if view is None else view[:2] for view in views))
+    peak = measure_peak(device, torch.bfloat16 if bf16 else torch.float32)
+    on_gpu = device.type == "cuda"
+    compiled = "no torch.compile"
+    if config.compile == "on" or (config.compile == "auto" and on_gpu):
+        compiled = step.compile(*views)
+    if config.cuda_graph:
+        step.capture(*views)
+    clock = Clock(device)
+    step.mark = clock.mark
+    found: list[dict[str, float]] = []
+    for number in range(WARM_UP + steps):
+        if on_gpu and number == WARM_UP:
+            torch.cuda.reset_peak_memory_stats()
+        clock.mark("begin")
+        views = loader.next()
+        clock.mark("data")
+        step(*views, lr=0.0, weight_decay=0.0, momentum=1.0)
+        step.guard.read()
+        found.append(clock.read())
+    kept = found[WARM_UP:]
+    total = statistics.median(sum(one.values()) for one in kept)
+    rate = 1e3 * config.batch_size / total
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "parts": {part: statistics.median(one[part] for one in kept) for part in PARTS if part in kept[0]},
+        "step_ms": total,
+        "images_per_second": rate,
+        "flops_per_image": flops / 2,
+        "peak": peak,
+        "mfu": rate * flops / 2 / peak,
+        "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
+        "compiled": compiled,
+    }
+
+
+def count_flops(step: Step, global_views: Tensor, local_views: Tensor | None) -> float:
+    """Floating-point operations of matrix products and convolutions, teacher and student, on some crops."""
+    with FlopCounterMode(display=False) as counter:
+        with torch.no_grad():
+            step.teacher(global_views.float())
+        groups = [views.float() for views in (global_views, local_views) if views is not None]
+        step.student(*groups).sum().backward()
+    step.optimiser.zero_grad()
+    return counter.get_total_flops()
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the best of a few."""
+    side = PRODUCT[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    clock, best = Clock(device), float("inf")
+    for _ in range(8):
+        clock.mark("begin")
+        torch.mm(a, b)
+        clock.mark("product")
+        best = min(best, clock.read()["product"])
+    return 2 * side**3 / (best / 1e3)
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A profile as a table."""
+    total = found["step_ms"]
+    lines = [f"{found['device']}, {found['compiled']}", ""]
+    lines += [f"  {part:10} {ms:9.2f} ms  {ms / total:6.1%}" for part, ms in found["parts"].items()]
+    memory = found["memory_bytes"]
+    lines += [
+        f"  {'a step':10} {total:9.2f} ms",
+        "",
+        f"{found['images_per_second']:.1f} images/s; {found['flops_per_image'] / 1e9:.2f} GFLOP an image, "
+        f"MFU {found['mfu']:.1%} of {found['peak'] / 1e12:.2f} TFLOP/s, a large matrix product's"
+        + ("" if memory is None else f"; {memory / 2**30:.1f} GiB at most"),
+    ]
+    return "\n".join(lines)

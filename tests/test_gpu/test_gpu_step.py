@@ -1,0 +1,82 @@
+"""The training step on a real GPU: it does not wait for the device, and its faster forms are the same step."""
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+pytest.importorskip("timm", reason="training needs the packages of bincomm[train]")
+
+from bincomm.engine.optimiser import create_optimiser
+from bincomm.engine.step import Step
+from bincomm.networks import Head, Network, create_backbone, create_teacher, feature_width
+from bincomm.objectives import DINO, DiscreteCommunication, SimDINO
+
+RATES = {"lr": 0.001, "weight_decay": 0.1, "momentum": 0.9}
+ARGUMENTS = {"patch_size": 4, "depth": 2, "qkv_bias": False}
+
+
+def create(objective=None, precision="fp32", **options):
+    torch.manual_seed(0)
+    backbone, _ = create_backbone("test_vit", 16, **ARGUMENTS)
+    student = Network(backbone, Head(feature_width(backbone, [16]), 64, 32, 0.1))
+    teacher = create_teacher(student, create_backbone("test_vit", 16, **ARGUMENTS)[0]).cuda()
+    student = student.cuda()
+    objective = (objective or DiscreteCommunication()).cuda()
+    return Step(
+        student, teacher, objective, create_optimiser(student), clip=1.0, precision=precision, **options
+    )
+
+
+def batches(count, n=16):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield tuple(
+            torch.randn(n, views, 3, size, size, generator=generator).cuda()
+            for views, size in ((2, 16), (3, 12))
+        )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("objective", [DiscreteCommunication, SimDINO, lambda: DINO(64)])
+def test_a_step_does_not_wait_for_the_device(objective, precision):
+    step = create(objective(), precision)
+    first, *rest = batches(4)
+    step(*first, **RATES)  # what is set up once may
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for views in rest:
+            step(*views, **RATES)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.guard.read() == (0, 0, False)
+
+
+@pytest.mark.parametrize("form", ["compile", "capture", "accumulate"])
+def test_faster_and_smaller_forms_are_the_same_step(form):
+    plain, other = create(), create(accumulate=2 if form == "accumulate" else 1)
+    first = next(batches(1))
+    if form == "compile":
+        assert other.compile(*first).startswith("torch.compile: both networks")
+    if form == "capture":
+        other.capture(*first)
+    for views in batches(5):
+        mine, theirs = plain(*views, **RATES), other(*views, **RATES)
+        torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-3, atol=1e-4)
+    for mine, theirs in zip(plain.student.parameters(), other.student.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_what_is_not_finite_is_skipped(captured):
+    step = create()
+    good = next(batches(1))
+    if captured:
+        step.capture(*good)
+    step(*good, **RATES)
+    before = [p.detach().clone() for p in step.student.parameters()]
+    step(good[0], torch.full_like(good[1], torch.nan), **RATES)
+    assert all(torch.equal(p, old) for p, old in zip(step.student.parameters(), before, strict=True))
+    step(*good, **RATES)
+    assert [step.guard.read()[:2] for _ in range(3)] == [(0, 0), (0, 0), (1, 1)]
+    assert not torch.equal(next(step.student.head.parameters()), before[-6])
