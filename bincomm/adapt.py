@@ -92,13 +92,12 @@ def adapt(config: PretrainConfig) -> dict[str, Any] | None:
     where it has none. Where there are several ranks all call it, and those after the first return None.
 
     Raises:
-        ValueError: there is no `config.init_from`, or `config.output` holds a run from another.
+        ValueError: there is no `config.init_from`.
         Other errors are those of `pretrain`.
     """
     if config.init_from is None:
         raise ValueError("init_from: expected weights to begin with, got none")
     output = Path(config.output)
-    refuse_another_start(output, config.init_from)
     if pretrain(config) is None:
         return None
     if (output / "adapt.json").exists():
@@ -118,19 +117,6 @@ def adapt(config: PretrainConfig) -> dict[str, Any] | None:
         }
     write_json(output / "adapt.json", result)
     return result
-
-
-def refuse_another_start(output: Path, source: str) -> None:
-    """Raise ValueError where a directory holds a run that began with other weights."""
-    if not any((output / "checkpoints").glob("*.ckpt")):
-        return
-    theirs = (yaml.safe_load((output / "config.yaml").read_text()) or {}).get("init_from")
-    places = [name and os.path.abspath(os.path.expanduser(name)) for name in (theirs, source)]
-    if places[0] != places[1]:
-        raise ValueError(
-            f"output: {output} holds a run that began with {theirs or 'new weights'}, not with {source}; "
-            "choose another --output"
-        )
 
 
 def summary(result: dict[str, Any], output: str) -> str:

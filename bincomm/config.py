@@ -21,7 +21,7 @@ from bincomm.data.standard import SETS
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with others.
 # The last row changes results by rounding alone.
 INCIDENTAL = (
-    "output", "threads", "save_every", "max_unusable", "resume", "keep", "init_from",
+    "output", "threads", "save_every", "max_unusable", "resume", "keep",
     "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp",
 )  # fmt: skip
 
@@ -197,9 +197,10 @@ class PretrainConfig:
         ours = self.as_dict()
         keys = [key for key in ours if key not in INCIDENTAL]
         named = {"digits", *SETS}
-        places = [d for d in (self.data, other.get("data")) if isinstance(d, str) and d not in named]
-        if len(places) == 2 and len({os.path.abspath(os.path.expanduser(place)) for place in places}) == 1:
-            keys.remove("data")  # the same place in other words
+        for key in ("data", "init_from"):
+            places = [d for d in (ours[key], other.get(key)) if isinstance(d, str) and d not in named]
+            if len(places) == 2 and len({os.path.abspath(os.path.expanduser(p)) for p in places}) == 1:
+                keys.remove(key)  # the same place in other words
         return {key: (other.get(key), ours[key]) for key in keys if other.get(key) != ours[key]}
 
 

@@ -1,4 +1,4 @@
-"""The training step on a real GPU: it does not wait for the device, and its faster forms are the same step."""
+"""The training step on a real GPU: it does not wait for the device; its faster forms are the same step."""
 
 import pytest
 import torch
