@@ -4,7 +4,7 @@ Importing bincomm imports torch and nothing heavier; `bincomm doctor` tells what
 """
 
 from bincomm.diagnosis import doctor
-from bincomm.objectives import DiscreteCommunication
+from bincomm.objectives import DINO, DiscreteCommunication, SimDINO
 from bincomm.ops.coding_rate import coding_rate
 from bincomm.ops.hamming import hamming_distance, hamming_topk
 from bincomm.ops.messages import pack_signs, unpack_signs
@@ -12,7 +12,9 @@ from bincomm.ops.sign_bce import sign_bce
 
 __version__ = "0.1.0"
 __all__ = [
+    "DINO",
     "DiscreteCommunication",
+    "SimDINO",
     "coding_rate",
     "doctor",
     "hamming_distance",

@@ -104,6 +104,8 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
         student, teacher = convert_sync_batchnorm(student), convert_sync_batchnorm(teacher)
     objective = create_objective(config).to(ranks.device)
     if config.fsdp:
+        if ranks.world == 1:
+            raise ValueError("fsdp: expected several ranks to split parameters over, got one; use torchrun")
         shard(student, ranks)
         shard(teacher, ranks)
     optimiser = create_optimiser(student)
@@ -141,7 +143,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
     signals = SignalFlag()
     guard = one_step.guard
     batches: deque[tuple] = deque(maxlen=guard.lag + 1)  # the oldest is the one that the guard judges
-    begun, skipped = step, 0
+    begun, skipped = step, int(guard.counts[0])
     try:
         while step < steps:
             # The head is drawn anew at the start of epochs R, 2R, ...: the same for student and teacher.
@@ -196,6 +198,8 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
             checkpoints.poll()
             if stop:
                 checkpoints.finish()
+                ranks.gather(None)  # rank 0 has written it
+                ranks.leave()
                 if ranks.rank == 0 and checkpoints.newest != step:
                     raise OSError(f"{run}: a signal came, and step {step} could not be saved")
                 raise Interrupted(signals.received or signal.SIGTERM)
@@ -319,6 +323,7 @@ def keep_evidence(
         save_checkpoint(run / f"not_finite_batch_{ranks.rank}.ckpt", found)
     except OSError as error:
         kept = f"the state and the batch could not be saved ({error})"
+    ranks.gather(None)  # the first to end ends the others
     return (
         f"the loss or its gradient was not finite in more than {Guard.LIMIT} steps in a row, up to step "
         f"{step}; {kept}, and {run / 'checkpoints'} holds the last good checkpoints. Lower lr (now "
@@ -331,12 +336,12 @@ def tell_unusable(loader: Loader, named: int, run: Path, log: Log) -> int:
     """Name the unusable images beyond the first `named`, and keep a list of all; returns how many."""
     found = loader.unusable
     for count, (name, why) in enumerate(found[named:], named + 1):
-        log.say(f"left out: {name}: {why} ({count} of {len(loader.images)} images so far)")
+        log.say(f"left out: {name}: {why} ({count} of {len(loader.images)} images so far)", everywhere=True)
     if len(found) > named:
         try:
             write_unusable(run / "unusable.txt", found)
         except OSError as error:
-            log.say(f"warning: {error}")
+            log.say(f"warning: {error}", everywhere=True)
     return len(found)
 
 

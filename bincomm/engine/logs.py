@@ -181,8 +181,11 @@ class Log:
             self.board = None  # its thread has ended; another is tried with the next metrics
             raise
 
-    def say(self, text: str) -> None:
-        """A line above the bar; of ranks other than the first, with their number."""
+    def say(self, text: str, everywhere: bool = False) -> None:
+        """A line above the bar, of the first rank, or with its number of every rank that has something of its
+        own to say."""
+        if self.rank and not everywhere:
+            return
         tqdm.write(printable(f"rank {self.rank}: {text}" if self.rank else text))
 
     def close(self) -> None:

@@ -114,7 +114,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, world, local_rank, chosen, leave)
     except BaseException as error:
-        pulse.stop(f"rank {rank} ended: {error or type(error).__name__}")
+        if not pulse.ended.is_set():  # else it has left, and what happens to it is nothing to the others
+            pulse.stop(f"rank {rank} ended: {error or type(error).__name__}")
         raise
     leave()
 

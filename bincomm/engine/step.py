@@ -215,6 +215,7 @@ class Step:
                 "cuda_graph: expected one GPU and accumulate = 1, got "
                 f"{self.ranks} × {self.device.type} and accumulate = {self.accumulate}"
             )
+        counts = self.guard.counts.clone()
         self.static = [None if v is None else v.clone() for v in (global_views, local_views)]
         buffers = [(b, b.clone()) for m in (self.student, self.teacher, self.objective) for b in m.buffers()]
         side = torch.cuda.Stream(self.device)
@@ -230,7 +231,7 @@ class Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.captured = self._gradient(*self.static)
-        self.guard.reset()
+        self.guard.counts.copy_(counts)
         self.graph = graph
 
     def _replay(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Done, Tensor]:
@@ -294,9 +295,6 @@ class Guard:
             event.synchronize()
         skipped, in_row, _, stop = copy.tolist()
         return int(skipped), int(in_row), bool(stop)
-
-    def reset(self) -> None:
-        self.counts.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"skipped": self.counts[:2]}

@@ -1,0 +1,60 @@
+"""Where the time of a step goes: that the figures are those of the step."""
+
+import pytest
+import torch
+from torch import nn
+
+for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors"):
+    pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
+
+from bincomm import cli  # noqa: E402
+from bincomm.config import parse  # noqa: E402
+from bincomm.engine.optimiser import create_optimiser  # noqa: E402
+from bincomm.engine.step import Step  # noqa: E402
+from bincomm.networks import Head, Network, create_teacher  # noqa: E402
+from bincomm.objectives import DiscreteCommunication  # noqa: E402
+from bincomm.profiling import PARTS, count_flops, measure_peak, profile  # noqa: E402
+
+OPTIONS = ["--recipe=digits", "--backbone=test_vit", '--backbone_args={"patch_size": 4, "depth": 2}']
+OPTIONS += ["--global_size=16", "--local_size=12", "--bits=16", "--hidden=32", "--batch_size=16"]
+
+
+def test_a_profile_adds_up():
+    found = profile(parse(OPTIONS)[0], steps=6)
+    assert tuple(found["parts"]) == PARTS
+    assert all(ms > 0 for ms in found["parts"].values())
+    assert sum(found["parts"].values()) == pytest.approx(found["step_ms"], rel=0.5)  # medians
+    assert found["images_per_second"] == pytest.approx(16 / (found["step_ms"] / 1e3))
+    expected = found["images_per_second"] * found["flops_per_image"] / found["peak"]
+    assert found["mfu"] == pytest.approx(expected)
+    assert 0 < found["mfu"] < 1
+
+
+def test_operations_are_counted_as_by_hand():
+    def layer():
+        return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 8))
+
+    student = Network(layer(), Head(8, 16, 4))
+    teacher = create_teacher(student, layer())
+    step = Step(
+        student, teacher, DiscreteCommunication(), create_optimiser(student), clip=1.0, precision="fp32"
+    )
+    first, rest = 48 * 8, 8 * 16 + 16 * 16 + 16 * 4  # multiplications a view
+    views = 3 * 2
+    # Forward twice; backward the gradients of all weights, and of all inputs but the images.
+    expected = 2 * views * (2 * (first + rest) + first + 2 * rest)
+    assert count_flops(step, torch.randn(3, 2, 3, 4, 4), None) == expected
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_a_peak_is_not_beyond_any_machine():
+    assert 1e9 < measure_peak(torch.device("cpu"), torch.float32) < 1e14
+
+
+def test_the_command(capsys):
+    assert cli.main(["profile", "--steps=2", *OPTIONS]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {part} " in text for part in PARTS)
+    assert "images/s" in text
+    assert cli.main(["profile", "--data=/nonexistent"]) == 2
+    assert "data: '/nonexistent' does not exist" in capsys.readouterr().err
