@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bincomm.ops import library
+from bincomm.ops import clip, library  # noqa: F401  (clip, to register its operation)
 
 PACKAGES = {
     "triton": "the fused kernels for CUDA tensors; without it they take the slower PyTorch form",

@@ -207,7 +207,7 @@ def test_a_directory_of_an_adaptation_from_elsewhere_is_refused(source, target, 
     options = {"backbone_args": OPTIONS["backbone_args"]}
     assert cli.main(arguments(file, target, adapted, **options)) == 2
     error = capsys.readouterr().err
-    assert f"holds a run of another configuration (init_from was {source}, now {file})" in error
+    assert f"holds a run of another configuration (init_from was {source}, now {file}; " in error
     assert len(error.strip().splitlines()) == 1
 
 
