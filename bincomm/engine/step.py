@@ -165,6 +165,7 @@ class Step:
         if self.sharded:
             self.student.set_requires_gradient_sync(not without)
             yield
+            self.student.set_requires_gradient_sync(True)
         elif without and self.forward is not self.student:
             with self.forward.no_sync():
                 yield
@@ -172,10 +173,11 @@ class Step:
             yield
 
     def compile(self, global_views: Tensor, local_views: Tensor | None) -> str:
-        """Compile both networks for crops of these shapes; what came of it, in words.
+        """Compile both networks for batches of this shape; what came of it, in words.
 
         Where torch.compile fails the networks are left as they were.
         """
+        part = [_cut(views, self.accumulate)[0] for views in (global_views, local_views)]
         networks = (self.forward, self.teacher)
         buffers = [(b, b.clone()) for network in networks for b in network.buffers()]
         started = time.perf_counter()
@@ -185,8 +187,8 @@ class Step:
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.random.fork_rng(devices), self._without_averaging(True):
                 with torch.inference_mode():
-                    self._run(self.teacher, global_views, None)
-                self._run(self.forward, global_views, local_views).sum().backward()
+                    self._run(self.teacher, part[0], None)
+                self._run(self.forward, *part).sum().backward()
             outcome = f"torch.compile: both networks, in {time.perf_counter() - started:.0f} s"
         except Exception as error:  # of any of its compilers; which exception is theirs to choose
             for network in networks:
