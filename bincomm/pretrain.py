@@ -81,19 +81,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
             f"batch_size: expected a multiple of {ranks.world * config.accumulate} "
             f"({ranks.world} ranks × accumulate {config.accumulate}), got {config.batch_size}"
         )
-    loader = Loader(
-        source,
-        config.crops,
-        batch_size=config.batch_size // ranks.world,
-        seed=config.seed,
-        device=ranks.device,
-        threads=config.threads,
-        max_unusable=config.max_unusable,
-        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-        channels_last=config.channels_last,
-        rank=ranks.rank,
-        world=ranks.world,
-    )
+    loader = create_loader(config, source, ranks)
     epoch_steps = loader.steps_per_epoch
     steps = min(config.epochs * epoch_steps, config.max_steps or config.epochs * epoch_steps)
     warmup = min(config.warmup_epochs * epoch_steps, steps // 4)
@@ -109,15 +97,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
         shard(student, ranks)
         shard(teacher, ranks)
     optimiser = create_optimiser(student)
-    one_step = Step(
-        student,
-        teacher,
-        objective,
-        optimiser,
-        clip=config.clip,
-        precision=config.precision,
-        accumulate=config.accumulate,
-    )
+    one_step = create_step(config, student, teacher, objective, optimiser)
     bits = config.bits if objective.outputs_are_bits else None
     window = Window(config.log_every, objective.scalars, bits, ranks.device)
     watch = create_watch(config)
@@ -212,6 +192,42 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
         teacher = create_networks(config, ranks.device)[1]
         teacher.load_state_dict(weights)
     return teacher
+
+
+def create_loader(config: PretrainConfig, source: Source, ranks: Ranks) -> Loader:
+    """The batches of this rank."""
+    return Loader(
+        source,
+        config.crops,
+        batch_size=config.batch_size // ranks.world,
+        seed=config.seed,
+        device=ranks.device,
+        threads=config.threads,
+        max_unusable=config.max_unusable,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        channels_last=config.channels_last,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+
+
+def create_step(
+    config: PretrainConfig,
+    student: Network,
+    teacher: Network,
+    objective: nn.Module,
+    optimiser: torch.optim.Optimizer,
+) -> Step:
+    """The step that the configuration asks for."""
+    return Step(
+        student,
+        teacher,
+        objective,
+        optimiser,
+        clip=config.clip,
+        precision=config.precision,
+        accumulate=config.accumulate,
+    )
 
 
 def announce(

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bincomm.config import PretrainConfig
-from bincomm.data.loader import Loader
 from bincomm.data.sources import open_source
 from bincomm.engine.optimiser import create_optimiser
 from bincomm.engine.ranks import ALONE, join_ranks
 from bincomm.engine.step import Step
 from bincomm.models import create_networks, create_objective
+from bincomm.pretrain import create_loader, create_step
 
 WARM_UP = 3  # steps
 PARTS = ("data", "teacher", "student", "loss", "backward", "clip", "optimiser", "average")
@@ -67,31 +67,13 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
             raise ValueError(
                 f"profile: expected one process, got {ranks.world} ranks; start without torchrun"
             )
-    bf16 = config.precision == "bf16"
-    loader = Loader(
-        open_source(config.data),
-        config.crops,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        device=device,
-        threads=config.threads,
-        max_unusable=config.max_unusable,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
-        channels_last=config.channels_last,
-    )
+    loader = create_loader(config, open_source(config.data), ranks)
     student, teacher = create_networks(config, device)
-    step = Step(
-        student,
-        teacher,
-        create_objective(config).to(device),
-        create_optimiser(student),
-        clip=config.clip,
-        precision=config.precision,
-        accumulate=config.accumulate,
-    )
+    objective = create_objective(config).to(device)
+    step = create_step(config, student, teacher, objective, create_optimiser(student))
     views = loader.next()
     flops = count_flops(step, *(None if view is None else view[:2] for view in views))
-    peak = measure_peak(device, torch.bfloat16 if bf16 else torch.float32)
+    peak = measure_peak(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     on_gpu = device.type == "cuda"
     compiled = "no torch.compile"
     if config.compile == "on" or (config.compile == "auto" and on_gpu):

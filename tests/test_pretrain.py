@@ -317,18 +317,6 @@ def stop_here(*args):
     raise KeyboardInterrupt
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of two megabytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a file system needs root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
-
-
 def test_training_goes_on_where_the_disk_is_full(finished, small_disk, monkeypatch, capsys):
     step, taken = Log.step, []
 

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import subprocess
 import threading
 
 import pytest
@@ -77,18 +76,6 @@ def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     may_write.set()
     checkpoints.finish()
     assert steps(tmp_path / "checkpoints") == ["step-000000001.ckpt"]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of two megabytes."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a file system needs root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def test_a_full_disk_is_told_and_costs_no_checkpoint(small_disk):
