@@ -84,6 +84,7 @@ CASES = (
         "vit_tiny_bf16": Case("vit_tiny_patch16_224", "bf16", 16),
         "small_images_fp32": Case("vit_tiny_patch16_224", "fp32", 64, **SMALL),
         "small_images_bf16": Case("vit_tiny_patch16_224", "bf16", 64, **SMALL),
+        "batch_256_bf16": Case("vit_tiny_patch16_224", "bf16", 256, **SMALL),  # the paper's batch
     }
 )
 

@@ -165,9 +165,10 @@ def create_teacher(student: Network, backbone: nn.Module) -> Network:
 
 
 @torch.no_grad()
-def update_teacher(teacher: Network, student: Network, momentum: float) -> None:
-    """Exponential moving average of every parameter: `θ_t ← m θ_t + (1-m) θ_s`.
+def update_teacher(teacher: list[Tensor], student: list[Tensor], momentum: float) -> None:
+    """Exponential moving average of every parameter, those of both in the same order:
+    `θ_t ← m θ_t + (1-m) θ_s`.
 
     Buffers (the running statistics of batch norm) are the teacher's own, gathered in its forward passes.
     """
-    get_ema_multi_avg_fn(momentum)(list(teacher.parameters()), list(student.parameters()), None)
+    get_ema_multi_avg_fn(momentum)(teacher, student, None)

@@ -20,23 +20,7 @@ namespace {
 constexpr int64_t kPart = 16384;   // elements
 constexpr int64_t kGrain = 65536;  // elements below which another thread costs more than it brings
 
-// In double: the square of no finite float overflows or vanishes there.
-BINCOMM_CLONES double sum_of_squares(const float* x, int64_t count) {
-  constexpr int kLanes = 64;
-  double lanes[kLanes] = {};
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t first = 0; first < whole; first += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const double a = x[first + j];
-      lanes[j] += a * a;
-    }
-  }
-  for (int64_t j = whole; j < count; ++j) lanes[j - whole] += static_cast<double>(x[j]) * x[j];
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  }
-  return lanes[0];
-}
+BINCOMM_CLONES double part_sum(const float* x, int64_t count) { return sum_of_squares(x, count); }
 
 BINCOMM_CLONES void scale(float* x, int64_t count, double factor) {
   for (int64_t j = 0; j < count; ++j) x[j] = static_cast<float>(x[j] * factor);
@@ -93,7 +77,7 @@ Tensor clip_gradients_(std::vector<Tensor> gradients, double limit) {
   }
 
   std::vector<double> sums(parts.size());
-  for_each_part(parts, [&](int64_t place, const Part& part) { sums[place] = sum_of_squares(part.data, part.count); });
+  for_each_part(parts, [&](int64_t place, const Part& part) { sums[place] = part_sum(part.data, part.count); });
 
   std::vector<double> squares(gradients.size());
   double total = 0.0;

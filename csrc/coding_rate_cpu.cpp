@@ -37,23 +37,7 @@ constexpr double kNormEps = 1e-12;       // smallest norm a row is divided by, a
 
 // ---- Rows of unit length
 
-// The Euclidean norm, in double: the square of no finite float overflows or vanishes there.
-BINCOMM_CLONES double norm(const float* x, int64_t count) {
-  constexpr int kLanes = 32;
-  double lanes[kLanes] = {};
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t first = 0; first < whole; first += kLanes) {
-    for (int j = 0; j < kLanes; ++j) {
-      const double a = x[first + j];
-      lanes[j] += a * a;
-    }
-  }
-  for (int64_t j = whole; j < count; ++j) lanes[j - whole] += static_cast<double>(x[j]) * x[j];
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
-  }
-  return std::sqrt(lanes[0]);
-}
+BINCOMM_CLONES double norm(const float* x, int64_t count) { return std::sqrt(sum_of_squares(x, count)); }
 
 BINCOMM_CLONES void scale(const float* x, float factor, int64_t count, float* out) {
   for (int64_t j = 0; j < count; ++j) out[j] = x[j] * factor;

@@ -1,7 +1,8 @@
-// exp and log1p that compilers turn into vector code, and run-time choice of the instruction set.
+// exp, log1p and sums of squares that compilers turn into vector code, and run-time choice of the instruction set.
 //
-// Both are written without branches and without tables, so that a plain loop over an array vectorises at whatever width
-// the target has. tests/test_ops/test_sign_bce.py holds their error against fp64 over the whole argument range.
+// exp and log1p are written without branches and without tables, so that a plain loop over an array vectorises at
+// whatever width the target has. tests/test_ops/test_sign_bce.py holds their error against fp64 over the whole
+// argument range.
 #pragma once
 
 #include <bit>
@@ -64,6 +65,24 @@ BINCOMM_INLINE float log1p_nonnegative(float x) {
   tail += kf * -2.12194440e-4f;
   tail -= 0.5f * square;
   return (f + tail) + kf * 0.693359375f;
+}
+
+// Sum of squares, in double: the square of no finite float overflows or vanishes there.
+BINCOMM_INLINE double sum_of_squares(const float* x, int64_t count) {
+  constexpr int kLanes = 32;
+  double lanes[kLanes] = {};
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t first = 0; first < whole; first += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const double a = x[first + j];
+      lanes[j] += a * a;
+    }
+  }
+  for (int64_t j = whole; j < count; ++j) lanes[j - whole] += static_cast<double>(x[j]) * x[j];
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
+  }
+  return lanes[0];
 }
 
 // The storage types as fp32 and back, rounding to nearest even.

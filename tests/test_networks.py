@@ -136,7 +136,7 @@ def test_a_head_of_prototypes_is_copied_saved_and_averaged_like_any_other(tmp_pa
     before = teacher.head.prototypes.clone()
     with torch.no_grad():
         head.prototypes.add_(1.0)
-    update_teacher(teacher, student, 0.9)
+    update_teacher(list(teacher.parameters()), list(student.parameters()), 0.9)
     torch.testing.assert_close(teacher.head.prototypes, before + 0.1)
 
 
@@ -173,6 +173,6 @@ def test_teacher_starts_equal_and_follows():
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(1.0)
-    update_teacher(teacher, student, 0.9)
+    update_teacher(list(teacher.parameters()), list(student.parameters()), 0.9)
     for was, now in zip(before, teacher.parameters(), strict=True):
         torch.testing.assert_close(now, was + 0.1)

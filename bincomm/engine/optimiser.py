@@ -1,9 +1,7 @@
-"""AdamW with DINO's parameter groups, per-tensor gradient clipping, and clearing of a module's state."""
+"""AdamW with DINO's parameter groups, and clearing of a module's state."""
 
 import torch
-from torch import Tensor, nn
-
-from bincomm.ops.clip import clip_gradients_
+from torch import nn
 
 
 def create_optimiser(network: nn.Module) -> torch.optim.AdamW:
@@ -25,15 +23,6 @@ def set_rates(optimiser: torch.optim.Optimizer, lr: float, weight_decay: float) 
     for group in optimiser.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
-
-
-def clip_gradients(network: nn.Module, limit: float) -> Tensor:
-    """Scale every parameter's gradient down to norm `limit` (0 = leave it), without reading a norm on the
-    host.
-
-    Returns the norm of all gradients together before clipping, a scalar on their device.
-    """
-    return clip_gradients_([p.grad for p in network.parameters() if p.grad is not None], limit)
 
 
 def clear_state(optimiser: torch.optim.Optimizer, module: nn.Module) -> None:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bincomm.engine.optimiser import clip_gradients, set_rates
+from bincomm.engine.optimiser import set_rates
 from bincomm.networks import Network, update_teacher
+from bincomm.ops.clip import clip_gradients_
 
 
 class Done(NamedTuple):
@@ -66,7 +67,9 @@ class Step:
             )
         self.student, self.teacher, self.objective, self.optimiser = student, teacher, objective, optimiser
         self.clip, self.accumulate = clip, accumulate
-        self.device = next(student.parameters()).device
+        # Listed once: going through all modules takes longer than reading some of the parameters.
+        self.parameters, self.averages = list(student.parameters()), list(teacher.parameters())
+        self.device = self.parameters[0].device
         self.autocast = precision == "bf16"
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.sharded = hasattr(student, "reshard")
@@ -104,7 +107,7 @@ class Step:
         if self.graph is None:  # whose gradients lie where it writes them
             self.optimiser.zero_grad()
         self.mark("optimiser")
-        update_teacher(self.teacher, self.student, momentum)
+        update_teacher(self.averages, self.parameters, momentum)
         self.mark("average")
         self.guard.copy_to_host()
         return done
@@ -147,7 +150,7 @@ class Step:
                     self._run(self.forward, *part).backward(gradient)
         self.mark("backward")
 
-        norm = clip_gradients(self.student, self.clip)
+        norm = clip_gradients_([p.grad for p in self.parameters if p.grad is not None], self.clip)
         losses = {name: value.detach() for name, value in losses.items()}
         skip = self.guard.judge(losses["loss"], norm)
         for statistic, old in zip(self.statistics, before, strict=True):

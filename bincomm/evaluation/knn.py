@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bincomm.evaluation.labelled import check_alike, check_labelled
+
 
 def knn_accuracy(
     gallery: Tensor,
@@ -28,13 +30,12 @@ def knn_accuracy(
         block: queries compared at once, (block, N) similarities in memory.
 
     Raises:
-        ValueError: no gallery or query images, or different numbers of features and labels.
+        ValueError: no gallery or query images, different numbers of features and labels or of features per
+            image, or values that are not finite.
     """
-    for name, x, y in (("gallery", gallery, gallery_labels), ("queries", queries, query_labels)):
-        if len(x) == 0 or len(x) != len(y):
-            raise ValueError(
-                f"{name}: expected as many labels as features, at least 1; got {len(x)} and {len(y)}"
-            )
+    check_labelled("gallery", gallery, gallery_labels)
+    check_labelled("queries", queries, query_labels)
+    check_alike(gallery, queries)
     gallery = F.normalize(gallery.float(), dim=-1)
     classes = int(max(gallery_labels.max(), query_labels.max())) + 1
     correct = 0

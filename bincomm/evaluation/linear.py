@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bincomm.evaluation.labelled import check_alike, check_labelled
+
 # For features of mean square norm 1 beside a bias of 1, where the loss has a curvature of at most 1: SGD with
 # momentum 0.9 is then stable up to 3.8, and up to hundreds where the variance is spread over many directions.
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -56,15 +58,9 @@ def linear_probe(
         ValueError: no gallery or query images, different numbers of features and labels, numbers of
             features per image that differ, values that are not finite, or no learning rate.
     """
-    for name, x, y in (("gallery", gallery, gallery_labels), ("queries", queries, query_labels)):
-        if len(x) == 0 or len(x) != len(y):
-            raise ValueError(
-                f"{name}: expected as many labels as features, at least 1; got {len(x)} and {len(y)}"
-            )
-        if not x.isfinite().all():
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-    if queries.shape[1:] != gallery.shape[1:]:
-        raise ValueError(f"queries: expected {gallery.shape[1]} features each, got {queries.shape[1]}")
+    check_labelled("gallery", gallery, gallery_labels)
+    check_labelled("queries", queries, query_labels)
+    check_alike(gallery, queries)
     if len(learning_rates) == 0:
         raise ValueError("learning_rates: expected at least one, got none")
     scale = float(torch.linalg.vector_norm(gallery.float(), dtype=torch.float64)) / len(gallery) ** 0.5 or 1.0

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bincomm.evaluation.labelled import check_alike, check_labelled
 from bincomm.ops.hamming import hamming_distance
 
 PAIRS = 1 << 20  # query and database item, ranked at once; takes about 100 bytes each
@@ -44,17 +45,9 @@ def mean_average_precision(
             item.
         TypeError: messages compared with features.
     """
-    for name, x, y in (("database", database, database_labels), ("queries", queries, query_labels)):
-        if len(x) == 0 or len(x) != len(y):
-            raise ValueError(
-                f"{name}: expected as many labels as items, at least 1; got {len(x)} and {len(y)}"
-            )
-        if not x.isfinite().all():
-            raise ValueError(f"{name}: expected finite values, got NaN or infinity")
-    if queries.shape[1:] != database.shape[1:]:
-        raise ValueError(
-            f"queries: expected {database.shape[1]} columns like database, got {queries.shape[1]}"
-        )
+    check_labelled("database", database, database_labels)
+    check_labelled("queries", queries, query_labels)
+    check_alike(database, queries)
     messages = database.dtype == torch.int32
     if messages != (queries.dtype == torch.int32):
         raise TypeError(f"queries: expected {database.dtype} like database, got {queries.dtype}")

@@ -86,7 +86,7 @@ def test_a_step_is_what_its_parts_are():
         norms = [torch.nn.utils.clip_grad_norm_(p, 0.5) for p in student.parameters()]
         adam.step()
         adam.zero_grad()
-        update_teacher(teacher, student, 0.9)
+        update_teacher(list(teacher.parameters()), list(student.parameters()), 0.9)
         torch.testing.assert_close(done.losses["loss"], losses["loss"].detach())
         torch.testing.assert_close(done.gradient_norm, torch.stack(norms).norm(), rtol=1e-4, atol=1e-6)
     assert_same(step, plain, rtol=1e-4, atol=2e-5)

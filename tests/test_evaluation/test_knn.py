@@ -30,8 +30,12 @@ def test_small_galleries_and_one_class():
     assert knn_accuracy(gallery, torch.zeros(3).long(), gallery, torch.full((3,), 4)) == 0.0
 
 
-def test_wrong_sizes_are_named():
-    with pytest.raises(ValueError, match="queries: .*got 2 and 1"):
+def test_what_is_wrong_is_named():
+    with pytest.raises(ValueError, match="queries: .*got 1 and 2"):
         knn_accuracy(torch.eye(3), torch.zeros(3).long(), torch.randn(2, 3), torch.zeros(1).long())
     with pytest.raises(ValueError, match="gallery: .*got 0"):
         knn_accuracy(torch.eye(3)[:0], torch.zeros(0).long(), torch.randn(2, 3), torch.zeros(2).long())
+    with pytest.raises(ValueError, match="queries: expected 3 columns each, got 2"):
+        knn_accuracy(torch.eye(3), torch.zeros(3).long(), torch.randn(2, 2), torch.zeros(2).long())
+    with pytest.raises(ValueError, match="gallery: .*NaN"):
+        knn_accuracy(torch.eye(3) / 0, torch.zeros(3).long(), torch.randn(2, 3), torch.zeros(2).long())

@@ -124,11 +124,11 @@ def test_every_precision(dtype):
 
 def test_what_is_wrong_is_named():
     x, y = torch.eye(3), torch.arange(3)
-    with pytest.raises(ValueError, match="queries: .*got 2 and 1"):
+    with pytest.raises(ValueError, match="queries: .*got 1 and 2"):
         linear_probe(x, y, x[:2], y[:1])
     with pytest.raises(ValueError, match="gallery: .*got 0"):
         linear_probe(x[:0], y[:0], x, y)
-    with pytest.raises(ValueError, match="queries: expected 3 features each, got 2"):
+    with pytest.raises(ValueError, match="queries: expected 3 columns each, got 2"):
         linear_probe(x, y, x[:, :2], y)
     with pytest.raises(ValueError, match="gallery: .*NaN"):
         linear_probe(x / 0, y, x, y)

@@ -124,7 +124,7 @@ def test_other_dtypes_are_read_as_features(dtype):
 
 def test_what_is_wrong_is_named():
     x, y = torch.eye(3), torch.arange(3)
-    with pytest.raises(ValueError, match="queries: .*got 2 and 1"):
+    with pytest.raises(ValueError, match="queries: .*got 1 and 2"):
         mean_average_precision(x, y, x[:2], y[:1])
     with pytest.raises(ValueError, match="database: .*got 0"):
         mean_average_precision(x[:0], y[:0], x, y)

@@ -1,0 +1,19 @@
+"""Features and the classes that belong to them."""
+
+from torch import Tensor
+
+
+def check_labelled(name: str, features: Tensor, labels: Tensor) -> None:
+    """Raise ValueError, naming the argument, unless there are features, all finite, and a label for each."""
+    if len(features) == 0 or len(features) != len(labels):
+        raise ValueError(
+            f"{name}: expected as many labels as features, at least 1; got {len(labels)} and {len(features)}"
+        )
+    if not features.isfinite().all():
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+
+
+def check_alike(gallery: Tensor, queries: Tensor) -> None:
+    """Raise ValueError unless queries have as many columns as what they are compared with."""
+    if queries.shape[1:] != gallery.shape[1:]:
+        raise ValueError(f"queries: expected {gallery.shape[1]} columns each, got {queries.shape[1]}")
