@@ -64,7 +64,7 @@ def loss_of(student: Tensor, teacher: Tensor, views: int, beta: float, eps_squar
         n, bits = logits.shape
         z = F.normalize(logits, dim=-1)
         gram = torch.eye(bits, device=z.device) + bits / (n * eps_squared) * z.T @ z
-        rate += 0.5 * torch.linalg.slogdet(gram)[1]
+        rate += torch.linalg.cholesky_ex(gram)[0].diagonal().log().sum()
     rate = rate / 2
 
     gamma = (bits + n) / (bits * n)

@@ -19,7 +19,7 @@ from bincomm.data.sources import open_source
 from bincomm.data.standard import SETS
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with others.
-# The last row changes results by rounding alone.
+# The last row changes results by rounding, and which paths drop_path drops.
 INCIDENTAL = (
     "output", "threads", "save_every", "max_unusable", "resume", "keep",
     "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp",
@@ -165,6 +165,8 @@ class PretrainConfig:
             raise ValueError(
                 f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}"
             )
+        if self.cuda_graph and self.checkpoint_activations:  # whose random state cannot be read in a capture
+            raise ValueError("cuda_graph: expected false with checkpoint_activations, got true")
         if not self.data:
             raise ValueError(f"data: expected a source of images, got {self.data!r}")
         if self.max_steps is not None and self.max_steps < 1:

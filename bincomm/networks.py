@@ -113,6 +113,7 @@ class PrototypeHead(nn.Module):
     `s = b/‖b‖ · (w/‖w‖)ᵀ`, b the output of a `Head`, w the rows of `prototypes` (P, K): DINO's last layer
     under weight normalisation, its magnitudes held at 1. The rows are drawn as PyTorch draws a linear layer's
     weight, from U(-1/√K, 1/√K); their lengths, which training may change, have no effect on the scores.
+    Under autocast scores are rounded to its dtype, as in DINO's own code.
     """
 
     def __init__(self, features: int, hidden: int, bits: int, prototypes: int, std: float = 0.02):

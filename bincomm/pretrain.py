@@ -157,15 +157,17 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
             batches.append((views, loader.indices))
             if ranks.world > 1 and signals.received is not None:
                 guard.ask_to_stop()
-            count, in_row, stop = guard.read()
+            last = step == steps
+            count, in_row, stop = guard.read(last)
             if count > skipped:
                 log.say(f"warning: a step was skipped, its loss or gradient was not finite ({count} so far)")
                 skipped = count
             if in_row > guard.LIMIT:
-                raise TrainingError(keep_evidence(run, step, config, parts, ranks, batches[0]))
+                raise TrainingError(
+                    keep_evidence(run, step, config, parts, ranks, batches[-1 if last else 0])
+                )
             # Alone, a rank reads the signal itself, once: one that comes from here on is for the next step.
             stop = signals.received is not None if ranks.world == 1 else stop
-            last = step == steps
             if last or step % config.log_every == 0:
                 metrics = window.report()
                 log.write(step, {**metrics, "lr": lr, "momentum": momentum, "epoch": epoch})

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import open_source
 from bincomm.engine.optimiser import create_optimiser
-from bincomm.engine.ranks import ALONE, join_ranks
-from bincomm.engine.step import Step
-from bincomm.models import create_networks, create_objective
+from bincomm.engine.ranks import join_ranks
+from bincomm.models import create_networks, create_objective, write_attention_out
+from bincomm.networks import Network
 from bincomm.pretrain import create_loader, create_step
 
 WARM_UP = 3  # steps
@@ -54,7 +55,8 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
     Returns:
         "parts": milliseconds of each of `PARTS`, medians over the steps ("data" is the time waited for it;
         of a CUDA graph "clip" is all up to there); "step_ms", "images_per_second"; "flops_per_image", of the
-        matrix products and convolutions of both networks, forward and backward; "mfu", the share of "peak",
+        matrix products and convolutions of both networks, forward and backward, without what is computed
+        twice to need less memory; "mfu", the share of "peak",
         operations a second of one large matrix product in the same precision, measured here; "memory_bytes",
         of the GPU at its most, None on a CPU; "compiled", what came of torch.compile.
 
@@ -63,18 +65,22 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
     """
     with join_ranks(config.device) as ranks:
         device = ranks.device
-        if ranks.world > ALONE.world:
+        if ranks.world > 1:
             raise ValueError(
                 f"profile: expected one process, got {ranks.world} ranks; start without torchrun"
             )
+    if config.fsdp:
+        raise ValueError("fsdp: expected false, for one process has nothing to split, got true")
     loader = create_loader(config, open_source(config.data), ranks)
+    views = loader.next()
+    # Networks of their own, for what is computed twice to need less memory is not to be counted.
+    flops = count_flops(*create_networks(replace(config, checkpoint_activations=False), device), *views)
     student, teacher = create_networks(config, device)
     objective = create_objective(config).to(device)
     step = create_step(config, student, teacher, objective, create_optimiser(student))
-    views = loader.next()
-    flops = count_flops(step, *(None if view is None else view[:2] for view in views))
     peak = measure_peak(device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
     on_gpu = device.type == "cuda"
+    torch.backends.cudnn.benchmark = on_gpu
     compiled = "no torch.compile"
     if config.compile == "on" or (config.compile == "auto" and on_gpu):
         compiled = step.compile(*views)
@@ -100,23 +106,25 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
         "parts": {part: statistics.median(one[part] for one in kept) for part in PARTS if part in kept[0]},
         "step_ms": total,
         "images_per_second": rate,
-        "flops_per_image": flops / 2,
+        "flops_per_image": flops,
         "peak": peak,
-        "mfu": rate * flops / 2 / peak,
+        "mfu": rate * flops / peak,
         "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "compiled": compiled,
     }
 
 
-def count_flops(step: Step, global_views: Tensor, local_views: Tensor | None) -> float:
-    """Floating-point operations of matrix products and convolutions, teacher and student, on some crops."""
+def count_flops(
+    student: Network, teacher: Network, global_views: Tensor, local_views: Tensor | None
+) -> float:
+    """Floating-point operations of matrix products and convolutions that an image takes."""
+    write_attention_out(student, teacher)  # a fused one is not counted everywhere
+    groups = [views[:2].float() for views in (global_views, local_views) if views is not None]
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
-            step.teacher(global_views.float())
-        groups = [views.float() for views in (global_views, local_views) if views is not None]
-        step.student(*groups).sum().backward()
-    step.optimiser.zero_grad()
-    return counter.get_total_flops()
+            teacher(groups[0])
+        student(*groups).sum().backward()
+    return counter.get_total_flops() / len(groups[0])
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -9,10 +9,7 @@ for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors")
 
 from bincomm import cli  # noqa: E402
 from bincomm.config import parse  # noqa: E402
-from bincomm.engine.optimiser import create_optimiser  # noqa: E402
-from bincomm.engine.step import Step  # noqa: E402
 from bincomm.networks import Head, Network, create_teacher  # noqa: E402
-from bincomm.objectives import DiscreteCommunication  # noqa: E402
 from bincomm.profiling import PARTS, count_flops, measure_peak, profile  # noqa: E402
 
 OPTIONS = ["--recipe=digits", "--backbone=test_vit", '--backbone_args={"patch_size": 4, "depth": 2}']
@@ -36,15 +33,18 @@ def test_operations_are_counted_as_by_hand():
 
     student = Network(layer(), Head(8, 16, 4))
     teacher = create_teacher(student, layer())
-    step = Step(
-        student, teacher, DiscreteCommunication(), create_optimiser(student), clip=1.0, precision="fp32"
-    )
     first, rest = 48 * 8, 8 * 16 + 16 * 16 + 16 * 4  # multiplications a view
     views = 3 * 2
     # Forward twice; backward the gradients of all weights, and of all inputs but the images.
-    expected = 2 * views * (2 * (first + rest) + first + 2 * rest)
-    assert count_flops(step, torch.randn(3, 2, 3, 4, 4), None) == expected
-    assert all(p.grad is None for p in student.parameters())
+    expected = 2 * views * (2 * (first + rest) + first + 2 * rest) / 3
+    assert count_flops(student, teacher, torch.randn(3, 2, 3, 4, 4), None) == expected
+    assert count_flops(student, teacher, torch.randn(1, 2, 3, 4, 4), None) == expected
+
+
+@pytest.mark.parametrize("options", [["--checkpoint_activations=true"], ["--precision=fp32"]])
+def test_operations_do_not_depend_on_how_they_are_carried_out(options):
+    counts = [profile(parse([*OPTIONS, *more])[0], steps=1)["flops_per_image"] for more in ([], options)]
+    assert counts[0] == counts[1]
 
 
 def test_a_peak_is_not_beyond_any_machine():

@@ -69,11 +69,20 @@ def alone(tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("options", [{}, {"fsdp": True}, {"accumulate": 2, "checkpoint_activations": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fsdp": True},
+        {"fsdp": True, "compile": "on"},
+        {"accumulate": 2, "checkpoint_activations": True},
+    ],
+)
 def test_a_batch_shared_by_two_ranks_is_the_same_batch(alone, tmp_path, options):
     """1 × 32 and 2 × 16 images: the same curve, also with parameters split and activations computed anew."""
     text = finish(launch(tmp_path / "run", **options))
     assert "on 2 ranks (cpu)" in text
+    assert ("torch.compile: both networks" in text) == ("compile" in options)
     assert text.count("step 20/20") == 1  # one rank logs
     expected, found = curve(alone), curve(tmp_path / "run")
     assert len(expected) == len(found) == 20

@@ -28,8 +28,8 @@ class Done(NamedTuple):
 class Step:
     """Trains a student and its teacher on one batch after another, without waiting for the device.
 
-    A step whose loss or gradient is not finite on any rank moves neither the student nor any statistics, on
-    all ranks alike; see `Guard`.
+    A step whose loss or gradient is not finite on any rank moves neither the student nor any buffer, on all
+    ranks alike; see `Guard`. The teacher takes its average of the student, as ever.
 
     Where torch.distributed is initialised gradients are averaged over the ranks, by DistributedDataParallel
     unless the parameters are split by `bincomm.engine.ranks.shard`.
@@ -81,10 +81,12 @@ class Step:
                 student, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
         # What a step changes beside the parameters: statistics of batch norm, the centre of DINO.
-        modules = (student, teacher, objective)
-        self.statistics = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+        self.buffers = [b for module in (student, teacher, objective) for b in module.buffers()]
         self.guard = Guard(self.device, self.ranks)
+        # Once captured: the graph, the crops that it reads, and what it leaves.
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.static: list[Tensor | None] = []
+        self.captured: tuple[Done, Tensor] | None = None
         self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part, by name
 
     def __call__(
@@ -96,7 +98,16 @@ class Step:
         weight_decay: float,
         momentum: float,
     ) -> Done:
-        """One step on crops (n, 2, 3, S, S) and (n, L, 3, s, s)."""
+        """One step on crops (n, 2, 3, S, S) and (n, L, 3, s, s).
+
+        Raises:
+            ValueError: n is no multiple of `accumulate`.
+        """
+        if len(global_views) % self.accumulate:
+            raise ValueError(
+                f"global_views: expected a multiple of accumulate = {self.accumulate} images, got "
+                f"{len(global_views)}"
+            )
         if self.graph is None:
             done, skip = self._gradient(global_views, local_views)
         else:
@@ -114,7 +125,7 @@ class Step:
 
     def _gradient(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Done, Tensor]:
         """The student's clipped gradient, and whether the step is to be skipped: 0 or 1, on the device."""
-        before = [statistic.clone() for statistic in self.statistics]
+        before = [buffer.clone() for buffer in self.buffers]
         cut = [_cut(views, self.accumulate) for views in (global_views, local_views)]
         parts = list(zip(*cut, strict=True))
         with torch.inference_mode():
@@ -153,8 +164,8 @@ class Step:
         norm = clip_gradients_([p.grad for p in self.parameters if p.grad is not None], self.clip)
         losses = {name: value.detach() for name, value in losses.items()}
         skip = self.guard.judge(losses["loss"], norm)
-        for statistic, old in zip(self.statistics, before, strict=True):
-            statistic.copy_(torch.where(skip > 0, old, statistic))
+        for buffer, old in zip(self.buffers, before, strict=True):
+            buffer.copy_(torch.where(skip > 0, old, buffer))
         self.mark("clip")
         return Done(losses, norm, logits.detach(), message), skip
 
@@ -167,8 +178,10 @@ class Step:
         """Gradients stay this rank's own, until the last part's backward pass averages the sum."""
         if self.sharded:
             self.student.set_requires_gradient_sync(not without)
-            yield
-            self.student.set_requires_gradient_sync(True)
+            try:
+                yield
+            finally:
+                self.student.set_requires_gradient_sync(True)
         elif without and self.forward is not self.student:
             with self.forward.no_sync():
                 yield
@@ -179,32 +192,39 @@ class Step:
         """Compile both networks for batches of this shape; what came of it, in words.
 
         Where torch.compile fails the networks are left as they were.
+
+        Raises:
+            ValueError: it failed where parameters are split; gradients are left then that nothing clears.
         """
         part = [_cut(views, self.accumulate)[0] for views in (global_views, local_views)]
         networks = (self.forward, self.teacher)
-        buffers = [(b, b.clone()) for network in networks for b in network.buffers()]
+        before = [buffer.clone() for buffer in self.buffers]
         started = time.perf_counter()
         try:
             for network in networks:
                 network.compile(dynamic=False)
             devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices), self._without_averaging(True):
+            # Split parameters keep a gradient that is not averaged where zero_grad() does not reach it.
+            with torch.random.fork_rng(devices), self._without_averaging(not self.sharded):
                 with torch.inference_mode():
                     self._run(self.teacher, part[0], None)
+                if self.accumulate > 1:  # a pass of its own
+                    with torch.no_grad():
+                        self._run(self.forward, *part)
                 self._run(self.forward, *part).sum().backward()
             outcome = f"torch.compile: both networks, in {time.perf_counter() - started:.0f} s"
         except Exception as error:  # of any of its compilers; which exception is theirs to choose
             for network in networks:
                 network._compiled_call_impl = None
             reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if self.sharded:
+                raise ValueError(f"compile: expected off, for torch.compile failed: {reason}") from error
             outcome = f"warning: torch.compile failed, so the networks run without it, slower: {reason}"
         finally:
             self.optimiser.zero_grad()
             if self.sharded:
                 self.teacher.reshard()
-            with torch.no_grad():
-                for buffer, old in buffers:
-                    buffer.copy_(old)
+            self._put_back(before)
         return outcome
 
     def capture(self, global_views: Tensor, local_views: Tensor | None) -> None:
@@ -222,7 +242,7 @@ class Step:
             )
         counts = self.guard.counts.clone()
         self.static = [None if v is None else v.clone() for v in (global_views, local_views)]
-        buffers = [(b, b.clone()) for m in (self.student, self.teacher, self.objective) for b in m.buffers()]
+        before = [buffer.clone() for buffer in self.buffers]
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side), torch.random.fork_rng([self.device]):
@@ -230,14 +250,18 @@ class Step:
                 self._gradient(*self.static)
                 self.optimiser.zero_grad()
         torch.cuda.current_stream(self.device).wait_stream(side)
-        with torch.no_grad():
-            for buffer, old in buffers:
-                buffer.copy_(old)
+        self._put_back(before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The loader's threads allocate meanwhile, which is no business of this thread's capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.captured = self._gradient(*self.static)
         self.guard.counts.copy_(counts)
         self.graph = graph
+
+    @torch.no_grad()
+    def _put_back(self, before: list[Tensor]) -> None:
+        for buffer, old in zip(self.buffers, before, strict=True):
+            buffer.copy_(old)
 
     def _replay(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Done, Tensor]:
         for static, views in zip(self.static, (global_views, local_views), strict=True):
@@ -253,7 +277,7 @@ class Guard:
 
     The counts live on the device. The host reads those of the step before the last, which are there by then,
     so it never waits for a step that it has only just begun; meanwhile, after more than `LIMIT` such steps in
-    a row, nothing moves any more.
+    a row, the student moves no more.
     """
 
     LIMIT = 3
@@ -263,7 +287,7 @@ class Guard:
         self.lag = 0 if device.type == "cpu" else 1  # steps that `read` is behind
         # Skipped steps in all; in a row; whether a rank asks for the end, here and on any of them.
         self.counts = torch.zeros(4, dtype=torch.float32, device=device)
-        self.copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque(maxlen=self.lag + 1)
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
         """0 where loss and gradient are finite on all ranks, else 1."""
@@ -290,12 +314,12 @@ class Guard:
         event.record()
         self.copies.append((copy, event))
 
-    def read(self) -> tuple[int, int, bool]:
-        """Skipped steps in all, those in a row, and whether to stop, as of this step on a CPU and of the one
-        before it on a GPU."""
-        if len(self.copies) <= self.lag:
+    def read(self, last: bool = False) -> tuple[int, int, bool]:
+        """Skipped steps in all, those in a row, and whether to stop, as of this step on a CPU or where it is
+        the `last`, else of the one before it; to be read once a step."""
+        if len(self.copies) <= self.lag and not last:
             return 0, 0, False
-        copy, event = self.copies.popleft()
+        copy, event = self.copies.pop() if last else self.copies.popleft()
         if event is not None:
             event.synchronize()
         skipped, in_row, _, stop = copy.tolist()

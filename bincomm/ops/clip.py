@@ -16,7 +16,8 @@ def clip_gradients_(gradients: Sequence[Tensor], limit: float) -> Tensor:
     A gradient within the limit is left bit for bit as it was. Nothing is read on the host.
 
     Args:
-        gradients: tensors of one device. Of DTensors the norm of the full tensor counts, and all ranks call.
+        gradients: tensors of one device, fp32; others, and DTensors, take PyTorch's multi-tensor operations
+            on a CPU too. Of DTensors the norm of the full tensor counts, and all ranks call.
         limit: largest norm of a tensor; 0 leaves all of them as they are.
 
     Returns:
@@ -64,6 +65,7 @@ def is_sharded(x: Tensor) -> bool:
 define(
     "clip_gradients_(Tensor(a!)[] gradients, float limit) -> Tensor",
     cpu="C++",
+    cuda="foreach",
     pytorch_form=_pytorch_form,
     fake=lambda gradients, limit: gradients[0].new_empty(()),
 )

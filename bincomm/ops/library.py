@@ -51,9 +51,9 @@ def define(
 ) -> None:
     """Declare an operation with its form in PyTorch and, where PyTorch is to trace it, its shape rule.
 
-    `cpu` and `cuda` name what serves tensors there: "C++" and "CUDA" are kernels of `_C`, "BLAS" a library
-    that the form in PyTorch calls, "PyTorch" that form where it only stands in (for Triton see `use_triton`),
-    None that it is not used there.
+    `cpu` and `cuda` name what serves tensors there: "C++" and "CUDA" are kernels of `_C`, "BLAS" and
+    "foreach" what the form in PyTorch calls by intention, "PyTorch" that form where it only stands in (for
+    Triton see `use_triton`), None that it is not used there.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)

@@ -39,13 +39,13 @@ def test_batches_are_those_of_the_cpu():
             assert (mine.cpu() - other).abs().mean() < 0.05  # in deviations of ImageNet's colours
 
 
-def test_a_short_run(tmp_path):
-    options = ["--recipe", "digits", "--precision", "bf16", "--log_every", "10", "--save_every", "10"]
+@pytest.mark.parametrize("form", ["--compile=off", "--compile=on", "--cuda_graph=true"])
+def test_a_short_run(tmp_path, form):
+    options = ["--recipe", "digits", "--precision", "bf16", "--log_every", "10", "--save_every", "10", form]
     run = ["--output", str(tmp_path / "run"), "--max_steps", "60"]
     result = pretrain(parse([*options, *run])[0])
     assert result["machine"]["device"] == "cuda"
-    assert result["last_metrics"]["loss"] < 0.6
-    assert result["knn"]["pixels"] > 0.95
+    assert result["last_metrics"]["loss"] < 0.47  # 0.52 where nothing is learnt
 
 
 def photographs(folder, count=40):
