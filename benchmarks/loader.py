@@ -32,7 +32,7 @@ from bincomm.data.multicrop import decode, fn, pipeline_def
 from bincomm.data.sources import Files, Source, open_source
 from bincomm.engine.ranks import join_ranks
 from bincomm.engine.run import write_json, write_text, write_whole
-from bincomm.pretrain import train
+from bincomm.pretrain import Signals, train
 
 PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "bincomm")
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -134,8 +134,8 @@ def training(folder: str) -> dict[str, Any]:
             "log_every": steps // 4,
         }
         config, _ = parse([f"--{key}={value}" for key, value in options.items()] + ["--output", output])
-        with join_ranks(DEVICE.type) as ranks:
-            train(config, open_source(folder), Path(output), ranks)
+        with join_ranks(DEVICE.type) as ranks, Signals(Path(output)) as signals:
+            train(config, open_source(folder), Path(output), ranks, signals)
         lines = [json.loads(line) for line in (Path(output) / "speed.jsonl").read_text().splitlines()]
     later = lines[1:]  # the first steps wait for the pipeline to be built
     return {

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,9 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was saved", file=sys.stderr)
         status = 128 + signal.SIGINT
-    if "torch.distributed" in sys.modules and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    except Exception:
+        if ranks() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    if "torch.distributed" in sys.modules and ranks() > 1:
         # DistributedDataParallel keeps threads of the process group alive, beside which taking down the
-        # interpreter can abort the process, its work long done.
+        # interpreter can take long, or abort the process, its work long done.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -79,7 +85,7 @@ def run_pretrain(arguments: list[str]) -> int:
     try:
         config, recipe = parse(arguments)
     except (ValueError, OSError) as error:
-        return fail(str(error))
+        return fail(str(error), once=True)
 
     def run() -> str | None:
         result = pretrain(config)
@@ -115,7 +121,7 @@ def run_adapt(arguments: list[str]) -> int:
     try:
         config = configure(own.source, [f"--data={own.data}", *rest])
     except (ValueError, OSError) as error:
-        return fail(str(error))
+        return fail(str(error), once=True)
 
     def run() -> str | None:
         result = adapt(config)
@@ -128,6 +134,8 @@ def run_adapt(arguments: list[str]) -> int:
 
 def run_compare(arguments: list[str]) -> int:
     """`bincomm compare`."""
+    if ranks() > 1:
+        return fail("compare: expected to be started without torchrun, which is for single runs", once=True)
     try:
         from bincomm.compare import DEFAULT_METHODS, METHODS, as_markdown, compare
         from bincomm.config import parse
@@ -183,6 +191,8 @@ def run_compare(arguments: list[str]) -> int:
 
 def run_profile(arguments: list[str]) -> int:
     """`bincomm profile`."""
+    if ranks() > 1:
+        return fail("profile: expected one process; start it without torchrun", once=True)
     try:
         from bincomm.config import parse
         from bincomm.profiling import describe, profile
@@ -247,7 +257,7 @@ def summary(result: dict[str, Any], output: str) -> str:
         names = {
             "teacher": "teacher's backbone",
             "codes": "its codes, Hamming",
-            "random_initialisation": "before training",
+            "before_training": "before training",
         }
         for key, name in {**names, "pixels": "raw pixels"}.items():
             lines.append(f"  {name:20} {knn[key]:7.2%}")
@@ -397,16 +407,22 @@ def run_doctor(arguments: list[str]) -> int:
     return 0
 
 
-def fail(message: str, status: int = 2) -> int:
-    """Print an error and return the exit status."""
+def fail(message: str, status: int = 2, once: bool = False) -> int:
+    """Print an error, `once` of all ranks that meet it, and return the exit status."""
     where = f"rank {rank()}: " if rank() else ""
-    print(f"bincomm: error: {where}{message}", file=sys.stderr, flush=True)
+    if not (once and rank()):
+        print(f"bincomm: error: {where}{message}", file=sys.stderr, flush=True)
     return status
 
 
 def rank() -> int:
     """This process among those that torchrun started."""
     return int(os.environ.get("RANK", 0))
+
+
+def ranks() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -161,6 +162,12 @@ class PretrainConfig:
         for key, smallest in at_least.items():
             if not getattr(self, key) >= smallest:
                 raise ValueError(f"{key}: expected at least {smallest}, got {getattr(self, key)}")
+        for key, value in self.as_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{key}: expected a finite number, got {value}")
+        for key in ("output", "init_from"):  # as from a variable that is not set
+            if getattr(self, key) == "":
+                raise ValueError(f"{key}: expected a path, got an empty string")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}"

@@ -17,10 +17,17 @@ PACKAGES = {
     "jsonargparse": "the command line and recipes; without it there is no training",
     "safetensors": "export of backbones; without it there is no training",
     "sklearn": "the digits, the data of the first run",
+    "matplotlib": "curves and plots; without it there is no training",
+    "tensorboard": "a run's event files; without it there is no training",
+    "tqdm": "the bar; without it there is no training",
+    "PIL": "images that DALI does not take; without it there is no training",
+    "yaml": "recipes; without it there is no training",
 }
 DISTRIBUTIONS = {
     "nvidia.dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
     "sklearn": ("scikit-learn",),
+    "PIL": ("pillow",),
+    "yaml": ("pyyaml",),
 }
 
 

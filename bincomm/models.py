@@ -35,7 +35,7 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
         head = PrototypeHead(width, config.hidden, config.bits, config.prototypes, config.head_std)
     else:
         head = Head(width, config.hidden, config.bits, config.head_std)
-    if config.init_from:
+    if config.init_from is not None:
         load_weights(backbone, config.init_from)
     if config.checkpoint_activations:
         if not hasattr(backbone, "set_grad_checkpointing"):

@@ -1,11 +1,14 @@
 """Pretraining by discrete communication, from top to bottom."""
 
+import contextlib
 import json
 import math
 import os
 import signal
+import threading
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,10 @@ from bincomm.config import PretrainConfig
 from bincomm.data.export import write_unusable
 from bincomm.data.loader import Loader, TooManyUnusableError, merge_states
 from bincomm.data.sources import Source, evaluation_sources, open_source
-from bincomm.engine.checkpoints import Checkpoints, save_checkpoint
+from bincomm.engine.checkpoints import Checkpoints, load_checkpoint, save_checkpoint
 from bincomm.engine.logs import Log, Watch, Window, plot_curves
 from bincomm.engine.optimiser import create_optimiser
-from bincomm.engine.ranks import Ranks, join_ranks, shard, whole
+from bincomm.engine.ranks import Ranks, ToldByAnotherRank, join_ranks, shard, whole
 from bincomm.engine.run import open_run, write_json, write_text, write_whole
 from bincomm.engine.schedules import cosine, warmup_cosine
 from bincomm.engine.step import Guard, Step, has_batch_norm
@@ -31,13 +34,15 @@ from bincomm.models import create_networks, create_objective, hash_seed, place, 
 from bincomm.networks import Network, create_backbone
 from bincomm.ops.coding_rate import rate_ceiling
 
+OWN = ("loader", "window")  # parts of a run that every rank has its own state of
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the run's last checkpoint is kept."""
 
 
 class Interrupted(Exception):
-    """A signal ended the run after a step, and it is saved; the signal's number is the argument."""
+    """A signal ended the run, and its last step is saved; the signal's number is the argument."""
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
@@ -62,38 +67,34 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
                 if ranks.rank:
                     return None
                 print(f"{run} holds a finished run")
-                return json.loads((run / "result.json").read_text())
-            teacher = train(config, source, run, ranks)
-            ranks.leave()  # what remains is rank 0's work, and the others need not wait for it
-            if ranks.rank:
-                return None
-            export_backbone(teacher, config, run)
-            plot_curves(run)
-            result = evaluate(teacher, evaluation, config, run, ranks.device)
-            write_json(run / "result.json", result)
-            return result
+                return read_result(run)
+            with Signals(run) as signals:
+                teacher = train(config, source, run, ranks, signals)
+                ranks.leave()  # what remains is rank 0's work, and the others need not wait for it
+                if ranks.rank:
+                    return None
+                export_backbone(teacher, config, run)
+                plot_curves(run)
+                result = evaluate(teacher, evaluation, config, run, ranks.device)
+                write_json(run / "result.json", result)
+                return result
 
 
-def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Network:
+def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signals: "Signals") -> Network:
     """Train, or go on from the run's newest checkpoint, and return the teacher."""
-    if config.batch_size % (ranks.world * config.accumulate):
-        raise ValueError(
-            f"batch_size: expected a multiple of {ranks.world * config.accumulate} "
-            f"({ranks.world} ranks × accumulate {config.accumulate}), got {config.batch_size}"
-        )
+    ranks.first(lambda: check_ranks(config, ranks))
     loader = create_loader(config, source, ranks)
     epoch_steps = loader.steps_per_epoch
     steps = min(config.epochs * epoch_steps, config.max_steps or config.epochs * epoch_steps)
     warmup = min(config.warmup_epochs * epoch_steps, steps // 4)
     peak_lr = config.lr * config.batch_size / 256
 
-    student, teacher = create_networks(config, ranks.device)
+    # What is to be split does not fit on a GPU before it is.
+    student, teacher = create_networks(config, torch.device("cpu") if config.fsdp else ranks.device)
     if ranks.world > 1 and ranks.device.type == "cuda":  # there is no such batch norm for CPUs
         student, teacher = convert_sync_batchnorm(student), convert_sync_batchnorm(teacher)
     objective = create_objective(config).to(ranks.device)
     if config.fsdp:
-        if ranks.world == 1:
-            raise ValueError("fsdp: expected several ranks to split parameters over, got one; use torchrun")
         shard(student, ranks)
         shard(teacher, ranks)
     optimiser = create_optimiser(student)
@@ -120,10 +121,10 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
     if ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change
     named = len(loader.unusable)
-    signals = SignalFlag()
     guard = one_step.guard
     batches: deque[tuple] = deque(maxlen=guard.lag + 1)  # the oldest is the one that the guard judges
     begun, skipped = step, int(guard.counts[0])
+    signals.wait_for_step = True
     try:
         while step < steps:
             # The head is drawn anew at the start of epochs R, 2R, ...: the same for student and teacher.
@@ -135,16 +136,17 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
             try:
                 views = loader.next()
             except TooManyUnusableError:
-                write_unusable(run / "unusable.txt", loader.found_unusable())
+                with contextlib.suppress(OSError):  # the error that is to be told is the other one
+                    write_unusable(run / "unusable.txt", loader.found_unusable())
                 if step and ranks.world == 1:
                     save(checkpoints, step, config, parts, ranks)
                     checkpoints.finish()
                 raise
-            named = tell_unusable(loader, named, run, log)
+            named = tell_unusable(loader, named, run, log, ranks)
             waited = time.perf_counter() - asked
             if step == begun:
                 prepare(one_step, config, views, log)
-                log.since = time.perf_counter()
+                log.since, waited = time.perf_counter(), 0.0
 
             lr = warmup_cosine(step, steps, warmup, peak_lr, min(config.min_lr, peak_lr))
             weight_decay = cosine(step, steps, config.weight_decay, config.weight_decay_end)
@@ -163,9 +165,8 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
                 log.say(f"warning: a step was skipped, its loss or gradient was not finite ({count} so far)")
                 skipped = count
             if in_row > guard.LIMIT:
-                raise TrainingError(
-                    keep_evidence(run, step, config, parts, ranks, batches[-1 if last else 0])
-                )
+                evidence = keep_evidence(run, step, config, parts, ranks, batches[-1 if last else 0])
+                raise ToldByAnotherRank(evidence) if ranks.rank else TrainingError(evidence)
             # Alone, a rank reads the signal itself, once: one that comes from here on is for the next step.
             stop = signals.received is not None if ranks.world == 1 else stop
             if last or step % config.log_every == 0:
@@ -175,25 +176,42 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> Ne
                 new = config.reset_every > 1 and epoch % config.reset_every == 0 and epoch > 0
                 for warning in watch.look(metrics) if step > warmup and not new and not ranks.rank else ():
                     log.say(warning)
+            if last:
+                log.flush()  # or it raises, and the same command does again what is not written
             if last or stop or step % config.save_every == 0:
                 save(checkpoints, step, config, parts, ranks)
             checkpoints.poll()
             if stop:
-                checkpoints.finish()
-                ranks.gather(None)  # rank 0 has written it
-                ranks.leave()
-                if ranks.rank == 0 and checkpoints.newest != step:
-                    raise OSError(f"{run}: a signal came, and step {step} could not be saved")
-                raise Interrupted(signals.received or signal.SIGTERM)
+                break
+        checkpoints.finish()
+        received = ranks.gather(signals.received)  # and rank 0 has written the checkpoint
+        if any(received):
+            ranks.leave()
+            if ranks.rank == 0 and checkpoints.newest != step:
+                raise OSError(f"{run}: a signal came, and step {step} could not be saved")
+            raise Interrupted(next(filter(None, received)))
     finally:
         checkpoints.finish()
-        signals.restore()
+        signals.wait_for_step = False
         log.close()
     if config.fsdp:
-        weights = whole(teacher.state_dict())
-        teacher = create_networks(config, ranks.device)[1]
-        teacher.load_state_dict(weights)
+        weights = whole(teacher.state_dict(), keep=ranks.rank == 0)
+        if ranks.rank == 0:
+            del student, optimiser, one_step, parts  # one GPU is to hold all of the teacher
+            teacher = create_networks(replace(config, fsdp=False), ranks.device)[1]
+            teacher.load_state_dict(weights)
     return teacher
+
+
+def check_ranks(config: PretrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError where the configuration does not fit the number of ranks."""
+    if config.batch_size % (ranks.world * config.accumulate):
+        raise ValueError(
+            f"batch_size: expected a multiple of {ranks.world * config.accumulate} "
+            f"({ranks.world} ranks × accumulate {config.accumulate}), got {config.batch_size}"
+        )
+    if config.fsdp and ranks.world == 1:
+        raise ValueError("fsdp: expected several ranks to split parameters over, got one; use torchrun")
 
 
 def create_loader(config: PretrainConfig, source: Source, ranks: Ranks) -> Loader:
@@ -279,6 +297,7 @@ def save(
     checkpoints: Checkpoints, step: int, config: PretrainConfig, parts: dict[str, Any], ranks: Ranks
 ) -> None:
     """Everything that determines the steps to come, written by rank 0; all ranks call it."""
+    checkpoints.finish()  # so that no two copies are in memory
     state = collect(step, config, parts, ranks)
     if ranks.rank == 0:
         checkpoints.save(step, state)
@@ -287,40 +306,72 @@ def save(
 def collect(step: int, config: PretrainConfig, parts: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """The state of a run, copied to the CPU; complete on rank 0."""
     state: dict[str, Any] = {"step": step, "config": config.as_dict()}
-    own = {"rng": torch.get_rng_state(), "loader": parts["loader"].state_dict()}
+    own = {"rng": torch.get_rng_state()}
+    own |= {name: parts[name].state_dict() for name in OWN}
     if ranks.device.type == "cuda":
         own["cuda_rng"] = torch.cuda.get_rng_state(ranks.device)
     every = ranks.gather(own)
     if ranks.rank == 0 or config.fsdp:  # where every rank has a share of the tensors
-        state |= whole({name: part.state_dict() for name, part in parts.items() if name != "loader"})
+        alike = {name: part.state_dict() for name, part in parts.items() if name not in OWN}
+        state |= whole(alike, keep=ranks.rank == 0)
     state["loader"] = merge_states([rank.pop("loader") for rank in every])
     return {**state, "ranks": every}
 
 
 def resume(checkpoints: Checkpoints, config: PretrainConfig, parts: dict[str, Any], ranks: Ranks) -> int:
     """Take up the run's newest checkpoint, if it has one; returns the steps done."""
-    ranks.first(lambda: None)  # rank 0 may have removed what a killed process left
-    state = checkpoints.load()
+    state = read_newest(checkpoints, ranks)
     if state is None:
         if ranks.rank:  # the networks are the same on all ranks, the paths dropped in them are not
             torch.manual_seed(hash_seed(config.seed, -ranks.rank))
         return 0
-    refuse_differences(config, state["config"], str(checkpoints.folder))
+    ranks.first(lambda: refuse_differences(config, state["config"], str(checkpoints.folder)))
+    every = state["ranks"]
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             place(part, state[name])
         elif name == "optimiser":
             place_optimiser(part, state[name])
+        elif name == "window":
+            part.load_state_dicts([rank[name] for rank in every], ranks.rank, ranks.world)
         else:
             part.load_state_dict(state[name])
-    if len(state["ranks"]) == ranks.world:
-        own = state["ranks"][ranks.rank]
+    if len(every) == ranks.world:
+        own = every[ranks.rank]
         torch.set_rng_state(own["rng"])
         if "cuda_rng" in own and ranks.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"], ranks.device)
     else:  # as many ranks as never were
         torch.manual_seed(hash_seed(config.seed + state["step"], -ranks.rank))
     return state["step"]
+
+
+def read_newest(checkpoints: Checkpoints, ranks: Ranks) -> dict[str, Any] | None:
+    """The newest checkpoint that rank 0 finds whole, on all ranks; None where there is none.
+
+    Raises:
+        ValueError: none is whole, or a rank does not see the one that rank 0 sees.
+    """
+    found: list[dict[str, Any] | None] = [None]
+
+    def choose() -> int | None:
+        found[0] = checkpoints.load()
+        return checkpoints.newest if found[0] is not None else None
+
+    step, trouble = ranks.first(choose), ""
+    if ranks.rank and step is not None:
+        try:
+            found[0] = load_checkpoint(checkpoints.path(step))
+        except (OSError, ValueError) as error:
+            trouble = f"rank {ranks.rank} does not see the checkpoint that rank 0 goes on from: {error}"
+    troubles = [each for each in ranks.gather(trouble) if each]
+
+    def tell() -> None:
+        if troubles:
+            raise ValueError(f"output: expected one folder that all ranks share; {troubles[0]}")
+
+    ranks.first(tell)
+    return found[0]
 
 
 def keep_evidence(
@@ -350,16 +401,17 @@ def keep_evidence(
     )
 
 
-def tell_unusable(loader: Loader, named: int, run: Path, log: Log) -> int:
-    """Name the unusable images beyond the first `named`, and keep a list of all; returns how many."""
+def tell_unusable(loader: Loader, named: int, run: Path, log: Log, ranks: Ranks) -> int:
+    """Name the unusable images beyond the first `named`, and keep a list of all that rank 0 knows, which are
+    those of all ranks as of the last checkpoint that was gone on from; returns how many."""
     found = loader.unusable
     for count, (name, why) in enumerate(found[named:], named + 1):
         log.say(f"left out: {name}: {why} ({count} of {len(loader.images)} images so far)", everywhere=True)
-    if len(found) > named:
+    if len(found) > named and ranks.rank == 0:
         try:
             write_unusable(run / "unusable.txt", found)
         except OSError as error:
-            log.say(f"warning: {error}", everywhere=True)
+            log.say(f"warning: {error}")
     return len(found)
 
 
@@ -376,12 +428,13 @@ def begin(run: Path, config: PretrainConfig) -> str:
     """Whether the run in a directory is "new", "unfinished" or "finished"; refuses one of another
     configuration, and what `config.resume` does not want."""
     finished = (run / "result.json").exists()
-    if not finished and not any((run / "checkpoints").glob("*.ckpt")):
+    if not finished and not Checkpoints(run / "checkpoints", config.keep, print).steps():
         if config.resume == "must":
             raise ValueError(f"resume: expected a run in {run} to go on with, got none")
         write_text(run / "config.yaml", dump(config))
         return "new"
-    if config.resume == "never":
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun; the run is our own
+    if config.resume == "never" and not restarted:
         raise ValueError(f"resume: expected no run in {run}, got one; choose another --output")
     try:
         theirs = dict(yaml.safe_load((run / "config.yaml").read_text()))
@@ -408,20 +461,49 @@ def refuse_differences(config: PretrainConfig, theirs: dict[str, Any], where: st
         )
 
 
-class SignalFlag:
-    """Remembers SIGINT and SIGTERM until the step is done; a second SIGINT interrupts at once."""
+def read_result(run: Path) -> dict[str, Any]:
+    """What a finished run's result.json holds.
 
-    def __init__(self):
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return json.loads((run / "result.json").read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"output: {run / 'result.json'} is damaged ({error}); remove it to evaluate anew"
+        ) from error
+
+
+class Signals:
+    """While held, SIGINT and SIGTERM end the run where it can be gone on with.
+
+    With `wait_for_step` they are only remembered, and a second SIGINT interrupts at once. Otherwise they
+    raise: `Interrupted` where the run has a checkpoint, for nothing is lost then, else KeyboardInterrupt.
+    """
+
+    def __init__(self, run: Path):
+        self.checkpoints = Checkpoints(run / "checkpoints", 1, print)
         self.received: int | None = None
-        self.before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self.wait_for_step = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            if handler is not None:  # else it was not set from Python
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = self.received is not None
         self.received = number
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        if self.wait_for_step and not (again and number == signal.SIGINT):
+            return
+        raise (
+            Interrupted(number) if not self.wait_for_step and self.checkpoints.steps() else KeyboardInterrupt
+        )

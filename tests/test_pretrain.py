@@ -115,7 +115,7 @@ def test_what_a_run_leaves(finished):
         assert set(keys.split()) <= record.keys()
         assert all(torch.tensor(float(value)).isfinite() for value in record.values())
     assert records[-1]["momentum"] == 1.0
-    assert result["knn"].keys() >= {"teacher", "codes", "random_initialisation", "pixels"}
+    assert result["knn"].keys() >= {"teacher", "codes", "before_training", "pixels"}
     assert result["knn"]["pixels"] > 0.95
     assert result["knn"]["query_images"] == 360
 

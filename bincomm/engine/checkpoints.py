@@ -1,6 +1,8 @@
 """Checkpoints of a run: written whole, in the background, the last few kept, a failing disk survived."""
 
+import contextlib
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -8,8 +10,6 @@ from typing import Any, BinaryIO
 import torch
 
 from bincomm.engine.run import write_whole
-
-PATTERN = "step-*.ckpt"
 
 
 class Checkpoints:
@@ -26,11 +26,18 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, say: Callable[[str], None]):
         self.folder, self.keep, self.say = folder, keep, say
-        self.newest = max((_step(path) for path in folder.glob(PATTERN)), default=None)
-        for unfinished in folder.glob(f".{PATTERN}.*"):  # of a process that was killed while it wrote
-            unfinished.unlink()
+        self.newest = max(self.steps(), default=None)
         self._writer: threading.Thread | None = None
         self._failure = ""
+
+    def steps(self) -> list[int]:
+        """The steps there are checkpoints of, in order; other files in the folder are none of ours."""
+        numbers = [path.stem.removeprefix("step-") for path in self.folder.glob("step-*.ckpt")]
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def path(self, step: int) -> Path:
+        """The file of a step's checkpoint."""
+        return self.folder / f"step-{step:09}.ckpt"
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a state that nothing else changes, of tensors on the CPU and plain values, in the background,
@@ -53,31 +60,38 @@ class Checkpoints:
         self.poll()
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, on the CPU; None where there is none at all.
+        """The newest checkpoint that is whole, on the CPU; None where there is none at all.
+
+        One that is not is renamed to .ckpt.damaged, so that it does not count as one of those to keep.
 
         Raises:
-            ValueError: there are some, and none can be read.
+            ValueError: there are some, and none is whole.
+            OSError: one cannot be read.
         """
-        paths = sorted(self.folder.glob(PATTERN), key=_step, reverse=True)
-        for path in paths:
+        steps = self.steps()
+        for step in reversed(steps):
             try:
-                state = load_checkpoint(path)
+                state = load_checkpoint(self.path(step))
             except ValueError as error:
                 self.say(f"warning: {error}; going back to the one before it")
+                with contextlib.suppress(OSError):
+                    self.path(step).rename(f"{self.path(step)}.damaged")
                 continue
-            self.newest = _step(path)
+            self.newest = step
             return state
-        if paths:
-            raise ValueError(f"output: none of the checkpoints in {self.folder} can be read; move them away")
+        if steps:
+            raise ValueError(
+                f"output: none of the checkpoints in {self.folder} is whole; choose another --output to begin"
+            )
         return None
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         try:
             self.folder.mkdir(exist_ok=True)
-            save_checkpoint(self.folder / f"step-{step:09}.ckpt", state)
+            save_checkpoint(self.path(step), state)
             self.newest = step
-            for path in sorted(self.folder.glob(PATTERN), key=_step)[: -self.keep]:
-                path.unlink()
+            for old in self.steps()[: -self.keep]:
+                self.path(old).unlink()
         except Exception as error:  # whatever it is, it must not end the training
             good = "none was written before" if self.newest is None else f"the last good one: {self.newest}"
             self._failure = f"warning: the checkpoint of step {step} could not be written ({error}); {good}"
@@ -99,17 +113,20 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU.
+    """A checkpoint, on the CPU, its checksums compared.
 
     Raises:
-        ValueError: the file is no checkpoint.
+        ValueError: the file is no checkpoint, or damaged.
+        OSError: it cannot be read.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not look at the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
-
-
-def _step(path: Path) -> int:
-    digits = path.stem.removeprefix("step-")
-    return int(digits) if digits.isdigit() else -1
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: {why}") from error

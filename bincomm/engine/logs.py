@@ -94,9 +94,21 @@ class Window:
         return metrics
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("scalars", "ones", "equal", "counts")}
+        """What this rank has gathered."""
+        return {
+            name: getattr(self, name).to("cpu", copy=True) for name in ("scalars", "ones", "equal", "counts")
+        }
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dicts(self, states: Sequence[dict[str, Tensor]], rank: int, world: int) -> None:
+        """Go on from what all ranks had gathered, of which there may have been another number than now."""
+        if len(states) == world:
+            state = states[rank]
+        else:
+            state = {name: sum(state[name] for state in states) for name in states[0]}
+            state["scalars"] = state["scalars"] / len(states)  # means over the ranks, wherever they lie
+            # Sums over the ranks: all of it on one, and of what is counted alike on all a share on each.
+            state["ones"], state["equal"] = (state[name] * (rank == 0) for name in ("ones", "equal"))
+            state["counts"] = state["counts"] // torch.tensor([len(states), world, world])
         for name, value in state.items():
             getattr(self, name).copy_(value)
 
@@ -138,8 +150,11 @@ class Log:
         self.since, self.waited, self.images = time.perf_counter(), 0.0, 0
         if self.rank:
             return
+        for name, values in (("metrics", metrics), ("speed", speed)):
+            self.pending[name].append(json.dumps({"step": step, **values}) + "\n")
         try:
-            self._store(step, metrics, speed)
+            self.flush()
+            self._show(step, metrics | speed)
             self.complained = False
         except OSError as error:
             if not self.complained:
@@ -156,10 +171,15 @@ class Log:
         else:
             self.bar.set_postfix_str("  ".join(parts))
 
-    def _store(self, step: int, metrics: dict[str, float], speed: dict[str, float]) -> None:
-        for name, values in (("metrics", metrics), ("speed", speed)):
-            self.pending[name].append(json.dumps({"step": step, **values}) + "\n")
+    def flush(self) -> None:
+        """Write the lines that are not yet in their files.
+
+        Raises:
+            OSError: there is no room.
+        """
         for name, lines in self.pending.items():
+            if not lines:
+                continue
             path = self.run / f"{name}.jsonl"
             size = path.stat().st_size
             try:
@@ -169,12 +189,14 @@ class Log:
                 os.truncate(path, size)  # a line may have been written in part
                 raise
             lines.clear()
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
         # TensorBoard writes in a thread of its own, which dies of a full disk with a traceback.
         if shutil.disk_usage(self.run).free < 1 << 16:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run / "tensorboard"))
         try:
             self.board = self.board or SummaryWriter(str(self.run / "tensorboard"))
-            for key, value in (metrics | speed).items():
+            for key, value in values.items():
                 self.board.add_scalar(key, value, step)
             self.board.flush()
         except OSError:
@@ -227,7 +249,13 @@ class Watch:
             "dead": metrics["dead_bits"] > 0.5,
             "narrow": metrics["bit_entropy"] < 0.2,
             "flat": share < 0.02,
-            "mute": self.hard_bits and metrics["agreement"] > 0.98 * math.log(2),
+            # No better than by chance, or than always sending the commoner value, where bits do vary.
+            "mute": self.hard_bits
+            and metrics["bit_entropy"] >= 0.2
+            and (
+                metrics["bit_agreement"] < metrics["bit_majority"] - 0.01
+                or metrics["agreement"] > 0.98 * math.log(2)
+            ),
         }
         stronger = "The coding rate is too weak: "
         weaker = "The coding rate is too strong or the learning rate wrong: "
@@ -242,8 +270,10 @@ class Watch:
             "narrow": f"a bit carries {metrics['bit_entropy']:.2f} of the 1 bit it could. {stronger}",
             "flat": f"the coding rate, {metrics['rate']:.1f} nats, is near its least, {self.floor:.1f} (its "
             f"ceiling is {self.ceiling:.1f}): all images give the same output. {stronger}",
-            "mute": f"agreement stays at {metrics['agreement']:.3f}, and ln 2 = 0.693 says that nothing is "
-            f"transmitted, the coding rate being {share:.0%} of the way to its ceiling. {weaker}",
+            "mute": f"nothing is transmitted: {metrics['bit_agreement']:.1%} of the bits agree, "
+            f"{metrics['bit_majority']:.1%} would by always sending the commoner value, agreement is "
+            f"{metrics['agreement']:.3f} (ln 2 = 0.693: chance), the coding rate {share:.0%} of the way to its "
+            f"ceiling. {weaker}",
         }
         warnings = []
         for name, seen in signs.items():

@@ -1,9 +1,10 @@
 """A run's directory: who may write in it, and files that are written whole or not at all."""
 
+import errno
 import fcntl
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, BinaryIO
 from bincomm.engine.ranks import Ranks
 
 LOCK = ".bincomm.lock"  # marks a directory as a run's, and is locked while a process trains in it
+UNFINISHED = ".*.unfinished"  # what `write_whole` has not put in place yet
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems without
 
 
 @contextmanager
@@ -35,6 +38,13 @@ def open_run(output: str, ranks: Ranks) -> Iterator[Path]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ValueError(f"output: {output} is in use by another process") from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"warning: {output} cannot be locked ({error.strerror}): see that nobody else uses it")
+            for folder in (path, path / "checkpoints"):  # of a process that was killed while it wrote
+                for unfinished in folder.glob(UNFINISHED):
+                    unfinished.unlink()
 
         ranks.first(take)
         yield path
@@ -46,19 +56,21 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         OSError: it cannot be written, for want of space for example; the message names `path`.
     """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets the owner alone read
         os.replace(temporary, path)
+        # That it is in place is to outlast a power failure, too: an older file may be removed after it.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -72,9 +84,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole."""
     write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

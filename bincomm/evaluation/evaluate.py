@@ -1,7 +1,7 @@
 """What a run's backbone and codes are worth at its end."""
 
-import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from bincomm import __version__
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import Source
-from bincomm.engine.logs import bit_statistics, printable
+from bincomm.engine.logs import bit_statistics, printable, read_lines
 from bincomm.evaluation.features import extract
 from bincomm.evaluation.knn import knn_accuracy
 from bincomm.models import create_networks
@@ -27,9 +27,9 @@ def evaluate(
     device: torch.device,
 ) -> dict[str, Any]:
     """k-NN of the teacher, of the same network before training, of pixels and codes; use of the bits."""
-    metrics = (run / "metrics.jsonl").read_text().splitlines()
+    metrics = read_lines(run / "metrics.jsonl")
     result: dict[str, Any] = {
-        "last_metrics": json.loads(metrics[-1]),
+        "last_metrics": metrics[-1] if metrics else {},
         "rate_ceiling": rate_ceiling(
             torch.tensor(config.batch_size, dtype=torch.float64), config.bits, config.eps_squared
         ).item(),
@@ -39,7 +39,7 @@ def evaluate(
     if sources is None:
         return {**result, "knn": None}
     gallery, queries, held_out = sources
-    untrained, _ = create_networks(config, device)
+    untrained, _ = create_networks(replace(config, fsdp=False), device)
 
     def tell(image: int, why: str) -> None:
         print(printable(f"left out of the queries: {queries.images.name(image)}: {why}"))
@@ -66,7 +66,7 @@ def evaluate(
         "knn": {
             "teacher": knn(trained[0]["features"], trained[1]["features"]),
             "codes": knn(trained[0]["signs"], trained[1]["signs"]),
-            "random_initialisation": knn(before[0]["features"], before[1]["features"]),
+            "before_training": knn(before[0]["features"], before[1]["features"]),
             "pixels": knn(trained[0]["pixels"], trained[1]["pixels"]),
             "k": 20,
             "gallery_images": len(labels[0]),

@@ -2,6 +2,10 @@
 
 from torch import Tensor
 
+# Cosines are told apart to 2⁻³⁰: coarser than fp64's rounding, which depends on where an item stands among
+# the others and must not order what is equally near.
+RESOLUTION = 1 << 30
+
 
 def check_labelled(name: str, features: Tensor, labels: Tensor) -> None:
     """Raise ValueError, naming the argument, unless there are features, all finite, and a label for each."""

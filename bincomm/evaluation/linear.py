@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bincomm.evaluation.labelled import check_alike, check_labelled
 
-# For features of mean square norm 1 beside a bias of 1, where the loss has a curvature of at most 1: SGD with
-# momentum 0.9 is then stable up to 3.8, and up to hundreds where the variance is spread over many directions.
+# For features of mean 0 and mean square norm 1 beside a bias of 1, where the loss has a curvature of at most
+# 1: SGD with momentum 0.9 is then stable up to 3.8, and up to hundreds where the variance is spread over many
+# directions.
 LEARNING_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 MOMENTUM = 0.9
 HELD_OUT = 10  # one image in so many chooses the learning rate
@@ -43,13 +44,15 @@ def linear_probe(
     by class; the share it gets right is too coarse where that tenth is small. The classifier is then trained
     anew on all of the gallery. Choosing by the queries instead would flatter.
 
-    All features are first divided by one number, the root of the gallery's mean square norm, so that one grid
-    of rates fits every backbone. For the weights that is a change of learning rate and nothing else.
+    From all features the gallery's mean is first subtracted, and they are divided by one number, the root of
+    the mean square norm that is left, so that one grid of rates fits every backbone. The classifiers there
+    are stay the same; but a mean that outweighs the differences, as that of an untrained network's features
+    does, would keep gradient descent from finding the good ones.
 
     Args:
         gallery: (N, D) features, gallery_labels: (N,) class indices.
         queries: (M, D) features, query_labels: (M,) class indices; a class that the gallery lacks is missed.
-        learning_rates: for features of mean square norm 1; all are trained at once, in fp32.
+        learning_rates: for features of mean 0 and mean square norm 1; all are trained at once, in fp32.
         epochs: passes over the gallery.
         batch_size: images per step.
         seed: of the tenth and of the order of images. The global generators are left alone.
@@ -63,9 +66,11 @@ def linear_probe(
     check_alike(gallery, queries)
     if len(learning_rates) == 0:
         raise ValueError("learning_rates: expected at least one, got none")
-    scale = float(torch.linalg.vector_norm(gallery.float(), dtype=torch.float64)) / len(gallery) ** 0.5 or 1.0
+    mean = gallery.mean(0, dtype=torch.float64)
+    gallery, queries = ((x - mean).float() for x in (gallery, queries))
+    scale = float(torch.linalg.vector_norm(gallery, dtype=torch.float64)) / len(gallery) ** 0.5 or 1.0
     # The bias is the weight of a last feature that is always 1.
-    gallery, queries = (F.pad(x.float() / scale, (0, 1), value=1.0) for x in (gallery, queries))
+    gallery, queries = (F.pad(x / scale, (0, 1), value=1.0) for x in (gallery, queries))
     classes, targets = gallery_labels.unique(return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
 

@@ -4,13 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bincomm.evaluation.labelled import check_alike, check_labelled
+from bincomm.evaluation.labelled import RESOLUTION, check_alike, check_labelled
 from bincomm.ops.hamming import hamming_distance
 
 PAIRS = 1 << 20  # query and database item, ranked at once; takes about 100 bytes each
-# Cosines are told apart to 2⁻³⁰: coarser than fp64's rounding, which depends on where an item stands in the
-# database and must not order what is equally near.
-RESOLUTION = 1 << 30
 
 
 def mean_average_precision(

@@ -17,9 +17,13 @@ def test_checkpoints(tmp_path):
     state = load_checkpoint(path)
     assert state["step"] == 3
     assert torch.equal(state["weights"]["a"], torch.arange(4))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"one\.ckpt cannot be read"):
-        load_checkpoint(path)
+    whole = path.read_bytes()
+    for damaged in (whole[:100], b"", whole.replace(torch.arange(4).numpy().tobytes(), bytes(32))):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"one\.ckpt cannot be read as a checkpoint: \w"):
+            load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "none.ckpt")
 
 
 def test_a_checkpoint_that_does_not_fit_is_named_and_the_old_one_kept(tmp_path):
@@ -49,15 +53,17 @@ def test_the_newest_are_kept_and_the_newest_that_can_be_read_is_taken(tmp_path):
     checkpoints.finish()
     names = ["step-000000009.ckpt", "step-000000010.ckpt"]
     assert steps(tmp_path / "checkpoints") == names
-    (tmp_path / "checkpoints" / f".{names[1]}.abc").write_bytes(b"half of one")
+    (tmp_path / "checkpoints" / "step-best.ckpt").write_bytes(b"a copy of somebody's own")
     (tmp_path / "checkpoints" / names[1]).write_bytes(b"rotten")
-    again = Checkpoints(tmp_path / "checkpoints", 2, said.append)
-    assert steps(tmp_path / "checkpoints") == names  # what a killed process left half is gone
+    again = Checkpoints(tmp_path / "checkpoints", 1, said.append)
     assert again.load() == {"step": 9}
     assert len(said) == 1
     assert "step-000000010.ckpt cannot be read" in said[0]
+    again.save(8, {"step": 8})  # gone back further by hand
+    again.finish()
+    assert steps(tmp_path / "checkpoints") == [names[0], f"{names[1]}.damaged", "step-best.ckpt"]
     (tmp_path / "checkpoints" / names[0]).write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the checkpoints in .* can be read"):
+    with pytest.raises(ValueError, match="none of the checkpoints in .* is whole"):
         again.load()
 
 

@@ -61,9 +61,54 @@ def test_window_goes_on_from_its_state():
     for k, step in enumerate(steps):
         first.add(step)
         if k == 1:
-            second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+            second.load_state_dicts([first.state_dict()], 0, 1)
     second.add(steps[2])
     assert first.report() == second.report()
+
+
+@pytest.mark.parametrize("later", [1, 2, 4])
+def test_window_of_two_ranks_goes_on_on_any_number(monkeypatch, later):
+    """The same metrics, whoever holds what of them."""
+    steps = [done(float(k), 1.0, torch.randn(2, 4, 6), torch.randn(2, 4, 6)) for k in range(4)]
+    windows = [new_window() for _ in range(2)]
+    for number, step in enumerate(steps):
+        windows[number % 2].add(step)
+    states = [window.state_dict() for window in windows]
+    again = [new_window() for _ in range(later)]
+    for rank, window in enumerate(again):
+        window.load_state_dicts(states, rank, later)
+
+    def report(windows):
+        """As of all ranks, of which only the first asks."""
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: len(windows))
+        first, names = windows[0], iter(("scalars", "ones", "equal"))
+
+        def all_reduce(value):
+            name = next(names)
+            for other in windows[1:]:
+                theirs = getattr(other, name)
+                value += theirs[: len(value)] if name == "scalars" else theirs
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        return first.report()
+
+    assert report(again) == pytest.approx(report(windows))
+
+
+def test_log_writes_when_there_is_room_again_and_at_the_end_or_tells(tmp_path, monkeypatch):
+    log = Log(tmp_path, 0, 30, ALONE)
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "away")
+    (tmp_path / "metrics.jsonl").mkdir()  # no file to write to
+    log.write(10, {"loss": 1.0})
+    with pytest.raises(OSError, match="directory"):
+        log.flush()
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "away").rename(tmp_path / "metrics.jsonl")
+    log.flush()
+    log.flush()
+    log.close()
+    assert [record["step"] for record in read_lines(tmp_path / "metrics.jsonl")] == [10]
 
 
 def test_log_drops_what_came_after_the_checkpoint(tmp_path):
@@ -93,6 +138,7 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path):
 
 
 HEALTHY = {"dead_bits": 0.0, "agreement": 0.5, "bit_entropy": 0.9, "rate": 50.0}
+HEALTHY |= {"bit_agreement": 0.8, "bit_majority": 0.6}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +148,11 @@ HEALTHY = {"dead_bits": 0.0, "agreement": 0.5, "bit_entropy": 0.9, "rate": 50.0}
         ({"bit_entropy": 0.1}, "a bit carries 0.10 of the 1 bit", "raise beta (now 0.1), say to 0.2"),
         ({"rate": 5.0}, "rate, 5.0 nats, is near its least, 4.0 (its ceiling is 100.0)", "raise beta"),
         ({"agreement": 0.692}, "nothing is transmitted", "lower beta (now 0.1), say to 0.05"),
+        (
+            {"agreement": 0.62, "bit_agreement": 0.57, "bit_majority": 0.67},
+            "57.0% of the bits agree, 67.0% would by always sending the commoner value",
+            "lower beta (now 0.1), say to 0.05",
+        ),
     ],
 )
 def test_watch_warns_once_of_every_collapse(signs, words, advice):

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import os
 import stat
 import subprocess
@@ -44,8 +46,20 @@ def test_a_run_is_held_by_one_process(tmp_path):
     finally:
         holder.kill()
         holder.wait()
-    with open_run(str(tmp_path), ALONE) as run:  # a killed process holds nothing
+    (tmp_path / ".file.0123.unfinished").write_text("half")
+    with open_run(str(tmp_path), ALONE) as run:  # a killed process holds nothing, and leaves nothing
         assert run == tmp_path
+        assert os.listdir(tmp_path) == [".bincomm.lock"]
+
+
+def test_where_nothing_can_be_locked_it_says_so(tmp_path, monkeypatch, capsys):
+    def refuse(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with open_run(str(tmp_path), ALONE):
+        pass
+    assert "warning: " in capsys.readouterr().out
 
 
 def test_an_unwritable_place_is_named(tmp_path):

@@ -6,21 +6,57 @@ sklearn = pytest.importorskip("sklearn", reason="the independent check is scikit
 from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
 
+from bincomm.evaluation import knn  # noqa: E402
 from bincomm.evaluation.knn import knn_accuracy  # noqa: E402
 
 
-@pytest.mark.parametrize("codes", [False, True])
-def test_agrees_with_scikit_learn(codes):
+def parts(images, labels, gallery=1200):
+    return [
+        torch.as_tensor(x) for x in (images[:gallery], labels[:gallery], images[gallery:], labels[gallery:])
+    ]
+
+
+def codes_of(images, bits=24):
+    return np.where(images @ np.random.default_rng(0).normal(size=(64, bits)) > 0, 1.0, -1.0)
+
+
+def test_agrees_with_scikit_learn(monkeypatch):
+    monkeypatch.setattr(knn, "SIMILARITIES", 1200 * 100)  # several blocks
     images, labels = load_digits(return_X_y=True)
-    if codes:
-        images = np.where(images @ np.random.default_rng(0).normal(size=(64, 48)) > 0, 1.0, -1.0)
-    gallery, queries, y, z = images[:1200], images[1200:], labels[:1200], labels[1200:]
+    gallery, y, queries, z = parts(images, labels)
     votes = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
-    expected = (votes.fit(gallery, y).predict(queries) == z).mean()
-    found = knn_accuracy(*(torch.tensor(x) for x in (gallery, y, queries, z)), block=100)
-    # Among equally similar codes at the k-th place either may be taken; real features have no such ties.
-    assert found == pytest.approx(expected, abs=0.02 if codes else 1e-9)
+    expected = (votes.fit(gallery, y).predict(queries) == z.numpy()).mean()
+    assert knn_accuracy(gallery, y, queries, z) == pytest.approx(expected, abs=1e-9)
     assert expected > 0.8
+
+
+def test_codes_equally_near_share_the_last_votes():
+    """Against the mean vote over many random choices among those that tie."""
+    images, labels = load_digits(return_X_y=True)
+    gallery, y, queries, z = parts(codes_of(images), labels)
+    hits, rng = 0, np.random.default_rng(0)
+    distances = ((24 - queries @ gallery.T) / 2).numpy()
+    for row, actual in zip(distances[:200], z, strict=False):
+        votes = np.zeros(10)
+        for _ in range(200):
+            nearest = np.lexsort((rng.random(len(row)), row))[:20]
+            np.add.at(votes, y[nearest].numpy(), np.exp((1 - row[nearest] / 12) / 0.07))
+        hits += votes.argmax() == int(actual)
+    found = knn_accuracy(gallery, y, queries[:200], z[:200])
+    assert found == pytest.approx(hits / 200, abs=0.011)  # two queries whose votes are nearly equal
+    assert found > 0.6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_order_of_the_gallery_makes_no_difference(dtype):
+    images, labels = load_digits(return_X_y=True)
+    for values in (images, codes_of(images)):
+        gallery, y, queries, z = parts(values, labels)
+        gallery, queries = gallery.to(dtype), queries.to(dtype)
+        expected = knn_accuracy(gallery, y, queries, z)
+        for seed in range(5):
+            order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+            assert knn_accuracy(gallery[order], y[order], queries, z) == expected
 
 
 def test_small_galleries_and_one_class():
@@ -28,6 +64,12 @@ def test_small_galleries_and_one_class():
     assert knn_accuracy(gallery, torch.tensor([0, 1, 2]), gallery, torch.tensor([0, 1, 2]), k=20) == 1.0
     assert knn_accuracy(gallery, torch.zeros(3).long(), gallery, torch.zeros(3).long()) == 1.0
     assert knn_accuracy(gallery, torch.zeros(3).long(), gallery, torch.full((3,), 4)) == 0.0
+
+
+def test_any_numbers_are_classes():
+    gallery, labels = torch.eye(3), torch.tensor([7, -1, 10**9])
+    assert knn_accuracy(gallery, labels, gallery, labels) == 1.0
+    assert knn_accuracy(gallery, labels, gallery, torch.tensor([7, 3, -2])) == pytest.approx(1 / 3)
 
 
 def test_what_is_wrong_is_named():
@@ -39,3 +81,5 @@ def test_what_is_wrong_is_named():
         knn_accuracy(torch.eye(3), torch.zeros(3).long(), torch.randn(2, 2), torch.zeros(2).long())
     with pytest.raises(ValueError, match="gallery: .*NaN"):
         knn_accuracy(torch.eye(3) / 0, torch.zeros(3).long(), torch.randn(2, 3), torch.zeros(2).long())
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        knn_accuracy(torch.eye(3), torch.arange(3), torch.eye(3), torch.arange(3), k=0)
