@@ -10,9 +10,6 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from bincomm.data.crops import Crops
-from bincomm.data.multicrop import MEAN, STD
-
-MEANS, DEVIATIONS = (MEAN / 255).tolist(), (STD / 255).tolist()
 
 
 class Blur:
@@ -52,7 +49,7 @@ def views(crops: Crops, kind: str) -> list:
                 blur(blurred),
                 *([t.RandomSolarize(128, solarised)] if solarised else []),
                 *ends[kind],
-                t.Normalize(MEANS, DEVIATIONS),
+                t.Normalize(Crops.mean, Crops.std),
             ]
         )
 

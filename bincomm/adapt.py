@@ -16,17 +16,19 @@ from bincomm.config import PretrainConfig, parse, recipe_path
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.run import write_json
 from bincomm.evaluation.measure import classify, device_of, look_at
-from bincomm.models import create_networks, made_with
+from bincomm.models import create_networks, made_with, normalisation_of
 from bincomm.pretrain import pretrain
 
 # What is not taken over from the run that a backbone comes from, besides what the recipe says.
 OWN = ("data", "output", "resume", "init_from", "device")
+# What belongs to the weights, whatever the recipe says.
+SOURCES = ("backbone", "backbone_args", "mean", "std")
 
 
 def configure(source: str, arguments: list[str]) -> PretrainConfig:
     """The configuration of an adaptation: a command line's options, before the recipe's (adapt unless they
     name another), before those of the run that the backbone comes from, before the defaults. The name and
-    arguments of the backbone are the source's, whatever the recipe.
+    arguments of the backbone and its mean and std are the source's, whatever the recipe.
 
     Args:
         source: a run's directory, a .safetensors file, or a timm model with pretrained weights.
@@ -46,9 +48,7 @@ def configure(source: str, arguments: list[str]) -> PretrainConfig:
     if not theirs and known.backbone is None:
         raise ValueError(f"from: {source} does not say of which backbone it is; say --backbone")
     said = yaml.safe_load(recipe_path(known.recipe).read_text()) or {}
-    taken = {
-        key: value for key, value in theirs.items() if key not in said or key in ("backbone", "backbone_args")
-    }
+    taken = {key: value for key, value in theirs.items() if key not in said or key in SOURCES}
     options = [f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in taken.items()]
     given = [f"--recipe={known.recipe}", *options, *arguments, f"--init_from={source}"]
     return parse(given)[0]
@@ -56,7 +56,7 @@ def configure(source: str, arguments: list[str]) -> PretrainConfig:
 
 def keys_of(source: str) -> dict[str, Any]:
     """What a source says of its configuration: a run all of it but `OWN`, a file of ours and timm's models
-    the backbone, other files nothing.
+    the backbone and its mean and std, other files nothing.
 
     Raises:
         ValueError: there is no such source, or it cannot be read.
@@ -73,12 +73,11 @@ def keys_of(source: str) -> dict[str, Any]:
         return {key: theirs[key] for key in keys if key in theirs}
     if path.exists():
         try:
-            made = made_with(source)
+            return made_with(source)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"from: {source} cannot be read as safetensors: {error}") from error
-        return {"backbone": made[0], "backbone_args": made[1]} if made else {}
     if timm.is_model(source):
-        return {"backbone": source, "backbone_args": {}}
+        return {"backbone": source, "backbone_args": {}, **normalisation_of(source)}
     near = difflib.get_close_matches(source, timm.list_models(), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
@@ -123,7 +122,8 @@ def summary(result: dict[str, Any], output: str) -> str:
     """What a finished adaptation has to say."""
     if result["before"] is None:
         lines = [
-            "\nnothing could be measured: the data has no images with labels (folders named after classes)"
+            "\nnothing could be measured: the data has no images with labels (folders named after two "
+            "classes or more)"
         ]
     else:
         size = f"{result['query_images']} queries in {result['gallery_images']} images"

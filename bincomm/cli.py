@@ -147,7 +147,8 @@ def run_compare(arguments: list[str]) -> int:
         description="Train several methods on the same images, steps and seeds, and measure them alike. "
         "The same command goes on with what is unfinished.",
         epilog="All options of `bincomm pretrain` but --method are options here too, and hold for every run: "
-        "--data, --recipe, --epochs ... Where --reset_every is 0, bits-reset takes 10.",
+        "--data, --recipe, --epochs ... Where --reset_every is 0, bits-reset takes 10. Finished runs of "
+        "other methods in the folder are in the table too.",
     )
     parser.add_argument(
         "--methods",
@@ -390,7 +391,12 @@ def positive(text: str) -> int:
 
 def whole_numbers(text: str) -> list[int]:
     """Whole numbers with commas between them."""
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers with commas between them, got {text!r}"
+        ) from error
 
 
 def run_doctor(arguments: list[str]) -> int:

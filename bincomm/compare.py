@@ -20,10 +20,10 @@ from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.checkpoints import Checkpoints
 from bincomm.engine.logs import read_lines
 from bincomm.engine.run import write_json, write_text, write_whole
-from bincomm.evaluation.measure import device_of, look_at, measure
+from bincomm.evaluation.measure import Labelled, device_of, look_at, measure, of_features
 from bincomm.models import create_networks
 from bincomm.networks import Network
-from bincomm.pretrain import pretrain
+from bincomm.pretrain import TrainingError, pretrain
 
 # A method's keys; everything else is the same for all. The ablations are of bits-fixed, as in the paper.
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
 DEFAULT_METHODS = ("bits-reset", "bits-fixed", "simdino", "dino")
 RESET_EVERY = 10  # of bits-reset where the configuration says never
 IMAGES_PER_PROTOTYPE = 20  # as DINO's 65 536 have on ImageNet's 1.28 million images
-BEFORE = "before training"
+BEFORE, PIXELS = "before training", "raw pixels"
 
 # Of a figure: its heading, what it is multiplied by, decimals.
 FIGURES = {
@@ -63,24 +63,30 @@ def compare(
     """Train every method with every seed, each an ordinary run in `config.output`/METHOD[-seedK], measure
     all, and write table.md, table.json and plot.png there; returns what table.json holds.
 
-    Runs that are finished are measured only, and one that was interrupted goes on.
+    Runs that are finished are measured only, also those of methods not named, and one that was interrupted
+    goes on.
 
     Args:
-        config: what the runs share; its method and, in all but bits-reset, its reset_every are a method's
-            own (`METHODS`).
+        config: what the runs share; its method, agreement and expa_type and, in all but bits-reset, its
+            reset_every are a method's own (`METHODS`).
         methods: names in `METHODS`.
         seeds: None: the configuration's alone.
         prototypes: of DINO; None: the configuration's, or where that is the default `prototypes_for` the
             number of images.
 
     Raises:
-        ValueError: an unknown method, images without labels, several ranks, or whatever `pretrain` raises it
-            for; nothing was trained then, unless a run's directory was in the way.
+        ValueError: an unknown method, a method's own key set, no reset within the runs of bits-reset, images
+            without labels, several ranks, or whatever `pretrain` raises it for; nothing was trained then,
+            unless a run's directory was in the way.
+        TrainingError: a run could not go on; raised once the table of all others is written.
         Other errors are those of `pretrain`.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("compare: expected to be started without torchrun, which is for single runs")
     check_names(methods, seeds)
+    for key in ("method", "agreement", "expa_type"):
+        if getattr(config, key) != getattr(PretrainConfig, key):
+            raise ValueError(f"{key}: compare takes it from the method's name: {', '.join(METHODS)}")
     if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):
         raise ValueError(f"output: expected another folder than that of the images, got {config.output}")
     source = open_source(config.data)
@@ -93,33 +99,49 @@ def compare(
     if prototypes is None and config.prototypes == PretrainConfig.prototypes:
         prototypes = prototypes_for(len(source.images))
     shared = replace(config, prototypes=prototypes or config.prototypes)
-    configs = {method: method_configs(shared, method, seeds) for method in methods}
+    configs = {method: method_configs(shared, method, seeds) for method in METHODS}
+    named = [*methods, *(m for m, runs in configs.items() if m not in methods and all(map(finished, runs)))]
+    configs = {method: configs[method] for method in named}
+    if "bits-reset" in configs:
+        check_resets(configs["bits-reset"][0], len(source.images))
+    failed: dict[str, str] = {}  # by the run's directory
     for method, runs in configs.items():
         for run in runs:
             print(f"\n{method}, seed {run.seed}: {run.output}", flush=True)
-            pretrain(run)
+            try:
+                pretrain(run)
+            except TrainingError as error:
+                print(f"error: {error}", flush=True)
+                failed[run.output] = str(error)
 
     gallery, queries, held_out = found
     device = device_of(config)
 
-    def figures(network: Network) -> dict[str, float]:
-        return measure(*look_at(network, (gallery, queries), config, device))
+    def see(network: Network) -> tuple[Labelled, Labelled]:
+        return look_at(network, (gallery, queries), config, device)
 
     # Backbones begin alike whatever the method, and heads with that of the bits.
-    begin = [create_networks(run, device)[1] for run in method_configs(shared, "bits-fixed", seeds)]
-    rows = [{"name": BEFORE, "runs": [figures(network) for network in begin]}]
+    begin = [see(create_networks(run, device)[1]) for run in method_configs(shared, "bits-fixed", seeds)]
+    theirs, asked = begin[0]
+    rows = [
+        {"name": PIXELS, "runs": [of_features(theirs.pixels, theirs.labels, asked.pixels, asked.labels)]},
+        {"name": BEFORE, "runs": [measure(*seen) for seen in begin]},
+    ]
     for method, runs in configs.items():
         measured = [
-            {**figures(trained_teacher(run, device)), "seconds": seconds_trained(run)} for run in runs
+            {**measure(*see(trained_teacher(run, device))), "seconds": seconds_trained(run)}
+            for run in runs
+            if run.output not in failed
         ]
         rows.append({"name": method, "runs": measured})
     for row in rows:
-        values = {key: [run[key] for run in row["runs"]] for key in row["runs"][0]}
+        values = {key: [run[key] for run in row["runs"]] for key in (row["runs"] or [{}])[0]}
         row["mean"] = {key: mean(each) for key, each in values.items()}
         row["std"] = {key: stdev(each) for key, each in values.items()} if len(row["runs"]) > 1 else None
     table = {
         "rows": rows,
         **common_and_own(configs),
+        "failed": failed,
         "gallery_images": len(gallery.images),
         "query_images": len(queries.images),
         "queries_held_out": held_out,
@@ -136,7 +158,28 @@ def compare(
     write_text(output / "table.md", as_markdown(table))
     figure = plot(rows)
     write_whole(output / "plot.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    if failed:
+        raise TrainingError(
+            f"{', '.join(failed)}: could not be trained to the end; the table, in {config.output}, is of the "
+            "others. Remove a run's folder to train it anew"
+        )
     return table
+
+
+def finished(run: PretrainConfig) -> bool:
+    """Whether a run's directory holds one that came to its end."""
+    return Path(run.output, "result.json").exists()
+
+
+def check_resets(run: PretrainConfig, images: int) -> None:
+    """Raise ValueError where a run ends before its head is first drawn anew."""
+    epoch_steps = images // run.batch_size
+    steps = min(run.epochs * epoch_steps, run.max_steps or run.epochs * epoch_steps)
+    if run.reset_every * epoch_steps >= steps:
+        raise ValueError(
+            f"reset_every: expected fewer epochs than a run of bits-reset has, {steps / epoch_steps:g}, "
+            f"got {run.reset_every}"
+        )
 
 
 def check_names(methods: Sequence[str], seeds: Sequence[int] | None) -> None:
@@ -219,7 +262,7 @@ def as_markdown(table: dict[str, Any]) -> str:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
         for line in lines
     ]
-    config, seeds = table["config"], table["seeds"]
+    config, seeds, failed = table["config"], table["seeds"], table["failed"]
     budget = f"{config['epochs']} epochs"
     if config["max_steps"]:
         budget += f", at most {config['max_steps']} steps"
@@ -233,7 +276,9 @@ def as_markdown(table: dict[str, Any]) -> str:
         "mAP@ALL by the cosine of features and the Hamming distance of codes; d_eff, r_eff and use of bits "
         "are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
         "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Seconds are those "
-        "of a run's training steps.",
+        "of a run's training steps. All methods have the hyperparameters above, and DINO none of its own: "
+        "its last layer learns from the first epoch on.",
+        *(f"{run}: {why}" for run, why in failed.items()),
     )
     return "\n".join([*text, *(f"\n{textwrap.fill(note, 110)}" for note in notes)]) + "\n"
 
@@ -251,7 +296,7 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     """A panel per figure, a line per method: every seed a small dot, their mean a large one with its value;
     dashed, the network before training."""
     figure = Figure(figsize=(14, 2.6 + 0.5 * len(rows)), layout="constrained")
-    methods = [row for row in rows if row["name"] != BEFORE]
+    methods = [row for row in rows if row["runs"] and row["name"] not in (BEFORE, PIXELS)]
     (before,) = (row["mean"] for row in rows if row["name"] == BEFORE)
     panels = figure.subplots(2, len(FIGURES) // 2, sharey=True)
     for axes, (key, (heading, factor, _)) in zip(panels.flat, FIGURES.items(), strict=True):

@@ -88,6 +88,9 @@ class PretrainConfig:
         grey: probability of a grey image.
         blur: probabilities of a blur for global 1, global 2 and the locals.
         solarise: probability of solarising global 2.
+        mean: by which colours from 0 to 1 are normalised, with std; the defaults are ImageNet's, and weights
+            to begin with may want others.
+        std: as mean.
         eval_crop: share of the resized image's side that evaluation looks at, in its centre.
         device: auto takes the GPU when there is one.
         threads: CPU threads of the data pipeline.
@@ -144,6 +147,8 @@ class PretrainConfig:
     grey: float = 0.2
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
     solarise: float = 0.2
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     eval_crop: float = 0.875
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 4
@@ -202,8 +207,9 @@ class PretrainConfig:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Keys another run's configuration has otherwise, with (theirs, ours); incidental ones left out."""
-        ours = self.as_dict()
+        """Keys another run's configuration has otherwise, with (theirs, ours); incidental ones left out. A
+        key that it lacks, as one of an earlier version does, had its default."""
+        ours, other = self.as_dict(), PretrainConfig().as_dict() | other
         keys = [key for key in ours if key not in INCIDENTAL]
         named = {"digits", *SETS}
         for key in ("data", "init_from"):

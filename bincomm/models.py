@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -37,6 +38,12 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
         head = Head(width, config.hidden, config.bits, config.head_std)
     if config.init_from is not None:
         load_weights(backbone, config.init_from)
+        for key, theirs in normalisation_of(config.init_from).items():
+            if list(getattr(config, key)) != theirs:
+                raise ValueError(
+                    f"{key}: expected {theirs}, with which {config.init_from} was trained, got "
+                    f"{list(getattr(config, key))}"
+                )
     if config.checkpoint_activations:
         if not hasattr(backbone, "set_grad_checkpointing"):
             raise ValueError(f"checkpoint_activations: expected false, for {config.backbone} cannot")
@@ -132,20 +139,33 @@ def read_weights(source: str) -> dict[str, Tensor]:
         raise ValueError(f"init_from: timm has no weights of {source} here: {error}") from error
 
 
-def made_with(source: str) -> tuple[str, dict] | None:
-    """Name and arguments of the backbone whose weights a run or a file of ours holds; None for others."""
+def normalisation_of(source: str) -> dict[str, list[float]]:
+    """The keys mean and std that weights were trained with, as far as that is known: of timm's, and ours."""
+    made = made_with(source)
+    if made:
+        return {key: made[key] for key in ("mean", "std") if key in made}
+    if not Path(os.path.expanduser(source)).exists() and timm.is_model(source):
+        theirs = timm.get_pretrained_cfg(source)
+        return {"mean": list(theirs.mean), "std": list(theirs.std)}
+    return {}
+
+
+def made_with(source: str) -> dict[str, Any]:
+    """The keys backbone, backbone_args, mean and std of the weights in a run or a file of ours; {} for
+    others."""
     path = Path(os.path.expanduser(source))
     path = path / "backbone.safetensors" if path.is_dir() else path
     if not path.exists():
-        return None
+        return {}
     with safetensors.safe_open(path, "pt") as file:
         created = (file.metadata() or {}).get("create_model")
     if created is None:
-        return None
+        return {}
     arguments = json.loads(created)
     for key in ("num_classes", "img_size", "dynamic_img_size"):
         arguments.pop(key, None)
-    return arguments.pop("model_name"), arguments
+    colours = arguments.pop("pretrained_cfg_overlay", {})
+    return {"backbone": arguments.pop("model_name"), "backbone_args": arguments, **colours}
 
 
 def place(network: nn.Module, state: dict[str, Tensor]) -> None:

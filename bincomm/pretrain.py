@@ -416,9 +416,11 @@ def tell_unusable(loader: Loader, named: int, run: Path, log: Log, ranks: Ranks)
 
 
 def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None:
-    """The teacher's backbone as timm loads it; its metadata holds the arguments of `timm.create_model`."""
+    """The teacher's backbone as timm loads it; its metadata holds the arguments of `timm.create_model`, by
+    which timm also knows mean and std."""
     weights = {name: value.contiguous().cpu() for name, value in teacher.backbone.state_dict().items()}
     _, arguments = create_backbone(config.backbone, config.global_size, **config.backbone_args)
+    arguments["pretrained_cfg_overlay"] = {"mean": list(config.mean), "std": list(config.std)}
     # One key: safetensors writes several in random order, and two equal runs leave equal files.
     data = safetensors.torch.save(weights, metadata={"create_model": json.dumps(arguments)})
     write_whole(run / "backbone.safetensors", lambda file: file.write(data))

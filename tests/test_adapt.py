@@ -11,6 +11,7 @@ import yaml
 for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors"):
     pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
 import safetensors.torch  # noqa: E402
+import timm  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from bincomm import cli, models  # noqa: E402
@@ -190,6 +191,24 @@ def test_from_a_file_the_backbone_is_known(source, target, adapted, tmp_path):
 def test_a_timm_name_is_the_backbone(target):
     config = configure("resnet18.a1_in1k", [f"--data={target}"])
     assert (config.backbone, config.init_from, config.epochs) == ("resnet18.a1_in1k",) * 2 + (10,)
+    assert (config.mean, config.std) == (PretrainConfig.mean, PretrainConfig.std)
+    config = configure("vit_tiny_patch16_224", [f"--data={target}"])  # whose default weights want others
+    assert (config.mean, config.std) == ((0.5,) * 3, (0.5,) * 3)
+
+
+def test_colours_stay_normalised_as_the_weights_want(source, target, tmp_path):
+    """From run to file to run, and for timm; another mean with these weights is refused."""
+    options = {**OPTIONS, "mean": "[0.5, 0.4, 0.3]", "max_steps": 2, "output": tmp_path / "run"}
+    pretrain(parse([f"--{key}={value}" for key, value in options.items()])[0])
+    file = tmp_path / "run" / "backbone.safetensors"
+    for weights in (file, tmp_path / "run"):
+        assert configure(str(weights), [f"--data={target}"]).mean == (0.5, 0.4, 0.3)
+    with safetensors.safe_open(file, "pt") as opened:
+        model = timm.create_model(**json.loads(opened.metadata()["create_model"]))
+    assert timm.data.resolve_model_data_config(model)["mean"] == [0.5, 0.4, 0.3]
+    other = configure(str(file), [f"--data={target}", "--mean=[0.5, 0.5, 0.5]", "--global_size=16"])
+    with pytest.raises(ValueError, match=r"mean: expected \[0.5, 0.4, 0.3\], with which .* was trained"):
+        create_networks(other, CPU)
 
 
 def test_images_without_labels_are_trained_on(source, tmp_path, capsys):

@@ -24,6 +24,7 @@ from bincomm.evaluation.knn import knn_accuracy  # noqa: E402
 from bincomm.evaluation.linear import linear_probe  # noqa: E402
 from bincomm.evaluation.retrieval import mean_average_precision  # noqa: E402
 from bincomm.models import create_networks  # noqa: E402
+from bincomm.objectives import DINO  # noqa: E402
 
 OPTIONS = {
     "recipe": "digits",
@@ -33,7 +34,9 @@ OPTIONS = {
     "local_size": 12,
     "bits": 16,
     "hidden": 32,
+    "batch_size": 256,  # 5 steps an epoch
     "max_steps": 6,
+    "reset_every": 1,
     "log_every": 4,
     "save_every": 3,
 }
@@ -91,6 +94,38 @@ def test_figures_are_those_of_the_evaluation_functions(compared, method):
     assert shown["knn"] == result["knn"]["teacher"]
 
 
+def test_raw_pixels_are_measured_as_features(compared):
+    output, table = compared
+    config = parse(["--recipe", str(output / "dino-seed0" / "config.yaml")])[0]
+    _, teacher = create_networks(config, torch.device("cpu"))
+    found = evaluation_sources(config.data, open_source(config.data))[:2]
+    gallery, queries = (extract(teacher, part, config, torch.device("cpu"))["pixels"] for part in found)
+    labels = [torch.from_numpy(source.labels) for source in found]
+    figures = rows(table)["raw pixels"]["mean"]
+    assert figures["knn"] == knn_accuracy(gallery, labels[0], queries, labels[1])
+    assert figures["d_eff"] == pytest.approx(effective_dimensions(queries).d_eff)
+    assert "map_codes" not in figures
+
+
+def test_a_method_that_fails_costs_the_others_nothing(compared, tmp_path, monkeypatch, capsys):
+    """It is told in the table, which also has what an earlier comparison finished."""
+    assert cli.main(arguments(tmp_path / "run", methods="bits-fixed")) == 0
+    forward = DINO.forward
+    monkeypatch.setattr(
+        DINO,
+        "forward",
+        lambda self, *outputs: {k: v * torch.nan for k, v in forward(self, *outputs).items()},
+    )
+    assert cli.main(arguments(tmp_path / "run", methods="dino,simdino")) == 1
+    assert f"{tmp_path}/run/dino: could not be trained to the end" in capsys.readouterr().err
+    table = json.loads((tmp_path / "run" / "table.json").read_text())
+    assert [row["name"] for row in table["rows"][2:]] == ["dino", "simdino", "bits-fixed"]
+    assert rows(table)["dino"]["mean"] == {}
+    assert rows(table)["simdino"]["mean"].keys() >= {"knn", "map_codes"}
+    assert "not finite in more than 3 steps" in table["failed"][f"{tmp_path}/run/dino"]
+    assert "| dino            | -      |" in (tmp_path / "run" / "table.md").read_text()
+
+
 def test_before_training_is_the_network_of_the_bits(compared):
     output, table = compared
     config = parse(["--recipe", str(output / "bits-reset-seed0" / "config.yaml")])[0]
@@ -113,7 +148,7 @@ def test_what_runs_share_and_where_they_differ(compared):
     output, table = compared
     assert table["seeds"] == [0, 1]
     assert table["differences"] == {
-        "bits-reset": {"method": "bits", "reset_every": 20},
+        "bits-reset": {"method": "bits", "reset_every": 1},
         "simdino": {"method": "simdino", "reset_every": 0},
         "dino": {"method": "dino", "reset_every": 0},
     }
@@ -176,6 +211,9 @@ def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, caps
         ({"methods": "dino,dino"}, "methods: expected at least one and each once"),
         ({"seeds": "1,1"}, "seeds: expected at least one and each once"),
         ({"method": "dino"}, "method: compare takes --methods"),
+        ({"agreement": "soft"}, "agreement: compare takes it from the method's name: bits-reset, bits-fixed"),
+        ({"expa_type": 0}, "expa_type: compare takes it from the method's name"),
+        ({"reset_every": 2}, "reset_every: expected fewer epochs than a run of bits-reset has, 1.2, got 2"),
         ({"epoch": 3}, "did you mean --epochs?"),
         ({"data": "nowhere"}, "data: 'nowhere' does not exist"),
     ],

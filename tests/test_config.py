@@ -76,6 +76,11 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
         (["--seed", "-1"], "seed: expected from 0 .*-1"),
         (["--data", '{"digits": null}'], "data: expected one source or a mapping"),
         (["--data", "{'digits': 1}"], "data: expected one source or a mapping"),
+        (["--output="], "output: expected a path, got an empty string"),
+        (["--init_from="], "init_from: expected a path, got an empty string"),
+        (["--beta", "1e400"], "beta: expected a finite number, got inf"),
+        (["--std", "[0.2, 0, 0.2]"], "std: expected three numbers > 0"),
+        (["--cuda_graph=true", "--checkpoint_activations=true"], "cuda_graph: expected false with"),
         (["--max_unusable", "1.5"], "max_unusable: expected a share from 0 to 1, got 1.5"),
     ],
 )
@@ -124,4 +129,8 @@ def test_differences_leave_out_what_changes_nothing():
     config = PretrainConfig()
     other = {**config.as_dict(), "threads": 99, "output": "elsewhere", "save_every": 7, "beta": 0.7}
     assert config.differences(other) == {"beta": (0.7, 0.1)}
+    older = config.as_dict()
+    del older["mean"]  # a key that came later had its default
+    assert config.differences(older) == {}
+    assert PretrainConfig(mean=(0, 0, 0)).differences(older).keys() == {"mean"}
     assert PretrainConfig(data="images/").differences(PretrainConfig(data="./images").as_dict()) == {}

@@ -8,8 +8,8 @@ class Crops:
     """Two global crops and `local_crops` local ones of every image, each augmented on its own.
 
     Strengths are torchvision's: jitter (b, c, s, h) draws factors from [1-b, 1+b], [1-c, 1+c], [1-s, 1+s] and
-    a turn of the hue from [-h, h] of a circle. Blur has σ from [0.1, 2] pixels. See
-    `bincomm.config.PretrainConfig`.
+    a turn of the hue from [-h, h] of a circle. Blur has σ from [0.1, 2] pixels. Mean and deviation by which
+    colours are normalised are those of values from 0 to 1. See `bincomm.config.PretrainConfig`.
 
     Raises:
         ValueError: a size, range, probability or strength that makes no sense; the message names the key.
@@ -26,6 +26,8 @@ class Crops:
     grey: float = 0.2
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
     solarise: float = 0.2
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
         for key, smallest in (("global_size", 1), ("local_crops", 0), ("local_size", 1)):
@@ -39,5 +41,7 @@ class Crops:
             value = getattr(self, key)
             if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple | list) else [value])):
                 raise ValueError(f"{key}: expected probabilities from 0 to 1, got {value}")
+        if not min(self.std) > 0:
+            raise ValueError(f"std: expected three numbers > 0, got {self.std}")
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise ValueError(f"jitter: expected strengths ≥ 0, the hue's at most 0.5, got {self.jitter}")

@@ -305,25 +305,26 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def eval_batches(
     source: Source,
+    crops: Crops,
     *,
-    size: int,
     crop_ratio: float = 0.875,
     batch_size: int,
     device: torch.device,
     threads: int = 4,
     report: Callable[[int, str], None] = lambda image, why: None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Centre crops (m, 3, size, size) in the order of the images, normalised as in training, and the numbers
-    of these m images in the source; those that cannot be used are left out and reported.
+    """Centre crops (m, 3, S, S) of the global crops' size in the order of the images, normalised as in
+    training, and the numbers of these m images in the source; those that cannot be used are left out and
+    reported.
 
-    The shorter side is resized to size/crop_ratio (bicubic, antialiased), of which the centre is taken.
+    The shorter side is resized to S/crop_ratio (bicubic, antialiased), of which the centre is taken.
     """
 
     def build(given: Callable[[], tuple[list, list]]) -> Pipeline:
         return evaluation_pipeline(
+            crops,
             given,
-            size=size,
-            resize=round(size / crop_ratio),
+            resize=round(crops.global_size / crop_ratio),
             batch_size=batch_size,
             threads=threads,
             device_id=_device_id(device),

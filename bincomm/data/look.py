@@ -6,7 +6,6 @@ from PIL import Image, ImageDraw
 
 from bincomm.data.crops import Crops
 from bincomm.data.loader import Loader
-from bincomm.data.multicrop import MEAN, STD
 from bincomm.data.sources import Source
 
 GAP = 4  # pixels between crops
@@ -30,7 +29,10 @@ def contact_sheet(
         max_unusable=1.0,
     )
     groups = [group for group in loader.next() if group is not None]
-    rows = [[_picture(crop) for group in groups for crop in group[image]] for image in range(len(groups[0]))]
+    rows = [
+        [_picture(crop, crops) for group in groups for crop in group[image]]
+        for image in range(len(groups[0]))
+    ]
     titles = ["global 1", "global 2", *(f"local {number + 1}" for number in range(crops.local_crops))]
     widths = [max(LEAST, crop.width) for crop in rows[0]]
     heights = max(crop.height for crop in rows[0])
@@ -46,6 +48,6 @@ def contact_sheet(
     return sheet, [source.images.name(index) for index in loader.indices]
 
 
-def _picture(crop: torch.Tensor) -> Image.Image:
-    pixels = crop.permute(1, 2, 0).numpy() * STD + MEAN
+def _picture(crop: torch.Tensor, crops: Crops) -> Image.Image:
+    pixels = 255 * (crop.permute(1, 2, 0).numpy() * crops.std + crops.mean)
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))

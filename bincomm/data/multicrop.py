@@ -19,8 +19,6 @@ try:
 except ImportError as error:
     raise ImportError("the data pipeline needs NVIDIA DALI: pip install 'bincomm[train]'") from error
 
-MEAN = np.array([0.485, 0.456, 0.406], np.float32) * 255  # ImageNet's, as every timm model expects them
-STD = np.array([0.229, 0.224, 0.225], np.float32) * 255
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 TRIES = 10  # windows drawn per crop before the fallback, as in torchvision's RandomResizedCrop
 
@@ -132,7 +130,7 @@ def training_pipeline(
         layout = "FHWC" if channels_last else "FCHW"
         kind = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
         return tuple(
-            _normalise(fn.stack(*group, axis_name="F"), output_layout=layout, dtype=kind)
+            _normalise(fn.stack(*group, axis_name="F"), crops, output_layout=layout, dtype=kind)
             for group in groups
             if group
         )
@@ -142,16 +140,16 @@ def training_pipeline(
 
 
 def evaluation_pipeline(
+    crops: Crops,
     source: Callable[[], tuple[list, list]],
     *,
-    size: int,
     resize: int,
     batch_size: int,
     threads: int,
     device_id: int | None,
 ) -> Pipeline:
-    """The graph from encoded images and `middles` to centre crops (n, 3, size, size) once `resize` is the
-    shorter side.
+    """The graph from encoded images and `middles` to centre crops (n, 3, S, S) of the global crops' size once
+    `resize` is the shorter side.
     """
 
     @pipeline_def
@@ -159,7 +157,7 @@ def evaluation_pipeline(
         encoded, middle = fn.external_source(source=source, num_outputs=2, batch=True)
         region = {"roi_start": middle[:2], "roi_end": middle[2:], "roi_relative": True}
         images = _resize(decode(encoded, device_id is not None), resize_shorter=resize, **region)
-        return _normalise(images, crop=(size, size))
+        return _normalise(images, crops, crop=(crops.global_size, crops.global_size))
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
 
@@ -187,9 +185,10 @@ def _resize(images: Any, **size: Any) -> Any:
     return fn.resize(images, interp_type=types.INTERP_CUBIC, antialias=True, **size)
 
 
-def _normalise(images: Any, **arguments: Any) -> Any:
+def _normalise(images: Any, crops: Crops, **arguments: Any) -> Any:
     arguments = {"dtype": types.FLOAT, "output_layout": "CHW"} | arguments
-    return fn.crop_mirror_normalize(images, mean=MEAN.tolist(), std=STD.tolist(), **arguments)
+    mean, std = ([255 * value for value in values] for values in (crops.mean, crops.std))
+    return fn.crop_mirror_normalize(images, mean=mean, std=std, **arguments)
 
 
 def _blurs(crops: Crops) -> list[float]:

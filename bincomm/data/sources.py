@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +118,7 @@ def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple
     otherwise a split of `source`, the pretraining images of `data`. None where there are no labels.
 
     Raises:
-        ValueError: the two folders do not hold the same classes.
+        ValueError: the second folder holds a class that the first lacks.
     """
     if not isinstance(data, str):
         if len(data) > 1:
@@ -131,10 +131,14 @@ def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple
     split = _split_folders(digits() if data == "digits" else Path(os.path.expanduser(data)))
     queries = _open_folder(split[1]) if split else None
     if queries and queries.labels is not None:
-        if queries.classes != source.classes:
-            odd = sorted(set(queries.classes) ^ set(source.classes))
-            raise ValueError(f"data: {split[0]} and {split[1]} hold different classes: {', '.join(odd[:5])}")
-        return source, queries, True
+        odd = sorted(set(queries.classes) - set(source.classes))
+        if odd:
+            raise ValueError(
+                f"data: expected in {split[1]} the classes of {split[0]} or some of them, got also "
+                f"{', '.join(odd[:5])}"
+            )
+        numbers = np.array([source.classes.index(name) for name in queries.classes])  # some may have no query
+        return source, replace(queries, labels=numbers[queries.labels], classes=source.classes), True
     seen: Counter[int] = Counter()
     parts: tuple[list[int], list[int]] = ([], [])
     for index, label in enumerate(source.labels.tolist()):

@@ -272,8 +272,7 @@ class Watch:
             f"ceiling is {self.ceiling:.1f}): all images give the same output. {stronger}",
             "mute": f"nothing is transmitted: {metrics['bit_agreement']:.1%} of the bits agree, "
             f"{metrics['bit_majority']:.1%} would by always sending the commoner value, agreement is "
-            f"{metrics['agreement']:.3f} (ln 2 = 0.693: chance), the coding rate {share:.0%} of the way to its "
-            f"ceiling. {weaker}",
+            f"{metrics['agreement']:.3f} (ln 2 = 0.693: chance), rate at {share:.0%} of its range. {weaker}",
         }
         warnings = []
         for name, seen in signs.items():

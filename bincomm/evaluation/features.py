@@ -33,15 +33,11 @@ def extract(
     found: dict[str, list[Tensor]] = {"images": [], "features": [], "signs": [], "pixels": []}
     training = network.training
     network.eval()
-    crops = {
-        "report": report,
-        "size": config.global_size,
-        "crop_ratio": config.eval_crop,
-        "threads": config.threads,
-    }
+    options = {"report": report, "crop_ratio": config.eval_crop, "threads": config.threads}
     with tqdm(total=len(source.images), desc="evaluating", unit="img", leave=False, disable=None) as bar:
         batch_size = min(256, config.batch_size)
-        for numbers, images in eval_batches(source, **crops, batch_size=batch_size, device=device):
+        batches = eval_batches(source, config.crops, batch_size=batch_size, device=device, **options)
+        for numbers, images in batches:
             found["images"].append(torch.tensor(numbers))
             features = network.backbone(images)
             signs = torch.where(network.head.code(features) > 0, 1.0, -1.0)

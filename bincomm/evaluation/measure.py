@@ -19,10 +19,12 @@ from bincomm.ops.messages import pack_signs
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features (n, D) of a backbone, codes (n, K) of its head as ±1 and labels (n,) of images."""
+    """Features (n, D) of a backbone, codes (n, K) of its head as ±1, pixels (n, P) and labels (n,) of images;
+    see `bincomm.evaluation.features.extract`."""
 
     features: Tensor
     signs: Tensor
+    pixels: Tensor
     labels: Tensor
 
 
@@ -40,7 +42,8 @@ def look_at(
         if not len(found["images"]):
             raise ValueError(f"data: none of the {len(source.images)} images of the {name} can be used")
         labels = torch.from_numpy(source.labels)[found["images"]]
-        seen.append(Labelled(*(x.to(device) for x in (found["features"], found["signs"], labels))))
+        values = (found["features"], found["signs"], found["pixels"], labels)
+        seen.append(Labelled(*(x.to(device) for x in values)))
     return seen[0], seen[1]
 
 
@@ -51,20 +54,31 @@ def classify(gallery: Labelled, queries: Labelled) -> dict[str, float]:
 
 
 def measure(gallery: Labelled, queries: Labelled) -> dict[str, float]:
-    """Every figure of features and codes: the shares of `classify`, mAP@ALL of the queries in the gallery
-    by the features' cosine and the codes' Hamming distance, effective dimensions of the queries' features
-    and use of the bits in the queries' codes, entropies in bits."""
+    """Every figure of features and codes: `of_features`, mAP@ALL of the queries' codes in the gallery's by
+    Hamming distance, and use of the bits in the queries' codes, entropies in bits."""
     messages, asked = pack_signs(gallery.signs), pack_signs(queries.signs)
-    dimensions = effective_dimensions(queries.features)
     bits = bit_statistics((queries.signs > 0).sum(0), len(queries.signs))
     return {
-        **classify(gallery, queries),
-        "map": mean_average_precision(gallery.features, gallery.labels, queries.features, queries.labels),
+        **of_features(gallery.features, gallery.labels, queries.features, queries.labels),
         "map_codes": mean_average_precision(messages, gallery.labels, asked, queries.labels),
-        "d_eff": dimensions.d_eff,
-        "r_eff": dimensions.r_eff,
         "bit_entropy": bits["bit_entropy"],
         "dead_bits": bits["dead_bits"],
+    }
+
+
+def of_features(
+    gallery: Tensor, gallery_labels: Tensor, queries: Tensor, query_labels: Tensor
+) -> dict[str, float]:
+    """Shares of queries whose class k-NN (k = 20) and a linear probe find, mAP@ALL by cosine, and effective
+    dimensions of the queries."""
+    labelled = gallery, gallery_labels, queries, query_labels
+    dimensions = effective_dimensions(queries)
+    return {
+        "knn": knn_accuracy(*labelled),
+        "linear": linear_probe(*labelled).accuracy,
+        "map": mean_average_precision(*labelled),
+        "d_eff": dimensions.d_eff,
+        "r_eff": dimensions.r_eff,
     }
 
 

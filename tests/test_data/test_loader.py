@@ -17,10 +17,10 @@ from bincomm.data.crops import Crops
 from bincomm.data.export import write_shards
 from bincomm.data.images import examine
 from bincomm.data.loader import Loader, TooManyUnusableError, eval_batches
-from bincomm.data.multicrop import MEAN, STD
 from bincomm.data.sources import Files, Mix, Source, open_source
 
 CPU = torch.device("cpu")
+MEAN, STD = (255 * np.array(values, np.float32) for values in (Crops.mean, Crops.std))
 CROPS = Crops(global_size=24, local_crops=2, local_size=16)
 STILL = Crops(
     global_size=8, global_scale=(1, 1), local_crops=0, flip=0, jitter_p=0, grey=0, blur=(0, 0, 0), solarise=0
@@ -62,8 +62,8 @@ def numbers(globals_):
     return ((means - 4) / 10).round().int().tolist()
 
 
-def evaluated(files, **options):
-    batches = list(eval_batches(Source(Files(files)), device=CPU, **options))
+def evaluated(files, size, **options):
+    batches = list(eval_batches(Source(Files(files)), Crops(global_size=size), device=CPU, **options))
     return [i for indices, _ in batches for i in indices], torch.cat([images for _, images in batches])
 
 

@@ -36,7 +36,17 @@ def run(path, crops, window, numbers):
     arrays = [np.fromfile(path, np.uint8)], [np.concatenate([window, numbers], 1, dtype=np.float32)]
     pipeline = multicrop.training_pipeline(crops, lambda: arrays, batch_size=1, threads=1, device_id=None)
     views = [view for output in pipeline.run() for view in np.array(output.as_tensor())[0]]
-    return [view.transpose(1, 2, 0) * multicrop.STD + multicrop.MEAN for view in views]
+    return [255 * (view.transpose(1, 2, 0) * crops.std + crops.mean) for view in views]
+
+
+def test_colours_are_normalised_as_asked(picture):
+    """Twice the deviation and another mean, of the same pixels."""
+    window, numbers = [(0, 0, 100, 100)] * 2, np.tile([1, 1, 1, 0, 0, 1, 0], (2, 1))
+    options = {"global_size": SIZE, "local_crops": 0, **PLAIN}
+    plain = run(picture, Crops(**options), window, numbers)
+    other = run(picture, Crops(**options, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 1.0)), window, numbers)
+    assert np.ptp(plain) > 100
+    np.testing.assert_allclose(plain, other, atol=1e-3)
 
 
 def corners(y=20, x=30, h=110, w=120, flip=False):

@@ -71,8 +71,15 @@ def test_train_and_test_folders(tmp_path):
     assert held_out
     assert names(queries, tmp_path) == ["test/cat/2.png", "test/dog/3.png", "test/dog/4.png"]
     assert gallery.labels.tolist() == [0, 1]
-    make(tmp_path, "test/horse/9.png")
-    with pytest.raises(ValueError, match="different classes: horse"):
+    make(tmp_path, "train/ant/0.png", "train/horse/1.png")  # of which there are no queries
+    source = open_source(str(tmp_path))
+    gallery, queries, _ = evaluation_sources(str(tmp_path), source)
+    assert gallery.classes == queries.classes == ["ant", "cat", "dog", "horse"]
+    assert queries.labels.tolist() == [1, 2, 2]
+    make(tmp_path, "test/zebra/9.png")
+    with pytest.raises(
+        ValueError, match="expected in .*test the classes of .*train or some of them, got also zebra"
+    ):
         evaluation_sources(str(tmp_path), source)
 
 
