@@ -16,6 +16,7 @@ from bincomm.config import PretrainConfig, parse, recipe_path
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.run import write_json
 from bincomm.evaluation.measure import classify, device_of, look_at
+from bincomm.evaluation.pretrained import Pretrained
 from bincomm.models import create_networks, made_with, normalisation_of
 from bincomm.pretrain import pretrain
 
@@ -108,7 +109,7 @@ def adapt(config: PretrainConfig) -> dict[str, Any] | None:
         device = device_of(config)
         for name, weights in (("before", config.init_from), ("after", config.output)):
             _, teacher = create_networks(replace(config, init_from=weights), device)
-            result[name] = classify(*look_at(teacher, (gallery, queries), config, device))
+            result[name] = classify(*look_at(Pretrained.of(teacher, config, device), (gallery, queries)))
         result |= {
             "gallery_images": len(gallery.images),
             "query_images": len(queries.images),

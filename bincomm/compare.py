@@ -21,6 +21,7 @@ from bincomm.engine.checkpoints import Checkpoints
 from bincomm.engine.logs import read_lines
 from bincomm.engine.run import write_json, write_text, write_whole
 from bincomm.evaluation.measure import Labelled, device_of, look_at, measure, of_features
+from bincomm.evaluation.pretrained import Pretrained
 from bincomm.models import create_networks
 from bincomm.networks import Network
 from bincomm.pretrain import TrainingError, pretrain
@@ -118,7 +119,7 @@ def compare(
     device = device_of(config)
 
     def see(network: Network) -> tuple[Labelled, Labelled]:
-        return look_at(network, (gallery, queries), config, device)
+        return look_at(Pretrained.of(network, config, device), (gallery, queries))
 
     # Backbones begin alike whatever the method, and heads with that of the bits.
     begin = [see(create_networks(run, device)[1]) for run in method_configs(shared, "bits-fixed", seeds)]

@@ -22,6 +22,7 @@ from bincomm.engine.logs import Log  # noqa: E402
 from bincomm.evaluation.features import extract  # noqa: E402
 from bincomm.evaluation.knn import knn_accuracy  # noqa: E402
 from bincomm.evaluation.linear import linear_probe  # noqa: E402
+from bincomm.evaluation.pretrained import Pretrained  # noqa: E402
 from bincomm.models import create_networks  # noqa: E402
 from bincomm.pretrain import pretrain  # noqa: E402
 
@@ -81,9 +82,9 @@ def evaluated(weights, config):
     teacher.backbone.load_state_dict(safetensors.torch.load_file(weights))
     chosen = configuration(config.parent)
     found = evaluation_sources(chosen.data, open_source(chosen.data))
-    features = []
+    features, model = [], Pretrained.of(teacher, chosen, CPU)
     for part in found[:2]:
-        features += [extract(teacher, part, chosen, CPU)["features"], torch.from_numpy(part.labels)]
+        features += [extract(model, part)["features"], torch.from_numpy(part.labels)]
     return {"knn": knn_accuracy(*features, k=20), "linear": linear_probe(*features).accuracy}
 
 

@@ -22,6 +22,7 @@ from bincomm.evaluation.features import extract  # noqa: E402
 from bincomm.evaluation.geometry import effective_dimensions  # noqa: E402
 from bincomm.evaluation.knn import knn_accuracy  # noqa: E402
 from bincomm.evaluation.linear import linear_probe  # noqa: E402
+from bincomm.evaluation.pretrained import Pretrained  # noqa: E402
 from bincomm.evaluation.retrieval import mean_average_precision  # noqa: E402
 from bincomm.models import create_networks  # noqa: E402
 from bincomm.objectives import DINO  # noqa: E402
@@ -62,7 +63,8 @@ def rows(table):
 def evaluated(teacher, config):
     """The figures of a network by direct calls, codes compared as ±1 vectors."""
     found = evaluation_sources(config.data, open_source(config.data))
-    gallery, queries = (extract(teacher, source, config, torch.device("cpu")) for source in found[:2])
+    model = Pretrained.of(teacher, config, torch.device("cpu"))
+    gallery, queries = (extract(model, source) for source in found[:2])
     labels = [torch.from_numpy(source.labels) for source in found[:2]]
     features = (gallery["features"], labels[0], queries["features"], labels[1])
     bits = bit_statistics((queries["signs"] == 1).sum(0), 360)
@@ -99,7 +101,8 @@ def test_raw_pixels_are_measured_as_features(compared):
     config = parse(["--recipe", str(output / "dino-seed0" / "config.yaml")])[0]
     _, teacher = create_networks(config, torch.device("cpu"))
     found = evaluation_sources(config.data, open_source(config.data))[:2]
-    gallery, queries = (extract(teacher, part, config, torch.device("cpu"))["pixels"] for part in found)
+    model = Pretrained.of(teacher, config, torch.device("cpu"))
+    gallery, queries = (extract(model, part, pixels=True)["pixels"] for part in found)
     labels = [torch.from_numpy(source.labels) for source in found]
     figures = rows(table)["raw pixels"]["mean"]
     assert figures["knn"] == knn_accuracy(gallery, labels[0], queries, labels[1])

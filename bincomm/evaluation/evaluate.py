@@ -14,6 +14,7 @@ from bincomm.data.sources import Source
 from bincomm.engine.logs import bit_statistics, printable, read_lines
 from bincomm.evaluation.features import extract
 from bincomm.evaluation.knn import knn_accuracy
+from bincomm.evaluation.pretrained import Pretrained
 from bincomm.models import create_networks
 from bincomm.networks import Network
 from bincomm.ops.coding_rate import rate_ceiling
@@ -39,19 +40,20 @@ def evaluate(
     if sources is None:
         return {**result, "knn": None}
     gallery, queries, held_out = sources
-    untrained, _ = create_networks(replace(config, fsdp=False), device)
 
     def tell(image: int, why: str) -> None:
         print(printable(f"left out of the queries: {queries.images.name(image)}: {why}"))
 
     # What cannot be used of the pretraining images was told when they were trained on.
+    model = Pretrained.of(teacher, config, device)
     trained = [
-        extract(teacher, gallery, config, device),
-        extract(teacher, queries, config, device, **({"report": tell} if held_out else {})),
+        extract(model, gallery, pixels=True),
+        extract(model, queries, pixels=True, **({"report": tell} if held_out else {})),
     ]
     if not all(len(found["images"]) for found in trained):
         return {**result, "knn": None}
-    before = [extract(untrained, source, config, device) for source in (gallery, queries)]
+    untrained = Pretrained.of(create_networks(replace(config, fsdp=False), device)[1], config, device)
+    before = [extract(untrained, source) for source in (gallery, queries)]
     labels = [
         torch.from_numpy(source.labels)[found["images"]]
         for source, found in zip((gallery, queries), trained, strict=True)

@@ -1,49 +1,152 @@
 """Features, codes and pixels of images, in their order."""
 
-from collections.abc import Callable
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from bincomm.config import PretrainConfig
+from bincomm.data.cache import cache_folder
 from bincomm.data.loader import eval_batches
+from bincomm.data.shards import Shards
 from bincomm.data.sources import Source
-from bincomm.networks import Network
+from bincomm.engine.ranks import ALONE, Ranks
+from bincomm.engine.run import write_whole
+from bincomm.evaluation.pretrained import Pretrained
 
 PIXELS = 16  # a million images of more would not fit in memory, and k-NN on pixels gains nothing from it
+Report = Callable[[int, str], None]
+
+
+class Seen(NamedTuple):
+    """A batch of images, one centre crop each, on the device."""
+
+    images: list[int]  # their numbers in the source
+    crops: Tensor  # (m, 3, S, S), normalised
+    features: Tensor  # (m, D) of the backbone
+    logits: Tensor | None  # (m, K) of the head, whose signs are the code; None where there is no head
 
 
 @torch.no_grad()
+def look(model: Pretrained, source: Source, report: Report = lambda image, why: None) -> Iterator[Seen]:
+    """A network's view of all images, in batches, in their order; unusable ones are left out and reported."""
+    config = model.config
+    with tqdm(total=len(source.images), desc="looking", unit="img", leave=False, disable=None) as bar:
+        for numbers, crops in eval_batches(
+            source,
+            config.crops,
+            crop_ratio=config.eval_crop,
+            batch_size=min(256, config.batch_size),
+            device=model.device,
+            threads=config.threads,
+            report=report,
+        ):
+            features = model.backbone(crops)
+            logits = None if model.head is None else model.head.code(features)
+            yield Seen(numbers, crops, features, logits)
+            bar.update(len(numbers))
+
+
 def extract(
-    network: Network,
+    model: Pretrained,
     source: Source,
-    config: PretrainConfig,
-    device: torch.device,
-    report: Callable[[int, str], None] = lambda image, why: None,
+    report: Report = lambda image, why: None,
+    *,
+    pixels: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """What a network makes of images, one centre crop each; unusable ones are left out and reported.
 
     Returns:
-        "images" (n,) int64, the numbers of the images in the source; "features" (n, D) of the backbone,
-        "signs" (n, K) of the head's code as ±1, "pixels" (n, 3·s·s), the image itself averaged down to
-        s = PIXELS a side where it is larger; fp32, CPU.
+        "images" (n,) int64, the numbers of the images in the source; "features" (n, D) of the backbone;
+        where there is a head "signs" (n, K) of its code as ±1; if asked for "pixels" (n, 3·s·s), the image
+        itself averaged down to s = PIXELS a side where it is larger; fp32, CPU. Of several ranks each looks
+        at a share, and all get everything.
     """
+    share = list(range(ranks.rank, len(source.images), ranks.world))
+    part = source if ranks.world == 1 else source.select(share)
     found: dict[str, list[Tensor]] = {"images": [], "features": [], "signs": [], "pixels": []}
-    training = network.training
-    network.eval()
-    options = {"report": report, "crop_ratio": config.eval_crop, "threads": config.threads}
-    with tqdm(total=len(source.images), desc="evaluating", unit="img", leave=False, disable=None) as bar:
-        batch_size = min(256, config.batch_size)
-        batches = eval_batches(source, config.crops, batch_size=batch_size, device=device, **options)
-        for numbers, images in batches:
-            found["images"].append(torch.tensor(numbers))
-            features = network.backbone(images)
-            signs = torch.where(network.head.code(features) > 0, 1.0, -1.0)
-            pixels = F.adaptive_avg_pool2d(images, min(PIXELS, config.global_size)).flatten(1)
-            for name, value in (("features", features), ("signs", signs), ("pixels", pixels)):
-                found[name].append(value.float().cpu())
-            bar.update(len(images))
-    network.train(training)
-    return {name: torch.cat(values) if values else torch.empty(0) for name, values in found.items()}
+    for seen in look(model, part, lambda image, why: report(share[image], why)):
+        found["images"].append(torch.tensor(seen.images))
+        found["features"].append(seen.features.float().cpu())
+        if seen.logits is not None:
+            found["signs"].append(torch.where(seen.logits > 0, 1.0, -1.0).cpu())
+        if pixels:
+            side = min(PIXELS, seen.crops.shape[-1])
+            found["pixels"].append(F.adaptive_avg_pool2d(seen.crops, side).flatten(1).float().cpu())
+    kept = ["images", "features"] + ["signs"] * (model.head is not None) + ["pixels"] * pixels
+    own = {name: torch.cat(found[name]) if found[name] else torch.empty(0) for name in kept}
+    if ranks.world == 1:
+        return own
+    own["images"] = torch.tensor(share, dtype=torch.int64)[own["images"].long()]
+    every = [one for one in ranks.gather(own) if len(one["images"])] or [own]
+    joined = {name: torch.cat([one[name] for one in every]) for name in kept}
+    order = joined["images"].argsort()
+    return {name: value[order] for name, value in joined.items()}
+
+
+def extract_cached(
+    model: Pretrained, source: Source, report: Report = lambda image, why: None, *, ranks: Ranks = ALONE
+) -> dict[str, Tensor]:
+    """`extract`, from bincomm's cache where the same weights saw the same files in the same way before."""
+    path = cache_folder() / "features" / f"{identity(model, source)}.safetensors"
+    found = ranks.first(lambda: _read(path))
+    if found is None:
+        left_out: list[tuple[int, str]] = []
+        values = extract(model, source, lambda image, why: left_out.append((image, why)), ranks=ranks)
+        every = sorted(one for some in ranks.gather(left_out) for one in some)
+        found = values, every
+        if ranks.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = safetensors.torch.save(
+                {name: value.contiguous() for name, value in values.items()},
+                metadata={"left_out": json.dumps(every)},
+            )
+            write_whole(path, lambda file: file.write(data))
+    values, every = found
+    if ranks.rank == 0:
+        for image, why in every:
+            report(image, why)
+    return values
+
+
+def identity(model: Pretrained, source: Source) -> str:
+    """A name for what a network sees of images: of its weights, of how they are shown, and of the files."""
+    config, digest = model.config, hashlib.sha256()
+    shown = (config.global_size, config.eval_crop, config.mean, config.std, model.device.type)
+    digest.update(repr((config.backbone, config.backbone_args, shown, model.head is not None)).encode())
+    for network in (model.backbone, model.head):
+        for name, value in network.state_dict().items() if network is not None else ():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    images = source.images
+    files = images.shards if isinstance(images, Shards) else images.names()
+    if isinstance(images, Shards):
+        for name in images.names():
+            digest.update(os.fsencode(name) + b"\0")
+    for file in files:
+        try:
+            stat = os.stat(file)
+            digest.update(os.fsencode(file) + f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
+        except OSError:  # one that is gone is told when it is read
+            digest.update(os.fsencode(file) + b"\0gone\0")
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], list[tuple[int, str]]] | None:
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            left_out = json.loads(file.metadata()["left_out"])
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, [tuple(one) for one in left_out]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None

@@ -12,8 +12,8 @@ from bincomm.evaluation.features import extract
 from bincomm.evaluation.geometry import effective_dimensions
 from bincomm.evaluation.knn import knn_accuracy
 from bincomm.evaluation.linear import linear_probe
+from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.retrieval import mean_average_precision
-from bincomm.networks import Network
 from bincomm.ops.messages import pack_signs
 
 
@@ -28,22 +28,21 @@ class Labelled:
     labels: Tensor
 
 
-def look_at(
-    network: Network, sources: tuple[Source, Source], config: PretrainConfig, device: torch.device
-) -> tuple[Labelled, Labelled]:
-    """Gallery and queries as a network sees them, on its device; images that cannot be used are left out.
+def look_at(model: Pretrained, sources: tuple[Source, Source]) -> tuple[Labelled, Labelled]:
+    """Gallery and queries as a network with a head sees them, on its device; images that cannot be used are
+    left out.
 
     Raises:
         ValueError: none of the gallery's or of the queries' images can be used.
     """
     seen = []
     for name, source in zip(("gallery", "queries"), sources, strict=True):
-        found = extract(network, source, config, device)
+        found = extract(model, source, pixels=True)
         if not len(found["images"]):
             raise ValueError(f"data: none of the {len(source.images)} images of the {name} can be used")
         labels = torch.from_numpy(source.labels)[found["images"]]
         values = (found["features"], found["signs"], found["pixels"], labels)
-        seen.append(Labelled(*(x.to(device) for x in values)))
+        seen.append(Labelled(*(x.to(model.device) for x in values)))
     return seen[0], seen[1]
 
 
