@@ -1,4 +1,4 @@
-"""The command line: `bincomm pretrain | adapt | compare | profile | data | doctor`."""
+"""The command line: `bincomm pretrain | adapt | compare | evaluate | profile | data | doctor`."""
 
 import argparse
 import difflib
@@ -21,6 +21,7 @@ USAGE = """usage: bincomm COMMAND [OPTIONS]
   pretrain   pretrain a backbone on images without labels, or go on with an unfinished run
   adapt      go on training a pretrained backbone on unlabelled images of another domain
   compare    train several methods with the same budget, and put them into one table
+  evaluate   measure what was pretrained on labelled images
   profile    where the time of a training step goes
   data       look at crops, find images that cannot be used, write tar shards
   doctor     tell what is built, found and used on this machine
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         "pretrain": run_pretrain,
         "adapt": run_adapt,
         "compare": run_compare,
+        "evaluate": run_evaluate,
         "data": run_data,
         "profile": run_profile,
         "doctor": run_doctor,
@@ -188,6 +190,82 @@ def run_compare(arguments: list[str]) -> int:
 
     print(f"recipe {recipe}, data {config.data}, output {config.output}", flush=True)
     return carry_out(run, config.output)
+
+
+def run_evaluate(arguments: list[str]) -> int:
+    """`bincomm evaluate`."""
+    try:
+        from bincomm.data.sources import evaluation_sources, open_source
+        from bincomm.engine.ranks import ToldByAnotherRank, join_ranks
+        from bincomm.engine.run import write_json
+        from bincomm.evaluation.pretrained import load_pretrained
+        from bincomm.evaluation.protocols import PROTOCOLS, check_protocols, describe, evaluate_images
+    except ImportError as error:
+        return fail(NEEDS_MORE.format(error), status=1)
+    parser = weights_parser(
+        "evaluate",
+        "Measure what was pretrained on labelled images: k-NN, linear probes, retrieval by features and by "
+        "codes, dimensions and bits in use.",
+    )
+    parser.add_argument(
+        "--protocols",
+        type=lambda text: text.split(","),
+        metavar="NAMES",
+        help=f"of {', '.join(PROTOCOLS)}; default all, without those of codes where there is no head",
+    )
+    parser.add_argument("--output", metavar="FILE", help="JSON file to write")
+    options = parser.parse_args(arguments)
+    try:
+        with join_ranks(options.device) as ranks:
+            model = load_pretrained(options.weights, ranks.device, **shown(options))
+            check_protocols(model, options.protocols)
+            source = ranks.leaders_first(lambda: open_source(options.data))
+            sources = ranks.leaders_first(lambda: evaluation_sources(options.data, source))
+            if sources is None:
+                raise ValueError(
+                    "data: expected images with labels (folders named after classes), got none in "
+                    f"{options.data}"
+                )
+            gallery, queries, _ = sources
+            found = evaluate_images(model, gallery, queries, options.protocols, ranks=ranks)
+            if ranks.rank == 0:
+                found = {"weights": options.weights, "data": options.data, **found}
+                if options.output:
+                    write_json(Path(options.output), found)
+                print(describe(found))
+    except ToldByAnotherRank:
+        return 1
+    except OSError as error:
+        return fail(str(error), status=1)
+    except ValueError as error:
+        return fail(str(error), once=True)
+    return 0
+
+
+def weights_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """Options of a command that shows images to what was pretrained; see `shown`."""
+    parser = argparse.ArgumentParser(prog=f"bincomm {command}", allow_abbrev=False, description=description)
+    parser.add_argument(
+        "weights",
+        metavar="WEIGHTS",
+        help="a run's directory, a checkpoint, a .safetensors file, or a timm model with pretrained weights",
+    )
+    parser.add_argument("--data", required=True, help="images, as in `bincomm pretrain`")
+    parser.add_argument("--backbone", help="timm's name of it, for a .safetensors file that does not say")
+    parser.add_argument("--global_size", type=positive, metavar="PIXELS", help="side of the centre crop")
+    parser.add_argument("--eval_crop", type=float, metavar="SHARE", help="of the resized image's side")
+    parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time")
+    parser.add_argument("--threads", type=positive, metavar="N", help="that read images")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU when there is one"
+    )
+    return parser
+
+
+def shown(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `load_pretrained` that a command line has, the others as in training."""
+    keys = ("backbone", "global_size", "eval_crop", "batch_size", "threads")
+    return {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
 
 
 def run_profile(arguments: list[str]) -> int:

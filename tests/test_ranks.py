@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from bincomm.engine.checkpoints import load_checkpoint  # noqa: E402
 from bincomm.engine.logs import read_lines  # noqa: E402
 from bincomm.pretrain import pretrain  # noqa: E402
 
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 OPTIONS = {
     "recipe": "digits",
     "backbone": "test_vit",
@@ -44,9 +46,30 @@ def arguments(output, **options):
 def launch(output, *launcher, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *launcher]
     command += ["-m", "bincomm.cli", "pretrain", *arguments(output, **options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen(command, env=environment(), start_new_session=True, **PIPES)
+
+
+def start_ranks(number, command):
+    """Processes that have the variables of a launcher, which looks after them no more."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number)}
+    places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(number)]
+    return [subprocess.Popen([sys.executable, *command], env=environment(place), **PIPES) for place in places]
+
+
+def environment(more=()):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), **dict(more)}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def kill(processes):
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def finish(process):
@@ -133,29 +156,204 @@ def test_a_rank_that_is_killed_ends_the_job_which_goes_on_later(alone, tmp_path)
     again.wait()
 
 
-def test_without_torchrun_the_ranks_watch_each_other(tmp_path):
-    """As under a launcher that starts processes and does not look after them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    command = [sys.executable, "-m", "bincomm.cli", "pretrain", *arguments(tmp_path / "run", max_steps=4000)]
-    processes = []
-    for rank in ("0", "1"):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, env={**os.environ, **meeting, **place}, **pipes))
-    for line in processes[0].stdout:
-        if line.startswith("step 10/"):
-            break
-    started = time.monotonic()
-    # Stopped, not killed: no connection is closed, and rank 0 waits in a collective operation.
-    processes[1].send_signal(signal.SIGSTOP)
-    text = processes[0].communicate(timeout=60)[0]
-    assert time.monotonic() - started < 60
-    assert processes[0].returncode == 1
-    assert "rank 0 ends, for rank 1 is gone: no sign of life" in text
-    processes[1].kill()
-    processes[1].wait()
+@pytest.mark.parametrize(
+    ("frozen", "reason"),
+    [
+        (1, "rank 0 ends, for rank 1 is gone: no sign of life"),
+        (0, "the meeting point of the ranks answers no"),
+    ],
+)
+def test_without_torchrun_the_ranks_watch_each_other(tmp_path, frozen, reason):
+    """As under a launcher that starts processes and does not look after them; rank 0 holds the store."""
+    command = ["-m", "bincomm.cli", "pretrain", *arguments(tmp_path / "run", max_steps=4000)]
+    processes = start_ranks(2, command)
+    try:
+        for line in processes[0].stdout:
+            if line.startswith("step 10/"):
+                break
+        # Stopped, not killed: no connection is closed, and the other waits in a collective operation.
+        processes[frozen].send_signal(signal.SIGSTOP)
+        text = processes[1 - frozen].communicate(timeout=60)[0]
+        assert processes[1 - frozen].returncode == 1
+        assert reason in text
+    finally:
+        kill(processes)
+
+
+JOINED = """
+import os, sys, time, torch, torch.distributed as dist
+from bincomm.engine.ranks import join_ranks
+
+def together(ranks, steps=1000):
+    print("joined", flush=True)
+    for _ in range(steps):
+        dist.all_reduce(torch.zeros(1))
+        time.sleep(0.1)
+"""
+
+
+def run_ranks(number, body, before=""):
+    """Statuses and texts of processes without torchrun that share a body of `with join_ranks(...)`."""
+    processes = start_ranks(number, ["-c", with_ranks(body, before)])
+    try:
+        texts = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        kill(processes)
+    return [process.returncode for process in processes], texts
+
+
+def with_ranks(body, before=""):
+    """A program that leaves the interpreter as bincomm.cli does."""
+    return f"""{JOINED}
+{before}
+try:
+    with join_ranks("cpu") as ranks:
+        {body}
+except Exception as error:
+    print(type(error).__name__, error, flush=True)
+    os._exit(1)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_leaves_in_order_harms_none(late):
+    """Rank 0 waits for those that have not left, with the store that they watch each other through."""
+    body = f"together(ranks, 5); time.sleep(6 * (ranks.rank == {late})); ranks.leave()"
+    statuses, texts = run_ranks(2, body)
+    assert statuses == [0, 0], texts
+
+
+def test_what_follows_leaving_is_the_business_of_one_rank(tmp_path):
+    """Ranks after the first end at once, and rank 0 goes on for longer than it would be given up."""
+    body = "together(ranks, 5); ranks.leave(); time.sleep(25 * (ranks.rank == 0)); print('ended')"
+    processes = start_ranks(2, ["-u", "-c", with_ranks(body)])
+    try:
+        assert processes[1].wait(timeout=60) == 0
+        assert processes[0].poll() is None
+        assert "ended" in processes[0].communicate(timeout=60)[0]
+        assert processes[0].returncode == 0
+    finally:
+        kill(processes)
+
+
+def test_all_ranks_tell_why_one_failed():
+    """Not that its connections broke, nor that the store went with rank 0."""
+    body = "together(ranks, 5 if ranks.rank == 1 else 1000); raise ValueError('the true reason')"
+    statuses, texts = run_ranks(3, body)
+    assert statuses == [1, 1, 1]
+    assert "ValueError the true reason" in texts[1]
+    for rank in (0, 2):
+        assert f"rank {rank} ends, for rank 1 ended: the true reason" in texts[rank]
+        assert "peer" not in texts[rank]
+
+
+def test_a_rank_that_finds_no_device_tells_the_others():
+    before = """
+def no_gpu(*arguments):
+    raise ValueError("device: no GPU here")
+if os.environ["RANK"] == "1":
+    import bincomm.engine.ranks
+    bincomm.engine.ranks._choose_device = no_gpu
+"""
+    statuses, texts = run_ranks(2, "together(ranks)", before)
+    assert statuses == [1, 1]
+    assert "ValueError device: no GPU here" in texts[1]
+    assert "rank 0 ends, for rank 1 ended: device: no GPU here" in texts[0]
+
+
+@pytest.mark.parametrize(
+    ("absent", "reason"), [(0, "ranks: rank 0 was not at 127.0.0.1"), (1, "ranks: rank 1 of 2 did not start")]
+)
+def test_a_rank_does_not_wait_for_one_that_never_starts(absent, reason):
+    before = f"""
+import bincomm.engine.ranks
+bincomm.engine.ranks.MEETING = 3
+if os.environ["RANK"] == "{absent}":
+    os._exit(9)
+"""
+    statuses, texts = run_ranks(2, "together(ranks)", before)
+    assert statuses[absent] == 9
+    assert statuses[1 - absent] == 1
+    assert f"TimeoutError {reason}" in texts[1 - absent]
+
+
+def test_a_job_that_is_suspended_goes_on():
+    """Stopped for longer than a rank may be silent, and continued one after the other."""
+    processes = start_ranks(2, ["-c", with_ranks("together(ranks, 100)")])
+    try:
+        for process in processes:
+            assert any(line == "joined\n" for line in process.stdout)
+        time.sleep(3)  # of signs of life
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(24)
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+            time.sleep(1)
+        texts = [process.communicate(timeout=60)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], texts
+    finally:
+        kill(processes)
+
+
+def test_an_error_without_a_text_is_one_on_all_ranks():
+    body = "ranks.first(lambda: exec('raise ValueError'))"
+    statuses, texts = run_ranks(2, body)
+    assert statuses == [1, 1]
+    assert texts[0].endswith("ValueError \n")
+    assert texts[1].endswith("ToldByAnotherRank \n")
+
+
+def test_whole_values_are_kept_where_they_are_wanted():
+    before = "from bincomm.engine.ranks import shard, whole; from types import SimpleNamespace"
+    body = """
+        layer = torch.nn.Linear(4, 3)
+        layer.backbone = torch.nn.Identity()
+        with torch.no_grad():
+            layer.weight.fill_(2)
+        shard(layer, ranks)
+        found = whole({"step": 1, "own": torch.ones(2), **layer.state_dict()}, keep=ranks.rank == 0)
+        assert found["step"] == 1
+        if ranks.rank:
+            assert found["own"] is None and found["weight"] is None
+        else:
+            assert found["own"].tolist() == [1, 1] and found["weight"].tolist() == [[2] * 4] * 3
+"""
+    statuses, texts = run_ranks(2, body.strip(), before)
+    assert statuses == [0, 0], texts
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_two_machines_begin_again_at_once(tmp_path, killed):
+    """Whichever lost a rank: only one of the launchers counts a restart, and their store keeps what the ranks
+    of the last time wrote."""
+    program = tmp_path / "program.py"
+    program.write_text(with_ranks("together(ranks, 40)"))
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--max-restarts=3", str(program)]
+    launchers = []
+    try:
+        for number in range(2):
+            with open(tmp_path / f"log{number}", "w") as log:
+                launchers.append(
+                    subprocess.Popen(command, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+                )
+
+        def joined():
+            return [(tmp_path / f"log{number}").read_text().count("joined") for number in range(2)]
+
+        deadline = time.monotonic() + 60
+        while joined() != [1, 1] and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.kill(children(launchers[killed].pid)[0], signal.SIGKILL)
+        assert [launcher.wait(timeout=60) for launcher in launchers] == [0, 0]
+        assert joined() == [2, 2]
+    finally:
+        for launcher in launchers:
+            launcher.terminate()  # it ends its ranks
+            launcher.wait(timeout=60)
 
 
 def test_an_error_of_the_first_rank_is_told_once(tmp_path):

@@ -1,7 +1,7 @@
 """Linear probe: softmax regression by SGD on frozen features, its learning rate swept."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from bincomm.evaluation.labelled import check_alike, check_labelled
 
-# For features of mean 0 and mean square norm 1 beside a bias of 1, where the loss has a curvature of at most
-# 1: SGD with momentum 0.9 is then stable up to 3.8, and up to hundreds where the variance is spread over many
-# directions.
-LEARNING_RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+# For features of mean 0 whose largest variance in any direction is 1, beside a bias of 1: the loss then has a
+# curvature of at most 1/2, and SGD with momentum 0.9 is stable up to 7.6, mostly further.
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 MOMENTUM = 0.9
 HELD_OUT = 10  # one image in so many chooses the learning rate
 
@@ -39,20 +38,20 @@ def linear_probe(
     """Share of queries that softmax regression, trained on the features of the gallery, classifies rightly.
 
     The protocol of DINO (arXiv 2104.14294): SGD with momentum 0.9, no weight decay, cosine to 0, the learning
-    rate swept; on cached features, so without augmentation. The learning rate taken is the one whose
-    classifier, trained on nine tenths of the gallery, has the lowest cross-entropy on the other tenth, drawn
-    by class; the share it gets right is too coarse where that tenth is small. The classifier is then trained
-    anew on all of the gallery. Choosing by the queries instead would flatter.
+    rate swept; on cached features, so without augmentation. The learning rate taken is the one
+    whose classifier, trained on nine tenths of the gallery, has the lowest cross-entropy on the other tenth,
+    drawn by class; the share it gets right is too coarse where that tenth is small. The classifier is then
+    trained anew on all of the gallery. Choosing by the queries instead would flatter.
 
-    From all features the gallery's mean is first subtracted, and they are divided by one number, the root of
-    the mean square norm that is left, so that one grid of rates fits every backbone. The classifiers there
-    are stay the same; but a mean that outweighs the differences, as that of an untrained network's features
-    does, would keep gradient descent from finding the good ones.
+    From all features the gallery's mean is first subtracted, and they are divided by one number, the largest
+    standard deviation of the gallery in any direction, so that one grid of rates fits every backbone. The
+    classifiers there are stay the same; but a mean that outweighs the differences, as that of an untrained
+    network's features does, would keep gradient descent from finding the good ones.
 
     Args:
         gallery: (N, D) features, gallery_labels: (N,) class indices.
         queries: (M, D) features, query_labels: (M,) class indices; a class that the gallery lacks is missed.
-        learning_rates: for features of mean 0 and mean square norm 1; all are trained at once, in fp32.
+        learning_rates: for features so shown; all are trained at once, in fp32.
         epochs: passes over the gallery.
         batch_size: images per step.
         seed: of the tenth and of the order of images. The global generators are left alone.
@@ -66,11 +65,8 @@ def linear_probe(
     check_alike(gallery, queries)
     if len(learning_rates) == 0:
         raise ValueError("learning_rates: expected at least one, got none")
-    mean = gallery.mean(0, dtype=torch.float64)
-    gallery, queries = ((x - mean).float() for x in (gallery, queries))
-    scale = float(torch.linalg.vector_norm(gallery, dtype=torch.float64)) / len(gallery) ** 0.5 or 1.0
-    # The bias is the weight of a last feature that is always 1.
-    gallery, queries = (F.pad(x / scale, (0, 1), value=1.0) for x in (gallery, queries))
+    show = scaling(gallery)
+    gallery, queries = show(gallery), show(queries)
     classes, targets = gallery_labels.unique(return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
 
@@ -78,22 +74,86 @@ def linear_probe(
         x, y = gallery[images], targets[images]
         return _train(x, y, len(classes), rates, epochs, batch_size, generator)
 
-    # Every tenth image of a shuffled list sorted by class, so that each class gives its tenth.
-    order = torch.randperm(len(gallery), generator=generator).to(gallery.device)
-    order = order[targets[order].argsort(stable=True)]
-    held_out = torch.arange(len(order), device=gallery.device) % HELD_OUT == 0
+    order, held_out = hold_out(targets, generator)
     weights = train(order[~held_out], learning_rates)
-    cross_entropy = 0
-    for images in order[held_out].split(batch_size):
-        likelihood = _logits(gallery[images], weights).log_softmax(-1)
-        cross_entropy -= likelihood.take_along_dim(targets[images, None, None], -1).sum((0, 2))
-    rate = learning_rates[int(cross_entropy.argmin())]
+    chosen = choose(weights, gallery[order[held_out]], targets[order[held_out]], batch_size)
+    rate = learning_rates[chosen]
 
     weights = train(order, [rate])
+    return LinearProbe(accuracy(weights[0], classes, queries, query_labels, batch_size), rate)
+
+
+def scaling(gallery: Tensor) -> Callable[[Tensor], Tensor]:
+    """What is done to features (n, D) before they are classified: of the gallery they get mean 0 and a
+    largest variance of 1 in any direction; and a last feature is added that is always 1, whose weight is the
+    bias."""
+    mean = gallery.mean(0, dtype=torch.float64)
+    centred = (gallery - mean).float()
+    covariance = (centred.T @ centred).double() / len(gallery)
+    scale = float(torch.linalg.eigvalsh(covariance)[-1].clamp(min=0).sqrt()) or 1.0
+    return lambda x: F.pad((x - mean).float() / scale, (0, 1), value=1.0)
+
+
+def hold_out(targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random order of the images by class, and which places of it are of the tenth, (n,) bool, that chooses
+    the learning rate: every tenth of a shuffled list sorted by class, so that each class gives its tenth."""
+    order = torch.randperm(len(targets), generator=generator).to(targets.device)
+    order = order[targets[order].argsort(stable=True)]
+    return order, torch.arange(len(order), device=targets.device) % HELD_OUT == 0
+
+
+def choose(weights: Tensor, features: Tensor, targets: Tensor, batch_size: int) -> int:
+    """Which of the classifiers (S, C, D) has the lowest cross-entropy on held-out features (n, D)."""
+    cross_entropy = 0
+    for x, y in zip(features.split(batch_size), targets.split(batch_size), strict=True):
+        likelihood = _logits(x, weights).log_softmax(-1)
+        cross_entropy -= likelihood.take_along_dim(y[:, None, None], -1).sum((0, 2))
+    return int(cross_entropy.nan_to_num(torch.inf).argmin())
+
+
+def accuracy(weights: Tensor, classes: Tensor, queries: Tensor, labels: Tensor, batch_size: int) -> float:
+    """Share of queries (M, D) that a classifier (C, D) of some classes (C,) gets right."""
     hits = 0
-    for x, actual in zip(queries.split(batch_size), query_labels.split(batch_size), strict=True):
-        hits += int((classes[_logits(x, weights)[:, 0].argmax(-1)] == actual).sum())
-    return LinearProbe(hits / len(queries), rate)
+    for x, actual in zip(queries.split(batch_size), labels.split(batch_size), strict=True):
+        hits += int((classes[(x @ weights.T).argmax(-1)] == actual).sum())
+    return hits / len(queries)
+
+
+class Descent:
+    """Softmax regression by SGD with momentum, the learning rate falling to 0 by cosine, for several learning
+    rates at once.
+
+    Args:
+        learning_rates: S of them, at the start.
+        classes, features: C and D.
+        steps: in all.
+        device: of the features.
+    """
+
+    def __init__(
+        self,
+        learning_rates: Sequence[float],
+        classes: int,
+        features: int,
+        steps: int,
+        device: torch.device,
+    ):
+        self.rates = torch.tensor(learning_rates, device=device)[:, None, None]
+        self.weights = torch.zeros(len(learning_rates), classes, features, device=device)
+        self.velocity = torch.zeros_like(self.weights)
+        self.indices = torch.arange(classes, device=device)
+        self.done, self.steps = 0, steps
+
+    def step(self, x: Tensor, targets: Tensor) -> None:
+        """One step on features (n, D) of classes (n,)."""
+        # The gradient of cross-entropy in the logits: what is predicted minus what is.
+        error = _logits(x, self.weights).softmax(-1)
+        error -= (targets[:, None] == self.indices).float()[:, None]
+        gradient = (error.flatten(1).T @ x).view_as(self.weights) / len(x)
+        self.velocity.mul_(MOMENTUM).add_(gradient)
+        fall = 0.5 + 0.5 * math.cos(math.pi * self.done / self.steps)
+        self.weights -= self.rates * fall * self.velocity
+        self.done += 1
 
 
 def _logits(x: Tensor, weights: Tensor) -> Tensor:
@@ -111,21 +171,11 @@ def _train(
     generator: torch.Generator,
 ) -> Tensor:
     """Weights (S, C, D) of softmax regression on features (N, D), one classifier per learning rate."""
-    rates = torch.tensor(learning_rates, device=features.device)[:, None, None]
-    weights = torch.zeros(len(rates), classes, features.shape[1], device=features.device)
-    velocity = torch.zeros_like(weights)
-    indices = torch.arange(classes, device=features.device)
-    step, steps = 0, epochs * math.ceil(len(features) / batch_size)
+    steps = epochs * math.ceil(len(features) / batch_size)
+    descent = Descent(learning_rates, classes, features.shape[1], steps, features.device)
     for _ in range(epochs):
         order = torch.randperm(len(features), generator=generator).to(features.device)
-        for first in range(0, len(features), batch_size):
+        for first in range(0, len(order), batch_size):  # split() would give an empty batch of none
             batch = order[first : first + batch_size]
-            x = features[batch]
-            # The gradient of cross-entropy in the logits: what is predicted minus what is.
-            error = _logits(x, weights).softmax(-1)
-            error -= (targets[batch, None] == indices).float()[:, None]
-            gradient = (error.flatten(1).T @ x).view_as(weights) / len(batch)
-            velocity.mul_(MOMENTUM).add_(gradient)
-            weights -= rates * (0.5 + 0.5 * math.cos(math.pi * step / steps)) * velocity
-            step += 1
-    return weights
+            descent.step(features[batch], targets[batch])
+    return descent.weights

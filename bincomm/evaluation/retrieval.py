@@ -1,5 +1,7 @@
 """Retrieval: mean average precision over the whole ranking (mAP@ALL), of features and of codes."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,6 +74,43 @@ def mean_average_precision(
             "query_labels: expected at least one query with an item of its class in the database"
         )
     return total / counted
+
+
+class Lookup(NamedTuple):
+    """Precision of what lies within a Hamming radius, and the share of queries that find anything there."""
+
+    precision: float
+    answered: float
+
+
+def precision_within(
+    database: Tensor, database_labels: Tensor, queries: Tensor, query_labels: Tensor, radius: int = 2
+) -> Lookup:
+    """Precision of hash lookup: of the items within a Hamming radius of a query, the share that has its
+    class, averaged over the queries; one that finds nothing counts as 0, as is usual (Norouzi and Fleet, ICML
+    2011).
+
+    Args:
+        database: (N, ⌈K/32⌉) int32 messages, database_labels: (N,) class indices.
+        queries: (M, ⌈K/32⌉) int32 messages, query_labels: (M,) class indices.
+        radius: bits that may differ.
+
+    Raises:
+        ValueError: no database or queries, different numbers of items and labels or of columns.
+        TypeError: not int32.
+    """
+    check_labelled("database", database, database_labels)
+    check_labelled("queries", queries, query_labels)
+    check_alike(database, queries)
+    precision, answered = 0.0, 0
+    block = max(1, PAIRS // len(database))
+    for some, labels in zip(queries.split(block), query_labels.split(block), strict=True):
+        near = hamming_distance(some, database) <= radius
+        found = near.sum(1)
+        right = (near & (labels[:, None] == database_labels)).sum(1)
+        precision += float((right / found.clamp(min=1)).sum(dtype=torch.float64))
+        answered += int((found > 0).sum())
+    return Lookup(precision / len(queries), answered / len(queries))
 
 
 def _average_precision(distances: Tensor, relevant: Tensor) -> Tensor:

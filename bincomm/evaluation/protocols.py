@@ -1,0 +1,167 @@
+"""Every protocol that looks at images as a whole, on what was pretrained, and labelled images."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bincomm.data.sources import Source
+from bincomm.engine.logs import bit_statistics
+from bincomm.engine.ranks import ALONE, Ranks
+from bincomm.evaluation.augmented import augmented_probe
+from bincomm.evaluation.features import extract_cached
+from bincomm.evaluation.geometry import effective_dimensions
+from bincomm.evaluation.knn import knn_accuracy
+from bincomm.evaluation.linear import linear_probe
+from bincomm.evaluation.pretrained import Pretrained
+from bincomm.evaluation.retrieval import mean_average_precision, precision_within
+from bincomm.ops.messages import pack_signs
+
+NEIGHBOURS = (10, 20, 100, 200)
+# Those after the first four look at codes, and need a head.
+PROTOCOLS = ("knn", "linear", "augmented", "map", "geometry", "knn_codes", "map_codes", "lookup", "bits")
+OF_CODES = PROTOCOLS[5:]
+
+
+def evaluate_images(
+    model: Pretrained,
+    gallery: Source,
+    queries: Source,
+    protocols: Sequence[str] | None = None,
+    *,
+    ranks: Ranks = ALONE,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure on labelled images; features come from bincomm's cache where they are there.
+
+    Args:
+        model: what was pretrained.
+        gallery, queries: labelled sources, one centre crop of each image.
+        protocols: of `PROTOCOLS`; None: all that the model can be asked, without those of codes where it has
+            no head. "knn" by cosine and "knn_codes" by Hamming distance for k in `NEIGHBOURS`; "linear", the
+            probe on features, and "augmented" on random crops; "map" and "map_codes", mAP@ALL; "lookup", the
+            precision within Hamming radius 2; "geometry", effective dimensions; "bits", use of the bits of
+            the queries' codes.
+        ranks: look at a share of the images each; all call, rank 0 measures, and the others get {}.
+        report: told which images are left out, and why.
+
+    Returns:
+        A figure or a dict of them by protocol, shares from 0 to 1 and entropies in bits, with the numbers of
+        images and the seconds each took.
+
+    Raises:
+        ValueError: an unknown protocol, no labels, a protocol of codes without a head, no usable images.
+    """
+    chosen = check_protocols(model, protocols)
+    found: dict[str, Any] = {"seconds": {}}
+    started = time.perf_counter()
+    seen, labels = [], []
+    for name, source in (("gallery", gallery), ("queries", queries)):
+        if source.labels is None:
+            raise ValueError(f"{name}: expected images with labels (folders named after classes), got none")
+
+        def tell(image: int, why: str, name: str = name, source: Source = source) -> None:
+            report(f"left out of the {name}: {source.images.name(image)}: {why}")
+
+        values = extract_cached(model, source, tell, ranks=ranks)
+        if len(values["images"]) == 0:
+            raise ValueError(f"{name}: none of the {len(source.images)} images can be used")
+        seen.append(values)
+        labels.append(torch.from_numpy(source.labels)[values["images"]])
+        found[f"{name}_images"] = len(values["images"])
+    found["classes"] = len(torch.cat(labels).unique())
+    found["seconds"]["looking"] = time.perf_counter() - started
+    if ranks.rank:
+        return {}
+
+    device = model.device
+    features = [side["features"].to(device) for side in seen]
+    labelled = features[0], labels[0].to(device), features[1], labels[1].to(device)
+    if model.head is not None:
+        signs = [side["signs"].to(device) for side in seen]
+        messages = [pack_signs(side) for side in signs]
+        as_vectors = signs[0], labelled[1], signs[1], labelled[3]
+        as_messages = messages[0], labelled[1], messages[1], labelled[3]
+
+    def augmented() -> dict[str, Any]:
+        images, held = seen[0]["images"], (seen[0]["features"], seen[1]["features"])
+        return augmented_probe(model, gallery, images, *held, labels[1])._asdict()
+
+    def of_neighbours(values: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, float]:
+        return {str(k): knn_accuracy(*values, k=k) for k in NEIGHBOURS}
+
+    measures: dict[str, Callable[[], Any]] = {
+        "knn": lambda: of_neighbours(labelled),
+        "linear": lambda: linear_probe(*labelled)._asdict(),
+        "augmented": augmented,
+        "map": lambda: mean_average_precision(*labelled),
+        "geometry": lambda: effective_dimensions(features[1])._asdict(),
+        "knn_codes": lambda: of_neighbours(as_vectors),
+        "map_codes": lambda: mean_average_precision(*as_messages),
+        "lookup": lambda: precision_within(*as_messages)._asdict(),
+        "bits": lambda: bit_statistics((signs[1] > 0).sum(0), len(signs[1])),
+    }
+    for name in chosen:
+        started = time.perf_counter()
+        found[name] = measures[name]()
+        found["seconds"][name] = time.perf_counter() - started
+    return found
+
+
+def check_protocols(model: Pretrained, protocols: Sequence[str] | None) -> list[str]:
+    """The protocols asked for, all that the model can be asked where that is None.
+
+    Raises:
+        ValueError: there is none of a name, or it needs a head.
+    """
+    if protocols is None:
+        return [name for name in PROTOCOLS if model.head is not None or name not in OF_CODES]
+    for name in protocols:
+        if name not in PROTOCOLS:
+            raise ValueError(f"protocols: there is none named {name!r}; protocols: {', '.join(PROTOCOLS)}")
+        if name in OF_CODES and model.head is None:
+            raise ValueError(
+                f"protocols: {name} measures codes, and {model.name} holds a backbone without a head; take a "
+                "run's directory with its checkpoints, or a checkpoint"
+            )
+    return list(protocols)
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What was measured, a line each, for a terminal."""
+    lines = [
+        f"{found['queries_images']} queries in {found['gallery_images']} images of {found['classes']} classes"
+    ]
+    for name, title in (("knn", "k-NN"), ("knn_codes", "k-NN of codes")):
+        if name in found:
+            each = "  ".join(f"k={k} {share:.2%}" for k, share in found[name].items())
+            lines.append(f"  {title:22} {each}")
+    for name, title in (("linear", "linear probe"), ("augmented", "  on random crops")):
+        if name in found:
+            lines.append(
+                f"  {title:22} {found[name]['accuracy']:.2%}  "
+                f"(learning rate {found[name]['learning_rate']:g})"
+            )
+    for name, title in (("map", "mAP of features"), ("map_codes", "mAP of codes")):
+        if name in found:
+            lines.append(f"  {title:22} {found[name]:.2%}")
+    if "lookup" in found:
+        lookup = found["lookup"]
+        lines.append(
+            f"  {'within 2 bits':22} {lookup['precision']:.2%} right, {lookup['answered']:.1%} of queries find "
+            "any"
+        )
+    if "geometry" in found:
+        geometry = found["geometry"]
+        lines.append(
+            f"  {'dimensions in use':22} d_eff {geometry['d_eff']:.1f}  r_eff {geometry['r_eff']:.1f}"
+        )
+    if "bits" in found:
+        bits = found["bits"]
+        lines.append(
+            f"  {'use of the bits':22} entropy {bits['bit_entropy']:.3f} (least "
+            f"{bits['bit_entropy_min']:.3f}), {bits['dead_bits']:.1%} dead"
+        )
+    return "\n".join(lines)
