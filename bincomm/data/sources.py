@@ -129,8 +129,9 @@ def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple
     if source.labels is None:
         return None
     split = _split_folders(digits() if data == "digits" else Path(os.path.expanduser(data)))
-    queries = _open_folder(split[1]) if split else None
-    if queries and queries.labels is not None:
+    # A single folder among the queries is a class where it is one of those pretrained on.
+    queries = _open_folder(split[1], least=1) if split else None
+    if queries and (len(queries.classes) > 1 or set(queries.classes) & set(source.classes)):
         odd = sorted(set(queries.classes) - set(source.classes))
         if odd:
             raise ValueError(
@@ -219,7 +220,8 @@ def _split_folders(path: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def _open_folder(folder: Path) -> Source:
+def _open_folder(folder: Path, least: int = 2) -> Source:
+    """The images below a folder, labelled where they lie in as many folders as `least` or more."""
     root = os.path.abspath(folder)
     files, others = list_images(root)
     if not len(files):
@@ -235,7 +237,7 @@ def _open_folder(folder: Path) -> Source:
     # Pillow reads some of them, but pictures that no extension promises may not be meant to be trained on.
     pictures = {kind: count for kind, count in others.items() if kind in OTHER_PICTURES}
     notes = tuple(f"{count} × {kind} in {folder} were not taken" for kind, count in sorted(pictures.items()))
-    return Source(files, *_labels(name[start:] for name in files.names()), notes=notes)
+    return Source(files, *_labels((name[start:] for name in files.names()), least), notes=notes)
 
 
 def _open_shards(paths: Sequence[str]) -> Source:
@@ -246,18 +248,19 @@ def _open_shards(paths: Sequence[str]) -> Source:
     return Source(shards, labels, classes, notes=tuple(notes))
 
 
-def _labels(names: Iterable[str]) -> tuple[np.ndarray | None, list[str]]:
-    """Labels by the first folder of each name; none unless all have one and there are two of them."""
+def _labels(names: Iterable[str], least: int = 2) -> tuple[np.ndarray | None, list[str]]:
+    """Labels by the first folder of each name; none unless all have one and there are `least` of them."""
     # One at a time: there may be a hundred million.
-    return _number(first if inside else "" for first, inside, _ in (name.partition("/") for name in names))
+    words = (first if inside else "" for first, inside, _ in (name.partition("/") for name in names))
+    return _number(words, least)
 
 
-def _number(words: Iterable[str]) -> tuple[np.ndarray | None, list[str]]:
-    """Words as numbers in their sorted order; none if a word is empty, or all are the same."""
+def _number(words: Iterable[str], least: int = 2) -> tuple[np.ndarray | None, list[str]]:
+    """Words as numbers in their sorted order; none if a word is empty, or there are fewer than `least`."""
     numbers: dict[str, int] = {}
     met = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64)
     classes = sorted(numbers)
-    if len(classes) < 2 or "" in numbers:
+    if len(classes) < least or "" in numbers:
         return None, []
     ranks = np.empty(len(classes), np.int64)
     ranks[[numbers[word] for word in classes]] = np.arange(len(classes))

@@ -150,8 +150,8 @@ def describe(found: dict[str, Any]) -> str:
     if "lookup" in found:
         lookup = found["lookup"]
         lines.append(
-            f"  {'within 2 bits':22} {lookup['precision']:.2%} right, {lookup['answered']:.1%} of queries find "
-            "any"
+            f"  {'within 2 bits':22} {lookup['precision']:.2%} right, {lookup['answered']:.1%} of queries "
+            "find any"
         )
     if "geometry" in found:
         geometry = found["geometry"]
