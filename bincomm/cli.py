@@ -1,4 +1,4 @@
-"""The command line: `bincomm pretrain | adapt | compare | evaluate | profile | data | doctor`."""
+"""The command line: `bincomm pretrain | adapt | compare | evaluate | encode | search | codes | ...`."""
 
 import argparse
 import difflib
@@ -22,6 +22,9 @@ USAGE = """usage: bincomm COMMAND [OPTIONS]
   adapt      go on training a pretrained backbone on unlabelled images of another domain
   compare    train several methods with the same budget, and put them into one table
   evaluate   measure what was pretrained on labelled images
+  encode     write the codes of images into a folder
+  search     the images of such a folder nearest to one
+  codes      a page about what the bits mean
   profile    where the time of a training step goes
   data       look at crops, find images that cannot be used, write tar shards
   doctor     tell what is built, found and used on this machine
@@ -40,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         "adapt": run_adapt,
         "compare": run_compare,
         "evaluate": run_evaluate,
+        "encode": run_encode,
+        "search": run_search,
+        "codes": run_codes,
         "data": run_data,
         "profile": run_profile,
         "doctor": run_doctor,
@@ -196,50 +202,214 @@ def run_evaluate(arguments: list[str]) -> int:
     """`bincomm evaluate`."""
     try:
         from bincomm.data.sources import evaluation_sources, open_source
-        from bincomm.engine.ranks import ToldByAnotherRank, join_ranks
+        from bincomm.engine.ranks import join_ranks
         from bincomm.engine.run import write_json
+        from bincomm.evaluation.dense import evaluate_segmentation
         from bincomm.evaluation.pretrained import load_pretrained
         from bincomm.evaluation.protocols import PROTOCOLS, check_protocols, describe, evaluate_images
+        from bincomm.evaluation.video import evaluate_davis
     except ImportError as error:
         return fail(NEEDS_MORE.format(error), status=1)
     parser = weights_parser(
         "evaluate",
-        "Measure what was pretrained on labelled images: k-NN, linear probes, retrieval by features and by "
-        "codes, dimensions and bits in use.",
+        "Measure what was pretrained: on labelled images k-NN, linear probes, retrieval by features and by "
+        "codes, dimensions and bits in use; on DAVIS the following of objects; on masks segmentation.",
     )
+    parser.add_argument("--data", help="labelled images, as in `bincomm pretrain`")
     parser.add_argument(
         "--protocols",
         type=lambda text: text.split(","),
         metavar="NAMES",
-        help=f"of {', '.join(PROTOCOLS)}; default all, without those of codes where there is no head",
+        help=f"on these, of {', '.join(PROTOCOLS)}; default all that it can be asked",
+    )
+    parser.add_argument("--davis", metavar="FOLDER", help="DAVIS-2017, which ImageSets lies in")
+    parser.add_argument(
+        "--segmentation", metavar="FOLDER", help="with train/images, train/masks, val/images and val/masks"
     )
     parser.add_argument("--output", metavar="FILE", help="JSON file to write")
     options = parser.parse_args(arguments)
-    try:
+    if not (options.data or options.davis or options.segmentation):
+        return fail("evaluate: expected at least one of --data, --davis and --segmentation", once=True)
+
+    def run() -> str | None:
         with join_ranks(options.device) as ranks:
             model = load_pretrained(options.weights, ranks.device, **shown(options))
-            check_protocols(model, options.protocols)
-            source = ranks.leaders_first(lambda: open_source(options.data))
-            sources = ranks.leaders_first(lambda: evaluation_sources(options.data, source))
-            if sources is None:
-                raise ValueError(
-                    "data: expected images with labels (folders named after classes), got none in "
-                    f"{options.data}"
-                )
-            gallery, queries, _ = sources
-            found = evaluate_images(model, gallery, queries, options.protocols, ranks=ranks)
-            if ranks.rank == 0:
-                found = {"weights": options.weights, "data": options.data, **found}
-                if options.output:
-                    write_json(Path(options.output), found)
-                print(describe(found))
+            found: dict[str, Any] = {"weights": options.weights}
+            if options.data:
+                check_protocols(model, options.protocols)
+                source = ranks.leaders_first(lambda: open_source(options.data))
+                sources = ranks.leaders_first(lambda: evaluation_sources(options.data, source))
+                if sources is None:
+                    raise ValueError(
+                        "data: expected images with labels (folders named after classes), got none in "
+                        f"{options.data}"
+                    )
+                measured = evaluate_images(model, *sources[:2], options.protocols, ranks=ranks)
+                found |= {"data": options.data, **measured}
+            ranks.leave()
+            if ranks.rank:
+                return None
+            if options.davis:
+                found["davis"] = evaluate_davis(model, options.davis)
+            if options.segmentation:
+                found["segmentation"] = evaluate_segmentation(model, options.segmentation)
+            if options.output:
+                write_json(Path(options.output), found)
+            return describe(found)
+
+    return attempt(run)
+
+
+def run_encode(arguments: list[str]) -> int:
+    """`bincomm encode`."""
+    try:
+        from bincomm.codes.encode import encode
+        from bincomm.codes.search import build_index
+        from bincomm.config import parse_data
+        from bincomm.data.sources import open_source
+        from bincomm.engine.ranks import join_ranks
+        from bincomm.evaluation.pretrained import load_pretrained
+    except ImportError as error:
+        return fail(NEEDS_MORE.format(error), status=1)
+    parser = weights_parser(
+        "encode",
+        "Write the codes of images into a folder of Parquet files. The same command goes on with what is "
+        "unfinished, also under torchrun.",
+    )
+    parser.add_argument("--data", required=True, help="images, as in `bincomm pretrain`")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="for part-00000.parquet, ...")
+    parser.add_argument("--features", action="store_true", help="write the backbone's features, too")
+    parser.add_argument("--index", action="store_true", help="write index.faiss, a flat binary index, too")
+    options = parser.parse_args(arguments)
+
+    def run() -> str | None:
+        with join_ranks(options.device) as ranks:
+            model = load_pretrained(options.weights, ranks.device, **shown(options))
+            source = ranks.leaders_first(lambda: open_source(parse_data(options.data)))
+            found = encode(model, source, options.output, features=options.features, ranks=ranks)
+            if ranks.rank:
+                return None
+            lines = [f"{found.codes} codes of {found.bits} bits in {found.parts} files in {options.output}"]
+            if found.unusable:
+                lines.append(f"{len(found.unusable)} images cannot be used, listed in unusable.txt there")
+            if options.index:
+                lines.append(f"index: {build_index(options.output)}")
+            return "\n".join(lines)
+
+    return attempt(run)
+
+
+def run_search(arguments: list[str]) -> int:
+    """`bincomm search`."""
+    try:
+        import torch
+
+        from bincomm.codes.encode import open_parts
+        from bincomm.codes.search import contact_sheet, nearest
+        from bincomm.engine.run import write_whole
+        from bincomm.evaluation.pretrained import load_pretrained
+    except ImportError as error:
+        return fail(NEEDS_MORE.format(error), status=1)
+    parser = argparse.ArgumentParser(
+        prog="bincomm search",
+        allow_abbrev=False,
+        description="The images of an encoded folder whose codes are nearest to that of an image.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="of codes, as `bincomm encode` left it")
+    parser.add_argument("--query", required=True, metavar="IMAGE", help="file of an image")
+    parser.add_argument("--weights", help="that the codes are of; default those that the folder names")
+    parser.add_argument("--k", type=positive, default=20, metavar="N", help="images, default 20")
+    parser.add_argument(
+        "--sheet", default="nearest.png", metavar="FILE", help="PNG to write, default nearest.png"
+    )
+    options = parser.parse_args(arguments)
+
+    def run() -> str:
+        weights = options.weights or open_parts(options.folder)[0].made["weights"]
+        model = load_pretrained(weights, torch.device("cpu"))
+        (found,) = nearest(model, options.folder, [options.query], options.k)
+        sheet = contact_sheet(options.query, found)
+        write_whole(Path(options.sheet), lambda file: sheet.save(file, format="png"))
+        lines = [f"{n.distance:5}  {n.path}" + (f"  ({n.label})" if n.label else "") for n in found]
+        return "\n".join([" bits  image", *lines, f"in {options.sheet}: the query and these"])
+
+    return attempt(run)
+
+
+def run_codes(arguments: list[str]) -> int:
+    """`bincomm codes`."""
+    try:
+        import torch
+
+        from bincomm.codes.report import report
+        from bincomm.config import parse_data
+        from bincomm.data.sources import open_source
+        from bincomm.evaluation.pretrained import load_pretrained
+    except ImportError as error:
+        return fail(NEEDS_MORE.format(error), status=1)
+    parser = weights_parser("codes", "A page about the code: what its bits carry, and images that show it.")
+    parser.add_argument("--data", required=True, help="images, as in `bincomm pretrain`")
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="FOLDER",
+        help="for codes.html, which a browser opens, and codes.json",
+    )
+    parser.add_argument(
+        "--attributes", metavar="FILE", help="CSV: its first column names images, the others are attributes"
+    )
+    parser.add_argument(
+        "--classes", type=two_names, metavar="A,B", help="to tell apart; default the two most alike"
+    )
+    parser.add_argument(
+        "--bits", type=whole_numbers, metavar="N,N,...", help="shown with images; default some that tell most"
+    )
+    parser.add_argument(
+        "--other", metavar="WEIGHTS", help="the same run before or after a reset of its head, to compare with"
+    )
+    options = parser.parse_args(arguments)
+
+    def run() -> str:
+        device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+        model = load_pretrained(options.weights, device, **shown(options))
+        other = load_pretrained(options.other, device, **shown(options)) if options.other else None
+        report(
+            model,
+            open_source(parse_data(options.data)),
+            Path(options.output),
+            attributes=Path(options.attributes) if options.attributes else None,
+            classes=options.classes,
+            bits=options.bits,
+            other=other,
+        )
+        return f"in {options.output}: codes.html, codes.json"
+
+    return attempt(run)
+
+
+def attempt(run: Callable[[], str | None]) -> int:
+    """Carry out a command that trains nothing, print what it returns, and put into words what ended it."""
+    from bincomm.engine.ranks import ToldByAnotherRank
+
+    try:
+        text = run()
     except ToldByAnotherRank:
         return 1
-    except OSError as error:
+    except (ImportError, OSError) as error:
         return fail(str(error), status=1)
     except ValueError as error:
         return fail(str(error), once=True)
+    if text is not None:
+        print(text)
     return 0
+
+
+def two_names(text: str) -> tuple[str, str]:
+    """Two names with a comma between."""
+    names = text.split(",")
+    if len(names) != 2:
+        raise argparse.ArgumentTypeError(f"expected two names with a comma between, got {text!r}")
+    return names[0], names[1]
 
 
 def weights_parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -250,7 +420,6 @@ def weights_parser(command: str, description: str) -> argparse.ArgumentParser:
         metavar="WEIGHTS",
         help="a run's directory, a checkpoint, a .safetensors file, or a timm model with pretrained weights",
     )
-    parser.add_argument("--data", required=True, help="images, as in `bincomm pretrain`")
     parser.add_argument("--backbone", help="timm's name of it, for a .safetensors file that does not say")
     parser.add_argument("--global_size", type=positive, metavar="PIXELS", help="side of the centre crop")
     parser.add_argument("--eval_crop", type=float, metavar="SHARE", help="of the resized image's side")

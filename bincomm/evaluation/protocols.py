@@ -131,9 +131,10 @@ def check_protocols(model: Pretrained, protocols: Sequence[str] | None) -> list[
 
 def describe(found: dict[str, Any]) -> str:
     """What was measured, a line each, for a terminal."""
-    lines = [
-        f"{found['queries_images']} queries in {found['gallery_images']} images of {found['classes']} classes"
-    ]
+    lines = []
+    if "classes" in found:
+        sizes = f"{found['queries_images']} queries in {found['gallery_images']} images"
+        lines.append(f"{sizes} of {found['classes']} classes")
     for name, title in (("knn", "k-NN"), ("knn_codes", "k-NN of codes")):
         if name in found:
             each = "  ".join(f"k={k} {share:.2%}" for k, share in found[name].items())
@@ -163,5 +164,17 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(
             f"  {'use of the bits':22} entropy {bits['bit_entropy']:.3f} (least "
             f"{bits['bit_entropy_min']:.3f}), {bits['dead_bits']:.1%} dead"
+        )
+    if "davis" in found:
+        davis = found["davis"]
+        lines.append(
+            f"DAVIS, {davis['objects']} objects: J&F {davis['jf']:.2%}, J {davis['j']:.2%}, "
+            f"F {davis['f']:.2%}"
+        )
+    if "segmentation" in found:
+        patches = found["segmentation"]
+        lines.append(
+            f"segmentation, {patches['val_images']} images of {patches['classes']} classes: mIoU "
+            f"{patches['knn']['miou']:.2%} by nearest patches, {patches['linear']['miou']:.2%} linear"
         )
     return "\n".join(lines)
