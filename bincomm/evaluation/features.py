@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +16,10 @@ from tqdm import tqdm
 
 from bincomm.data.cache import cache_folder
 from bincomm.data.loader import eval_batches
-from bincomm.data.shards import Shards
 from bincomm.data.sources import Source
 from bincomm.engine.ranks import ALONE, Ranks
 from bincomm.engine.run import write_whole
+from bincomm.evaluation.identity import images_identity, weights_identity
 from bincomm.evaluation.pretrained import Pretrained
 
 PIXELS = 16  # a million images of more would not fit in memory, and k-NN on pixels gains nothing from it
@@ -121,25 +120,10 @@ def extract_cached(
 
 def identity(model: Pretrained, source: Source) -> str:
     """A name for what a network sees of images: of its weights, of how they are shown, and of the files."""
-    config, digest = model.config, hashlib.sha256()
+    config = model.config
     shown = (config.global_size, config.eval_crop, config.mean, config.std, model.device.type)
-    digest.update(repr((config.backbone, config.backbone_args, shown, model.head is not None)).encode())
-    for network in (model.backbone, model.head):
-        for name, value in network.state_dict().items() if network is not None else ():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    images = source.images
-    files = images.shards if isinstance(images, Shards) else images.names()
-    if isinstance(images, Shards):
-        for name in images.names():
-            digest.update(os.fsencode(name) + b"\0")
-    for file in files:
-        try:
-            stat = os.stat(file)
-            digest.update(os.fsencode(file) + f"\0{stat.st_size} {stat.st_mtime_ns}\0".encode())
-        except OSError:  # one that is gone is told when it is read
-            digest.update(os.fsencode(file) + b"\0gone\0")
-    return digest.hexdigest()[:32]
+    seen = (weights_identity(model), images_identity(source), shown)
+    return hashlib.sha256(repr(seen).encode()).hexdigest()[:32]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], list[tuple[int, str]]] | None:

@@ -1,0 +1,1 @@
+"""Messages at rest: encoded, searched, measured and shown."""

@@ -1,0 +1,236 @@
+"""The nearest of an encoded folder: by code, by image, and as a picture; and an index of it for faiss.
+
+The search itself is `hamming_topk`, which is faster on a CPU than faiss's flat index and promises, as that
+does not, the first of equally near codes. `build_index` is for programs that speak faiss.
+"""
+
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+from bincomm.codes.encode import Part, iterate_codes, open_parts, read_rows, to_codes, to_messages
+from bincomm.data.listing import Files
+from bincomm.data.shards import open_shards
+from bincomm.data.sources import Source
+from bincomm.engine.run import write_json, write_whole
+from bincomm.evaluation.identity import weights_identity
+from bincomm.ops.hamming import hamming_topk
+from bincomm.ops.messages import pack_signs
+
+if TYPE_CHECKING:
+    from bincomm.evaluation.pretrained import Pretrained
+
+TILE = 128  # pixels a side of an image in the sheet
+CAPTION = 34  # pixels below it, two lines of text
+GAP = 4
+COLUMNS = 7
+GREY = (200, 200, 200)
+
+
+class Neighbour(NamedTuple):
+    """An image of a folder, and in how many bits its code differs from the query's."""
+
+    path: str
+    label: str | None
+    distance: int
+
+
+def search(folder: str | Path, codes: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k codes of a folder nearest to each query; of equally near ones those that come first.
+
+    The folder is read in pieces: memory does not grow with it.
+
+    Args:
+        codes: (Q, ⌈K/8⌉) uint8, as from `read_codes` and `to_codes`.
+        k: from 1 to the number of codes.
+
+    Returns:
+        Distances (Q, k) int32, ascending, and rows (Q, k) int64, numbered as in `read_codes`.
+
+    Raises:
+        ValueError: the folder cannot be read, or the codes are of another number of bits, or k does not fit.
+    """
+    parts = open_parts(folder)
+    bits, count = parts[0].made["bits"], sum(part.rows for part in parts)
+    width = -(-bits // 8)
+    if not isinstance(codes, np.ndarray) or codes.dtype != np.uint8 or codes.shape[1:] != (width,):
+        found = f"{codes.dtype} {tuple(codes.shape)}" if hasattr(codes, "shape") else type(codes).__name__
+        raise ValueError(f"codes: expected uint8 (queries, {width}) for {bits} bits in {folder}, got {found}")
+    if bits % 8 and (codes[:, -1] >> bits % 8).any():
+        raise ValueError(f"codes: expected {bits} bits as in {folder}, got some that are set beyond these")
+    if not 1 <= k <= count:
+        raise ValueError(f"k: expected from 1 to the number of codes in {folder}, {count}, got {k}")
+    queries, first = to_messages(codes), 0
+    distances, rows = queries.new_empty(len(codes), 0), torch.empty(len(codes), 0, dtype=torch.int64)
+    for some in iterate_codes(folder):
+        near, places = hamming_topk(queries, to_messages(some), min(k, len(some)))
+        distances, rows = torch.cat([distances, near], 1), torch.cat([rows, places + first], 1)
+        distances, order = distances.sort(dim=1, stable=True)  # of a tie the earlier rows come first already
+        distances, rows = distances[:, :k], rows.gather(1, order[:, :k])
+        first += len(some)
+    return distances.numpy(), rows.numpy()
+
+
+def nearest(
+    model: "Pretrained", folder: str | Path, queries: Sequence[str | Path], k: int = 20
+) -> list[list[Neighbour]]:
+    """The images of a folder nearest to some images, for each of these at most k, the nearest first.
+
+    An image that is in the folder is at distance 0 from itself, but for bits whose logits are so near 0 that
+    the rounding in a batch of another size, or on another device, decides them.
+
+    Args:
+        model: whose codes those in the folder are. The queries are shown to it as the folder's images were.
+        queries: files of images.
+
+    Raises:
+        ValueError: the codes are of other weights, or of another number of bits; the weights have no head; a
+            query cannot be used; or as `search`.
+    """
+    from bincomm.evaluation.features import look
+
+    parts = open_parts(folder)
+    made = parts[0].made
+    if model.head is None:
+        raise ValueError(
+            f"weights: expected those of the codes in {folder}, {made.get('weights')}, with their head, got "
+            f"{model.name} without one"
+        )
+    if model.config.bits != made["bits"]:
+        raise ValueError(
+            f"weights: expected codes of {made['bits']} bits as in {folder}, got {model.name} with "
+            f"{model.config.bits}"
+        )
+    identity = weights_identity(model)
+    if identity != made.get("identity"):
+        raise ValueError(
+            f"weights: expected those of the codes in {folder}, {made.get('weights')} "
+            f"({made.get('identity')}), got {model.name} ({identity})"
+        )
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+
+    def refuse(query: int, why: str) -> None:
+        raise ValueError(f"query: {queries[query]} cannot be used: {why}")
+
+    shown = {key: made[key] for key in ("global_size", "eval_crop")}
+    colours = {key: tuple(made[key]) for key in ("mean", "std")}
+    model = replace(model, config=replace(model.config, **shown, **colours))
+    messages = [
+        pack_signs(seen.logits).cpu()
+        for seen in look(model, Source(Files(os.path.abspath(query) for query in queries)), refuse)
+    ]
+    if not messages:
+        return []
+    k = min(k, sum(part.rows for part in parts))
+    distances, rows = search(folder, to_codes(torch.cat(messages), made["bits"]), k)
+    images = iter(read_rows(folder, rows.reshape(-1)))
+    return [[Neighbour(*next(images), distance) for distance in some] for some in distances.tolist()]
+
+
+def contact_sheet(query: str | Path, results: Sequence[Neighbour]) -> Image.Image:
+    """The query and what is nearest to it, as a picture, with distance and label (or name) under each.
+
+    An image that cannot be opened any more is a grey tile with its path.
+    """
+    tiles = [(str(query), ("query", os.path.basename(query)))]
+    for path, label, distance in results:
+        tiles.append((path, (f"distance {distance}", os.path.basename(path) if label is None else label)))
+    columns = min(COLUMNS, len(tiles))
+    lines = -(-len(tiles) // columns)
+    size = columns * (TILE + GAP) + GAP, lines * (TILE + CAPTION + GAP) + GAP
+    sheet = Image.new("RGB", size, "white")
+    drawing = ImageDraw.Draw(sheet)
+    for number, (path, caption) in enumerate(tiles):
+        left, top = GAP + number % columns * (TILE + GAP), GAP + number // columns * (TILE + CAPTION + GAP)
+        sheet.paste(_tile(path), (left, top))
+        for line, text in enumerate(caption):
+            place = left, top + TILE + 3 + line * CAPTION // 2
+            drawing.text(place, _fitting(drawing, text), fill="black")
+    return sheet
+
+
+def build_index(folder: str | Path) -> Path:
+    """A flat binary index of a folder's codes for faiss, `index.faiss`; made anew where the parts changed.
+
+    Its vectors are the codes in the order of `read_codes`, of d = 8 ⌈K/8⌉ bits. Those beyond K are 0 in all
+    of them and in a query's code, so distances are those of K bits. `index.json` has the names, sizes and
+    times of the parts.
+
+    Raises:
+        ValueError: the folder cannot be read.
+        ImportError: there is no faiss.
+        OSError: the index cannot be written.
+    """
+    parts = open_parts(folder)
+    path, beside = Path(folder) / "index.faiss", Path(folder) / "index.json"
+    stamps = [_stamp(part) for part in parts]
+    try:
+        if path.exists() and json.loads(beside.read_text()) == stamps:
+            return path
+    except (OSError, ValueError):
+        pass
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            "an index needs faiss; install it with: pip install 'bincomm[eval]'", name="faiss"
+        ) from error
+    index = faiss.IndexBinaryFlat(8 * -(-parts[0].made["bits"] // 8))
+    for some in iterate_codes(folder):
+        index.add(some)
+    beside.unlink(missing_ok=True)  # at no time does it tell of another index than that beside it
+    write_whole(path, lambda file: faiss.write_index_binary(index, faiss.PyCallbackIOWriter(file.write)))
+    write_json(beside, stamps)
+    return path
+
+
+def _stamp(part: Part) -> list[Any]:
+    stat = part.path.stat()
+    return [part.path.name, stat.st_size, stat.st_mtime_ns]
+
+
+def _read(path: str) -> bytes:
+    """An encoded image, of a file or of a shard's member."""
+    for end in re.finditer(r"\.tar(?=/)", path):
+        shard, member = path[: end.end()], path[end.end() + 1 :]
+        if os.path.isfile(shard):
+            shards, _, _ = open_shards([shard])
+            return shards.read(shards.members.index(member)).tobytes()
+    return Files([path]).read(0).tobytes()
+
+
+def _tile(path: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(_read(path)))
+        image.draft("RGB", (TILE, TILE))
+        if image.mode.startswith("I;16"):  # which Pillow would clip to eight bits
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        image = ImageOps.exif_transpose(image).convert("RGB")
+        return ImageOps.pad(image, (TILE, TILE), color="white")
+    except Exception:  # of whatever reads it; the path is what there is to show
+        tile = Image.new("RGB", (TILE, TILE), GREY)
+        drawing = ImageDraw.Draw(tile)
+        rest, lines = path, []
+        while rest and len(lines) < TILE // 12 - 1:
+            lines.append(_fitting(drawing, rest))
+            rest = rest[len(lines[-1]) :]
+        drawing.multiline_text((2, 2), "\n".join(lines), fill="black", spacing=1)
+        return tile
+
+
+def _fitting(drawing: ImageDraw.ImageDraw, text: str) -> str:
+    """As much of a text, in letters that every font has, as a tile is wide."""
+    text = text.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
+    while drawing.textlength(text) > TILE - 4:
+        text = text[:-1]
+    return text

@@ -1,0 +1,46 @@
+"""Names for weights and for images as they are, by which what was made of them is known again."""
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bincomm.data.shards import Shards
+from bincomm.data.sources import Mix, Source
+
+if TYPE_CHECKING:  # codes at rest are read without timm and DALI
+    from bincomm.evaluation.pretrained import Pretrained
+
+
+def weights_identity(model: "Pretrained") -> str:
+    """A name for what a network computes: of its architecture and its weights."""
+    digest = hashlib.sha256(repr((model.config.backbone, model.config.backbone_args)).encode())
+    for network in (model.backbone, model.head):
+        for name, value in network.state_dict().items() if network is not None else ():
+            digest.update(f"{name}\0{value.dtype}{list(value.shape)}\0".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def images_identity(source: Source) -> str:
+    """A name for images as they are now: of their names, their labels, and their files' sizes and times."""
+    digest, images = hashlib.sha256(), source.images
+    for name in images.names():
+        digest.update(os.fsencode(name) + b"\0")
+    if source.labels is not None:
+        digest.update(
+            json.dumps(source.classes).encode() + np.ascontiguousarray(source.labels, "<i8").tobytes()
+        )
+    parts = images.parts if isinstance(images, Mix) else [images]
+    for file in (
+        file for some in parts for file in (some.shards if isinstance(some, Shards) else some.names())
+    ):
+        try:
+            stat = os.stat(file)
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}\0".encode())
+        except OSError:  # one that is gone is told when it is read
+            digest.update(b"gone\0")
+    return digest.hexdigest()[:32]

@@ -1,0 +1,270 @@
+import io
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+for package in ("pyarrow", "timm", "nvidia.dali", "sklearn"):
+    pytest.importorskip(package, reason="searching needs the packages of bincomm[eval]")
+
+from bincomm import hamming_distance, hamming_topk  # noqa: E402
+from bincomm.codes.encode import encode, read_codes, read_rows, to_messages, write_part  # noqa: E402
+from bincomm.codes.search import (  # noqa: E402
+    CAPTION,
+    COLUMNS,
+    GAP,
+    GREY,
+    TILE,
+    Neighbour,
+    build_index,
+    contact_sheet,
+    nearest,
+    search,
+)
+from bincomm.config import PretrainConfig  # noqa: E402
+from bincomm.data.export import write_shards  # noqa: E402
+from bincomm.data.sources import open_source  # noqa: E402
+from bincomm.evaluation.features import look  # noqa: E402
+from bincomm.evaluation.pretrained import Pretrained  # noqa: E402
+from bincomm.models import create_networks  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def some_digits():
+    source = open_source("digits")
+    return source.select(range(0, len(source.images), 20))
+
+
+def model_of(bits, seed=0):
+    config = PretrainConfig(
+        output="tiny",
+        backbone="test_vit",
+        backbone_args={"patch_size": 4, "depth": 1},
+        global_size=16,
+        local_size=12,
+        bits=bits,
+        hidden=32,
+        head_std=0.1,
+        precision="fp32",
+        threads=1,
+        seed=seed,
+    )
+    model = Pretrained.of(create_networks(config, CPU)[1], config, CPU)
+    # As it is drawn a bit is the same for nearly all images; so its mean becomes 0.
+    logits = torch.cat([seen.logits for seen in look(model, some_digits())])
+    model.head.layers[-1].bias -= logits.mean(0)
+    return model
+
+
+def fill(folder, codes, bits, ends):
+    """Write codes into parts that end there."""
+    folder.mkdir(exist_ok=True)
+    first = 0
+    for number, end in enumerate(ends):
+        names = [f"/images/{row}.png" for row in range(first, end)]
+        made = {"bits": bits, "identity": "a"}
+        write_part(folder / f"part-{number:05}.parquet", names, [None] * len(names), codes[first:end], made)
+        first = end
+    return folder
+
+
+def random_codes(count, bits):
+    bools = np.random.default_rng(count).integers(0, 2, (count, bits), dtype=np.uint8)
+    return np.packbits(bools, axis=1, bitorder="little")
+
+
+def picture_of(sheet, number):
+    left = GAP + number % COLUMNS * (TILE + GAP)
+    top = GAP + number // COLUMNS * (TILE + CAPTION + GAP)
+    return np.asarray(sheet.crop((left, top, left + TILE, top + TILE)))
+
+
+@pytest.fixture(scope="module")
+def source():
+    return some_digits()
+
+
+@pytest.fixture(scope="module", params=[20, 64])
+def encoded(request, source, tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("encoded"), model_of(request.param)
+    encode(model, source, folder, rows=30)
+    return model, folder
+
+
+@pytest.mark.parametrize("bits", [7, 20, 64, 100])
+def test_finds_what_hamming_topk_finds_in_all(bits, tmp_path):
+    codes, queries = random_codes(400, bits), random_codes(21, bits)
+    fill(tmp_path, codes, bits, (3, 100, 100, 390, 400))  # some parts hold less than k
+    for k in (1, 20, 400):
+        distances, rows = search(tmp_path, queries, k)
+        expected = hamming_topk(to_messages(queries), to_messages(codes), k)
+        assert (distances.dtype, rows.dtype) == (np.int32, np.int64)
+        assert (distances == expected[0].numpy()).all()
+        assert (rows == expected[1].numpy()).all()  # of equally near ones the first
+        every = hamming_distance(to_messages(queries), to_messages(codes)).numpy()
+        assert (np.take_along_axis(every, rows, 1) == distances).all()
+    assert [found.shape for found in search(tmp_path, queries[:0], 3)] == [(0, 3), (0, 3)]
+
+
+def test_an_image_is_nearest_to_itself(encoded, source):
+    model, folder = encoded
+    asked = [3, 31, 70]
+    # Shown in another way it would have another code; it is shown as the folder's images were.
+    other = replace(model, name="x", config=replace(model.config, global_size=20, mean=(0, 0, 0)))
+    found = nearest(other, folder, [source.images.name(number) for number in asked], 20)
+    codes, _ = read_codes(folder)
+    every = hamming_distance(to_messages(codes), to_messages(codes))
+    assert every[asked].float().mean() > model.config.bits / 4
+    for number, neighbours in zip(asked, found, strict=True):
+        assert len(neighbours) == 20
+        path, label = source.images.name(number), source.classes[source.labels[number]]
+        assert Neighbour(path, label, 0) in neighbours
+        expected, rows = every[number].sort(stable=True)
+        assert [one.distance for one in neighbours] == expected[:20].tolist()
+        assert [(one.path, one.label) for one in neighbours] == read_rows(folder, rows[:20])
+    assert len(nearest(model, folder, [source.images.name(0)], 1000)[0]) == len(source.images)
+    assert nearest(model, folder, []) == []
+
+
+@pytest.mark.parametrize("bits", [20, 64])
+def test_faiss_finds_the_same_in_the_index(bits, tmp_path):
+    faiss = pytest.importorskip("faiss")
+    codes, queries = random_codes(300, bits), random_codes(9, bits)
+    fill(tmp_path, codes, bits, (120, 300))
+    path = build_index(tmp_path)
+    assert path == tmp_path / "index.faiss"
+    index = faiss.read_index_binary(str(path))
+    assert (index.ntotal, index.d) == (300, 8 * codes.shape[1])
+    distances, rows = index.search(queries, 20)
+    assert (distances == search(tmp_path, queries, 20)[0]).all()
+    every = hamming_distance(to_messages(queries), to_messages(codes)).numpy()
+    assert (np.take_along_axis(every, rows, 1) == distances).all()
+
+
+def test_the_index_is_made_anew_where_parts_changed(tmp_path):
+    faiss = pytest.importorskip("faiss")
+    codes = random_codes(100, 16)
+    fill(tmp_path, codes, 16, (60, 100))
+    path = build_index(tmp_path)
+
+    def held():
+        index = faiss.read_index_binary(str(build_index(tmp_path)))
+        return faiss.vector_to_array(index.xb).reshape(-1, 2)
+
+    before = path.stat().st_mtime_ns
+    assert (held() == codes).all()
+    assert path.stat().st_mtime_ns == before
+    fill(tmp_path, ~codes, 16, (60,))  # a part of the same size
+    assert (held() == np.concatenate([~codes[:60], codes[60:]])).all()
+    (tmp_path / "part-00001.parquet").unlink()
+    assert (held() == ~codes[:60]).all()
+    for name in ("index.json", "index.faiss"):
+        (tmp_path / name).unlink()
+        assert (held() == ~codes[:60]).all()
+    (tmp_path / "index.json").write_text("[")
+    before = path.stat().st_mtime_ns
+    assert (held() == ~codes[:60]).all()
+    assert path.stat().st_mtime_ns > before
+
+
+def test_searching_needs_neither_faiss_nor_what_training_needs(tmp_path, monkeypatch):
+    fill(tmp_path, random_codes(10, 16), 16, (10,))
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"pip install 'bincomm\[eval\]'"):
+        build_index(tmp_path)
+    program = f"""if True:
+        import sys
+        sys.modules.update(dict.fromkeys(("faiss", "timm", "nvidia.dali", "sklearn")))
+        from bincomm.codes.search import read_rows, search, iterate_codes
+        print(search({str(tmp_path)!r}, next(iterate_codes({str(tmp_path)!r}))[3:4], 1))"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert found.stdout.startswith("(array([[0]], dtype=int32), array([[3]]"), found.stderr
+
+
+def test_the_sheet_shows_the_query_and_what_was_found(encoded, source):
+    model, folder = encoded
+    query = source.images.name(5)
+    (found,) = nearest(model, folder, [query], 9)
+    sheet = contact_sheet(query, found)
+    assert sheet.size == (7 * (TILE + GAP) + GAP, 2 * (TILE + CAPTION + GAP) + GAP)
+    file = io.BytesIO()
+    sheet.save(file, "PNG")
+    assert Image.open(file).size == sheet.size
+    for number, path in enumerate([query, *(one.path for one in found)]):
+        with Image.open(path) as image:
+            expected = np.asarray(image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC))
+        assert (picture_of(sheet, number) == expected).all()
+    below = np.asarray(sheet.crop((GAP, GAP + TILE, GAP + TILE, GAP + TILE + CAPTION)))
+    assert (below < 100).any()  # words
+    assert contact_sheet(query, found[:2]).size == (3 * (TILE + GAP) + GAP, TILE + CAPTION + 2 * GAP)
+    other = contact_sheet(
+        query, [one._replace(label="Ω, a longer label than is room for", distance=99) for one in found]
+    )
+    assert (np.asarray(other) != np.asarray(sheet)).any()
+
+
+def test_the_sheet_shows_images_of_shards_and_none_that_are_gone(source, tmp_path):
+    write_shards(source.select(range(4)), tmp_path / "a.tar" / "shards")  # a folder named like a shard
+    (shard,) = (tmp_path / "a.tar" / "shards").glob("*.tar")
+    shards = open_source(str(shard)).images
+    wide = tmp_path / "wide.png"
+    Image.new("I;16", (40, 20), 40000).save(wide)
+    (tmp_path / "text.png").write_text("no image")
+    paths = [shards.name(0), f"{shard}/none.png", str(wide), str(tmp_path / "text.png"), f"/{'x' * 300}.png"]
+    sheet = contact_sheet(shards.name(2), [Neighbour(path, None, 3) for path in paths])
+    for number, image in ((0, 2), (1, 0)):
+        picture = Image.open(io.BytesIO(shards.read(image).tobytes())).convert("RGB")
+        expected = np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC))
+        assert (picture_of(sheet, number) == expected).all()
+    assert (picture_of(sheet, 3)[TILE // 2] == 40000 // 257).all()
+    assert (picture_of(sheet, 3)[0] == 255).all()  # as wide as it was, on white
+    for number in (2, 4, 5):
+        tile = picture_of(sheet, number)
+        assert (tile[0, 0] == GREY).all()
+        assert (tile < 100).any()
+
+
+def test_what_is_wrong_is_named(encoded, source, tmp_path):
+    model, folder = encoded
+    bits, query = model.config.bits, source.images.name(0)
+    codes, _ = read_codes(folder)
+    with pytest.raises(
+        ValueError, match=f"weights: expected codes of {bits} bits as in {folder}, got tiny with 33"
+    ):
+        nearest(model_of(33), folder, [query])
+    with pytest.raises(ValueError, match=r"weights: expected those of .*, tiny \(\w+\), got tiny \(\w+\)"):
+        nearest(model_of(bits, seed=1), folder, [query])
+    with pytest.raises(ValueError, match="weights: expected .* with their head, got tiny without one"):
+        nearest(replace(model, head=None), folder, [query])
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        nearest(model, folder, [query], 0)
+    with pytest.raises(ValueError, match="query: gone.png cannot be used: No such file"):
+        nearest(model, folder, [query, "gone.png"])
+    for function in (lambda: nearest(model, tmp_path, [query]), lambda: build_index(tmp_path)):
+        with pytest.raises(
+            ValueError, match=f"folder: expected one that .* got {tmp_path}, which holds no part"
+        ):
+            function()
+    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
+    for function in (lambda: search(tmp_path, codes[:1], 1), lambda: build_index(tmp_path)):
+        with pytest.raises(ValueError, match="folder: .*part-00000.parquet cannot be read"):
+            function()
+    for wrong in (codes[:, 1:], codes.astype(np.int32), codes[0], to_messages(codes), [1]):
+        with pytest.raises(ValueError, match=rf"codes: expected uint8 \(queries, {codes.shape[1]}\).*got"):
+            search(folder, wrong, 1)
+    for k in (0, len(codes) + 1):
+        with pytest.raises(
+            ValueError, match=f"k: expected from 1 to the number of codes in .*, {len(codes)}, got {k}"
+        ):
+            search(folder, codes, k)
+    if bits % 8:
+        with pytest.raises(ValueError, match="codes: expected 20 bits .* beyond"):
+            search(folder, ~codes, 1)
