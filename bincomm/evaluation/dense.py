@@ -1,0 +1,346 @@
+"""Semantic segmentation on frozen patch features: nearest patches, and a linear probe of every patch."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bincomm.data.images import EXTENSIONS
+from bincomm.evaluation.labelled import check_labelled
+from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, choose, scaling
+from bincomm.evaluation.pretrained import Pretrained
+
+CLASSES = 255  # an eight-bit mask holds the classes 0 to 254
+IGNORED = 255
+NEIGHBOURS, TEMPERATURE = 30, 0.02  # Hummingbird's
+SIMILARITIES = 1 << 24  # held at once
+SCORES = 1 << 26  # of classes at pixels, held at once
+STEPS, BATCH = 2000, 1024  # of the linear probe, in patches
+Predict = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def patch_features(backbone: nn.Module, images: Tensor) -> Tensor:
+    """A feature for every patch of images: (n, 3, H, W) -> (n, h, w, D), h = ⌈H/s⌉, w = ⌈W/s⌉ for stride s.
+
+    Of a ViT the patch tokens of the last layer after the final norm; class and register tokens are left out.
+    Where timm puts that norm behind the pooling (`fc_norm`, of models that average their tokens), it is
+    applied to each token. Of a conv net the map before pooling. Images whose sides are no multiples of the
+    stride are continued to the right and below by their last pixels.
+
+    Args:
+        backbone: a timm model, in evaluation mode.
+        images: normalised, of any size the backbone can take.
+
+    Raises:
+        ValueError: the backbone gives no such map or cannot take images of this size, or there are none.
+    """
+    stride = stride_of(backbone)
+    if images.dim() != 4 or images.numel() == 0:
+        raise ValueError(f"images: expected shape (n, 3, H, W), got {tuple(images.shape)}")
+    height, width = images.shape[-2:]
+    rows, columns = -(-height // stride), -(-width // stride)
+    images = F.pad(images, (0, columns * stride - width, 0, rows * stride - height), mode="replicate")
+    name = type(backbone).__name__
+    try:
+        found = backbone.forward_features(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        size = f"{images.shape[-2]}×{images.shape[-1]}"
+        raise ValueError(f"backbone: {name} cannot take images of {size} pixels: {error}") from error
+    if isinstance(found, Tensor) and found.dim() == 4:
+        last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+        # A net of unpadded convolutions has a smaller map, which is then taken to cover the image.
+        return found if last else found.permute(0, 2, 3, 1)
+    if isinstance(found, Tensor) and found.dim() == 3:
+        tokens = found[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        if tokens.shape[1] == rows * columns:
+            norm = getattr(backbone, "fc_norm", None)
+            tokens = tokens if norm is None else norm(tokens)
+            return tokens.unflatten(1, (rows, columns))
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    raise ValueError(
+        f"backbone: expected of {name} a map (n, D, h, w) or tokens of {rows}×{columns} patches, got {shape}"
+    )
+
+
+def stride_of(backbone: nn.Module) -> int:
+    """Pixels a side of the image that belong to one feature of a timm model.
+
+    Raises:
+        ValueError: it does not say, or has no feature maps.
+    """
+    try:
+        stride = int(backbone.feature_info[-1]["reduction"])
+    except (AttributeError, IndexError, KeyError, TypeError):
+        stride = 0
+    if stride < 1 or not hasattr(backbone, "forward_features"):
+        raise ValueError(
+            "backbone: expected a timm model with patch tokens or feature maps, got "
+            f"{type(backbone).__name__}"
+        )
+    return stride
+
+
+def evaluate_segmentation(
+    model: Pretrained, folder: str | os.PathLike[str], *, size: int = 512, memory: int = 1 << 17
+) -> dict[str, Any]:
+    """Segment the images of a folder's `val` by the annotated ones of its `train`, the backbone left frozen.
+
+    "knn": as in "Towards In-Context Scene Understanding" (Hummingbird, arXiv 2306.01667), without its
+    augmentation: every patch of an image takes the mean of the class histograms of the 30 nearest patches by
+    cosine c, weighted by softmax(c/0.02). "linear": softmax regression of the class that most pixels of a
+    patch have, by SGD with momentum 0.9, no weight decay, cosine to 0; the learning rate is chosen by the
+    cross-entropy on every tenth training image. What patches are given is interpolated to the pixels
+    (bilinear), where the class that has most is taken.
+
+    The folder holds `train` and `val`, each with `images` and `masks`: images/<name>.jpg (or another of
+    `bincomm.data.images.EXTENSIONS`) has masks/<name>.png, of the same size, one channel, a class from 0 to
+    254 at every pixel or 255, which counts neither in training nor in the figure.
+
+    Args:
+        model: what was pretrained; its mean and deviation are those of the images' colours.
+        folder: the images and masks.
+        size: the shorter side in pixels to which images are resized (bicubic), their shape kept up to the
+            backbone's stride. Masks are not resized: the figure counts their own pixels.
+        memory: patches of training images that are kept, drawn with a fixed seed, from every image alike. A
+            patch takes 4·(D + 255) bytes on the model's device.
+
+    Returns:
+        "knn" and "linear", each {"miou", "iou": {class: IoU}} from 0 to 1, see `mean_iou`; the latter with
+        its "learning_rate"; and the numbers "train_images", "val_images", "patches" (kept), "classes" (of
+        these).
+
+    Raises:
+        ValueError: no images; masks that are missing, unreadable, of another size or with no class; fewer
+            than two training images with classes; or a backbone that gives no map.
+    """
+    halves = [_pairs(Path(folder).expanduser() / half) for half in ("train", "val")]
+    if memory < 1 or size < 1:
+        raise ValueError(f"memory and size: expected at least 1, got {memory} and {size}")
+    kept = _remember(model, halves[0], size, memory)
+    knn, (linear, rate) = _nearest(kept), _linear(kept)
+    tables = torch.zeros(2, CLASSES, CLASSES, dtype=torch.int64)
+    for features, mask in _look(model, halves[1], size, "segmenting"):
+        for table, predict in zip(tables, (knn, linear), strict=True):
+            found = kept.classes[_to_pixels(predict(features), mask.shape)].cpu()
+            table += confusion(mask, found)
+    if not tables[0].any():
+        raise ValueError(f"val: expected a class at some pixel, got none in {folder}")
+    figures = [mean_iou(table) for table in tables]
+    return {
+        "knn": {"miou": figures[0][0], "iou": figures[0][1]},
+        "linear": {"miou": figures[1][0], "iou": figures[1][1], "learning_rate": rate},
+        "train_images": len(halves[0]),
+        "val_images": len(halves[1]),
+        "patches": len(kept.features),
+        "classes": len(kept.classes),
+    }
+
+
+def confusion(truth: Tensor, predicted: Tensor) -> Tensor:
+    """How many pixels of each class were taken for each: truth and predicted (H, W), integers from 0 to 254
+    -> (255, 255) int64, `table[truth, predicted]`. Where the truth is 255, a pixel does not count."""
+    counted = truth != IGNORED
+    pairs = truth[counted].long() * CLASSES + predicted[counted].long()
+    return torch.bincount(pairs, minlength=CLASSES * CLASSES).view(CLASSES, CLASSES)
+
+
+def mean_iou(table: Tensor) -> tuple[float, dict[int, float]]:
+    """Intersection over union, of a `confusion` (C, C) of all images: its mean over classes, and of each.
+
+    `IoU = hits / (pixels of the class + pixels taken for it - hits)`. The classes are those that the truth
+    has: one that is only predicted wrongly costs the others their pixels, and has no IoU itself.
+
+    Raises:
+        ValueError: the table is empty.
+    """
+    hits, truth, taken = table.diagonal(), table.sum(1), table.sum(0)
+    present = truth.nonzero().flatten().tolist()
+    if not present:
+        raise ValueError("table: expected at least one pixel that counts, got none")
+    iou = {c: int(hits[c]) / int(truth[c] + taken[c] - hits[c]) for c in present}
+    return sum(iou.values()) / len(iou), iou
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image in RGB.
+
+    Raises:
+        ValueError: it is missing or cannot be read.
+    """
+    return _open(path).convert("RGB")
+
+
+def open_mask(path: Path) -> np.ndarray:
+    """A mask of one channel, palette or grey: its indices (H, W) uint8, 255 among them.
+
+    Raises:
+        ValueError: it is missing, cannot be read, or has other pixels.
+    """
+    mask = _open(path)
+    if mask.mode not in ("P", "L", "1"):
+        raise ValueError(f"{path}: expected a mask of one eight-bit channel, got pixels of kind {mask.mode}")
+    return np.array(mask, dtype=np.uint8)
+
+
+def show(model: Pretrained, image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """An image as the network sees it, resized to (height, width), bicubic: (1, 3, H, W), on its device."""
+    if image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).to(model.device).permute(2, 0, 1).float() / 255
+    mean, std = (
+        torch.tensor(x, device=model.device)[:, None, None] for x in (model.config.mean, model.config.std)
+    )
+    return ((pixels - mean) / std)[None]
+
+
+class _Memory(NamedTuple):
+    """Patches of training images."""
+
+    features: Tensor  # (N, D) fp32
+    shares: Tensor  # (N, C) of a patch's pixels that have each class
+    images: Tensor  # (N,) the image each is of
+    classes: Tensor  # (C,) that some patch has
+
+
+def _pairs(half: Path) -> list[tuple[Path, Path]]:
+    """Images and their masks."""
+    try:
+        images = sorted(path for path in (half / "images").iterdir() if path.suffix.lower() in EXTENSIONS)
+    except OSError as error:
+        raise ValueError(f"{half / 'images'}: expected a folder of images, {error.strerror}") from None
+    if not images:
+        raise ValueError(f"{half / 'images'}: expected images ({', '.join(EXTENSIONS)}), got none")
+    masks = [half / "masks" / f"{path.stem}.png" for path in images]
+    missing = [str(path) for path in masks if not path.is_file()]
+    if missing:
+        raise ValueError(f"masks: {len(missing)} are missing: {', '.join(missing[:5])}")
+    return list(zip(images, masks, strict=True))
+
+
+def _look(
+    model: Pretrained, pairs: list[tuple[Path, Path]], size: int, what: str
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Patch features (h, w, D), fp32, and mask (H, W) uint8, CPU, of one image after another."""
+    stride = stride_of(model.backbone)
+    for path, mask_path in tqdm(pairs, desc=what, unit="img", leave=False, disable=None):
+        image, mask = open_image(path), open_mask(mask_path)
+        if mask.shape != image.size[::-1]:
+            of_mask, of_image = (f"{w}×{h}" for w, h in (mask.shape[::-1], image.size))
+            raise ValueError(f"{mask_path}: expected {of_image} pixels as of its image, got {of_mask}")
+        scale = size / min(image.size)
+        sides = tuple(max(1, round(side * scale / stride)) * stride for side in image.size[::-1])
+        yield (
+            patch_features(model.backbone, show(model, image, sides))[0].float(),
+            torch.from_numpy(mask),
+        )
+
+
+def _remember(model: Pretrained, pairs: list[tuple[Path, Path]], size: int, memory: int) -> _Memory:
+    generator = torch.Generator().manual_seed(0)
+    found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for image, (features, mask) in enumerate(_look(model, pairs, size, "remembering")):
+        shares = _shares(mask, features.shape[:2])
+        labelled = shares.sum(1).nonzero().flatten()
+        # The same share of memory for each; where there are more images than patches, one or none.
+        quota = memory * (image + 1) // len(pairs) - memory * image // len(pairs)
+        drawn = labelled[torch.randperm(len(labelled), generator=generator)[:quota]]
+        found[0].append(features.flatten(0, 1)[drawn.to(features.device)])
+        found[1].append(shares[drawn].to(features.device))
+        found[2].append(torch.full((len(drawn),), image))
+    features, shares, images = (torch.cat(parts) for parts in found)
+    if len(features) == 0:
+        raise ValueError(f"train: expected a class at some pixel, got none in {pairs[0][1].parent}")
+    check_labelled("train", features, images)
+    classes = shares.any(0).nonzero().flatten()
+    return _Memory(features, shares[:, classes], images.to(features.device), classes)
+
+
+def _shares(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What share of the pixels of every patch has each class: (H, W) -> (h·w, 255). A pixel belongs to the
+    patch that holds its centre; what the ignored pixels of a patch lack of 1 votes for nothing."""
+    rows, columns = (
+        (torch.arange(pixels) + 0.5).mul(patches / pixels).long()
+        for pixels, patches in zip(mask.shape, grid, strict=True)
+    )
+    patches = (rows[:, None] * grid[1] + columns).flatten()
+    counts = torch.bincount(patches * 256 + mask.flatten(), minlength=grid[0] * grid[1] * 256)
+    counts = counts.view(-1, 256)
+    return counts[:, :CLASSES] / counts.sum(1, keepdim=True).clamp(min=1)
+
+
+def _nearest(memory: _Memory) -> Predict:
+    keys = F.normalize(memory.features, dim=-1)
+    block = max(1, SIMILARITIES // len(keys))
+
+    def predict(features: Tensor) -> Tensor:
+        votes = []
+        for some in F.normalize(features, dim=-1).flatten(0, 1).split(block):
+            near = (some @ keys.T).topk(min(NEIGHBOURS, len(keys)), dim=-1)
+            weights = (near.values / TEMPERATURE).softmax(-1)
+            votes.append((weights[:, None] @ memory.shares[near.indices])[:, 0])
+        return torch.cat(votes).unflatten(0, features.shape[:2])
+
+    return predict
+
+
+def _linear(memory: _Memory) -> tuple[Predict, float]:
+    """The classifier, and the learning rate it was trained with."""
+    standardised, device = scaling(memory.features), memory.features.device
+    features, targets = standardised(memory.features), memory.shares.argmax(-1)
+    generator = torch.Generator().manual_seed(0)
+
+    def train(patches: Tensor, rates: tuple[float, ...]) -> Tensor:
+        descent = Descent(rates, len(memory.classes), features.shape[1], STEPS, device)
+        order = patches[:0]
+        for _ in range(STEPS):
+            if len(order) == 0:
+                order = patches[torch.randperm(len(patches), generator=generator).to(device)]
+            batch, order = order[:BATCH], order[BATCH:]
+            descent.step(features[batch], targets[batch])
+        return descent.weights
+
+    # By images, as patches of one are much alike.
+    held_out = memory.images.unique(return_inverse=True)[1] % HELD_OUT == 0
+    rest, chosen = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+    if len(rest) == 0:
+        raise ValueError("train: expected at least 2 images with classes, got 1")
+    best = choose(train(rest, LEARNING_RATES), features[chosen], targets[chosen], BATCH)
+    rate = LEARNING_RATES[best]
+    (weights,) = train(torch.arange(len(features), device=device), (rate,))
+    return lambda x: (standardised(x.flatten(0, 1)) @ weights.T).unflatten(0, x.shape[:2]), rate
+
+
+def _to_pixels(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Which of the C scores of patches (h, w, C), interpolated to pixels, is the highest: (H, W) int64."""
+    best = found = None
+    block = max(1, SCORES // (size[0] * size[1]))
+    for first, some in enumerate(scores.permute(2, 0, 1).split(block)):
+        value, index = F.interpolate(some[None], size, mode="bilinear", align_corners=False)[0].max(0)
+        index += first * block
+        if best is None:
+            best, found = value, index
+        else:
+            better = value > best
+            best, found = torch.where(better, value, best), torch.where(better, index, found)
+    return found
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # Pillow's readers raise whatever a damaged image leads them to
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    return image

@@ -1,0 +1,297 @@
+"""Objects followed through videos by patch features: the label propagation of DAVIS-2017."""
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.spatial import KDTree
+from torch import Tensor
+from tqdm import tqdm
+
+from bincomm.evaluation.dense import IGNORED, open_image, open_mask, patch_features, show, stride_of
+from bincomm.evaluation.pretrained import Pretrained
+
+FRAMES, RADIUS, NEIGHBOURS, TEMPERATURE = 7, 12, 5, 0.1  # DINO's
+SIDE, MULTIPLE = 480, 64  # pixels
+TILE = 16  # patches a side whose neighbourhoods are looked at together
+# Cosines are told apart to 2⁻¹⁶: coarser than fp32's rounding, which depends on what is multiplied together
+# and must not choose among equally near patches.
+RESOLUTION = 1 << 16
+TOLERANCE = 0.008  # of the diagonal
+
+
+def evaluate_davis(model: Pretrained, folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """J, F and J&F of DAVIS-2017's validation set, its objects followed from the first frame's masks alone.
+
+    The protocol of DINO (arXiv 2104.14294, after Jabri et al., arXiv 2006.14613): the shorter side is resized
+    to 480 pixels, the longer in proportion and down to a multiple of 64 (of the backbone's stride, and the
+    shorter too, where that does not divide 64), and `propagate` does the rest. Figures are those of the
+    benchmark's semi-supervised task (Pont-Tuset et al., arXiv 1704.00675): the objects are those of the first
+    frame; the first frame, which is given, and the last one do not count; of every object the mean over its
+    frames is taken, and of these the mean over all objects of all sequences. Pixels whose annotation is 255
+    are background.
+
+    Args:
+        model: what was pretrained; its mean and deviation are those of the frames' colours.
+        folder: of DAVIS-2017, with ImageSets/2017/val.txt, JPEGImages/480p/<sequence>/*.jpg and
+            Annotations/480p/<sequence>/*.png.
+
+    Returns:
+        "j", "f", "jf" (their mean), from 0 to 1, and "objects", their number; and "sequences", these four of
+        every sequence, by name.
+
+    Raises:
+        ValueError: something is missing or cannot be read, masks and frames differ in size, a sequence of
+            fewer than three frames or without objects, or a backbone that gives no map. The message names
+            the file.
+    """
+    folder = Path(folder).expanduser()
+    sequences = {name: _sequence(folder, name) for name in _names(folder / "ImageSets" / "2017" / "val.txt")}
+    found, every = {}, []
+    frames = sum(len(pairs) for pairs in sequences.values())
+    with tqdm(total=frames, desc="following", unit="frame", leave=False, disable=None) as bar:
+        for name, pairs in sequences.items():
+            objects = _follow(model, pairs, bar)
+            found[name] = _figures(objects)
+            every.append(objects)
+    return {**_figures(np.concatenate(every)), "sequences": found}
+
+
+@torch.no_grad()
+def propagate(features: Iterable[Tensor], first: Tensor | np.ndarray) -> Iterator[Tensor]:
+    """Carry the mask of a video's first frame through the frames that follow, by their features alone.
+
+    A patch takes its labels from the first frame and the 7 before it: of their patches that are at most 12
+    rows and columns away, the 5 nearest by cosine c, weighted by exp(c/0.1); what is as near as the fifth is
+    taken too. The first frame's labels are those at its patches' centres. For the mask, labels are
+    interpolated to the pixels (bilinear), those of each object stretched to [0, 1] over the frame, and the
+    highest is taken. All of this is DINO's, but for frames that were resized before: DINO interpolates to
+    their size, and takes the mask's pixels from the nearest there.
+
+    Args:
+        features: (h, w, D) of one frame after another, of any kind, any device, in the order of time; read as
+            they are needed, and at most nine are held.
+        first: (H, W) mask of the first frame, integers: 0 is background, 1 to L are objects.
+
+    Yields:
+        The mask (H, W) uint8, CPU, of every frame from the second on.
+
+    Raises:
+        ValueError: a mask without an object, no frames, or features that are not (h, w, D), differ in shape,
+            or are not finite.
+    """
+    first = torch.as_tensor(first).long().cpu()
+    if first.dim() != 2 or first.numel() == 0 or not 0 < int(first.max()) < IGNORED or int(first.min()) < 0:
+        raise ValueError(f"first: expected a mask (H, W) with objects from 1 to 254, got {_describe(first)}")
+    context: deque[tuple[Tensor, Tensor]] = deque(maxlen=FRAMES)
+    start = None
+    for frame in features:
+        frame = _unit(frame, start)
+        if start is None:
+            start = frame, _shrink(first, frame.shape[:2]).to(frame.device)
+            continue
+        labels = _carry(frame, [start, *context])
+        context.append((frame, labels))
+        yield _enlarge(labels, first.shape)
+    if start is None:
+        raise ValueError("features: expected at least one frame, got none")
+
+
+def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
+    """J, the intersection of two masks (H, W) over their union; 1 where both are empty."""
+    mask, truth = mask.astype(bool), truth.astype(bool)
+    union = np.count_nonzero(mask | truth)
+    return np.count_nonzero(mask & truth) / union if union else 1.0
+
+
+def contour_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
+    """F, the harmonic mean of precision and recall of a mask's contour, both masks (H, W).
+
+    A pixel is of the contour if it differs from its neighbour to the right, below, or below to the right
+    (inside the image; so a mask of all pixels has no contour). It is found if a pixel of the other contour
+    is at most ⌈0.008·√(H² + W²)⌉ pixels away. 1 where neither mask has a contour, 0 where only one has. From
+    Perazzi et al., CVPR 2016, as the code of DAVIS-2017 has it; there contours are dilated by a disk, which
+    is the same.
+    """
+    contours = [_contour(mask.astype(bool)), _contour(truth.astype(bool))]
+    if not all(map(len, contours)):
+        return float(len(contours[0]) == len(contours[1]))
+    radius = math.ceil(TOLERANCE * math.hypot(*mask.shape))
+    precision, recall = (
+        # Distances are roots of whole numbers; beyond the bound they come as infinity.
+        np.mean(KDTree(other).query(own, distance_upper_bound=radius + 0.5)[0] <= radius)
+        for own, other in (contours, contours[::-1])
+    )
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        names = path.read_text().split()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    if not names:
+        raise ValueError(f"{path}: expected names of sequences, got none")
+    return names
+
+
+def _sequence(folder: Path, name: str) -> list[tuple[Path, Path]]:
+    """Frames and masks of a sequence, in the order of time."""
+    frames, masks = folder / "JPEGImages" / "480p" / name, folder / "Annotations" / "480p" / name
+    of_frames, of_masks = (
+        {path.stem for path in place.glob(f"*{kind}")} for place, kind in ((frames, ".jpg"), (masks, ".png"))
+    )
+    if len(of_frames | of_masks) < 3:
+        raise ValueError(f"{frames}: expected at least 3 frames, got {len(of_frames)}")
+    pairs = [(frames / f"{stem}.jpg", masks / f"{stem}.png") for stem in sorted(of_frames | of_masks)]
+    for path in (path for pair in pairs for path in pair):
+        if not path.is_file():
+            other = "frame" if path.suffix == ".png" else "mask"
+            raise ValueError(f"{path}: expected a file, as there is a {other} of that name")
+    return pairs
+
+
+def _follow(model: Pretrained, pairs: list[tuple[Path, Path]], bar: tqdm) -> np.ndarray:
+    """J and F of every object of a sequence, means over its frames: (objects, 2)."""
+    first = _annotation(pairs[0][1])
+    if not first.any():
+        raise ValueError(f"{pairs[0][1]}: expected an object, got background alone")
+    figures = []
+    masks = propagate(_features(model, pairs, first.shape, bar), first)
+    # Not the first, which masks do not have either, and not the last.
+    for mask, (_, path) in zip(masks, pairs[1:-1], strict=True):
+        mask, truth = mask.numpy(), _annotation(path)
+        if truth.shape != first.shape:
+            raise ValueError(f"{path}: expected {_pixels(first.shape)} as before, got {_pixels(truth.shape)}")
+        figures.append(
+            [
+                [
+                    measure(mask == number, truth == number)
+                    for measure in (region_similarity, contour_accuracy)
+                ]
+                for number in range(1, int(first.max()) + 1)
+            ]
+        )
+    bar.update()  # the last frame
+    return np.mean(figures, axis=0)
+
+
+def _features(
+    model: Pretrained, pairs: list[tuple[Path, Path]], shape: tuple[int, int], bar: tqdm
+) -> Iterator[Tensor]:
+    size = _shown_size(shape, stride_of(model.backbone))
+    for path, _ in pairs[:-1]:
+        image = open_image(path)
+        if image.size[::-1] != shape:
+            got = _pixels(image.size[::-1])
+            raise ValueError(f"{path}: expected {_pixels(shape)} as of the first frame's mask, got {got}")
+        bar.update()
+        yield patch_features(model.backbone, show(model, image, size))[0]
+
+
+def _shown_size(shape: tuple[int, int], stride: int) -> tuple[int, int]:
+    """To which (height, width) frames are resized."""
+    multiple = MULTIPLE if MULTIPLE % stride == 0 else stride
+    short = max(1, SIDE // stride) * stride
+    high, wide = (
+        short if side == min(shape) else max(1, SIDE * side // min(shape) // multiple) * multiple
+        for side in shape
+    )
+    return high, wide
+
+
+def _annotation(path: Path) -> np.ndarray:
+    mask = open_mask(path)
+    mask[mask == IGNORED] = 0
+    return mask
+
+
+def _pixels(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}×{shape[0]} pixels"
+
+
+def _figures(objects: np.ndarray) -> dict[str, Any]:
+    j, f = objects.mean(0).tolist()
+    return {"j": j, "f": f, "jf": (j + f) / 2, "objects": len(objects)}
+
+
+def _describe(mask: Tensor) -> str:
+    values = f", values from {int(mask.min())} to {int(mask.max())}" if mask.numel() else ""
+    return f"shape {tuple(mask.shape)}{values}"
+
+
+def _unit(frame: Tensor, start: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Features of length 1, fp32."""
+    expected = "(h, w, D)" if start is None else str(tuple(start[0].shape))
+    if frame.dim() != 3 or frame.numel() == 0 or (start is not None and frame.shape != start[0].shape):
+        raise ValueError(f"features: expected {expected} of every frame, got {tuple(frame.shape)}")
+    if not frame.isfinite().all():
+        raise ValueError("features: expected finite values, got NaN or infinity")
+    return F.normalize(frame.float(), dim=-1)
+
+
+def _shrink(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Labels (h, w, 1 + L) of patches, those of the pixels at their centres."""
+    rows, columns = (
+        (torch.arange(patches) + 0.5).mul(pixels / patches).long()
+        for pixels, patches in zip(mask.shape, grid, strict=True)
+    )
+    return F.one_hot(mask[rows[:, None], columns], int(mask.max()) + 1).float()
+
+
+def _enlarge(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The mask (H, W) of labels (h, w, 1 + L)."""
+    labels = F.interpolate(labels.permute(2, 0, 1)[None], size, mode="bilinear", align_corners=False)[0]
+    low, high = labels.flatten(1).aminmax(dim=1)
+    spread = (high - low)[:, None, None]
+    stretched = (labels - low[:, None, None]) / spread
+    # What is the same everywhere has nothing to be stretched: an object that is gone, and what is left.
+    return torch.where(spread > 0, stretched, labels).argmax(0).to(torch.uint8).cpu()
+
+
+def _carry(frame: Tensor, context: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Labels (h, w, 1 + L) of a frame from those of other frames; features (h, w, D) of length 1.
+
+    Tile by tile: what is held at once are the similarities of a tile's patches to those within the radius of
+    the tile. Were all patches of two frames compared, at a stride of 8 it would be 39 million pairs, for each
+    of eight frames.
+    """
+    height, width = frame.shape[:2]
+    found = frame.new_empty(height, width, context[0][1].shape[-1])
+    rows, columns = (torch.arange(side, device=frame.device) for side in (height, width))
+    for top in range(0, height, TILE):
+        for left in range(0, width, TILE):
+            tile = slice(top, top + TILE), slice(left, left + TILE)
+            near = (
+                slice(max(0, top - RADIUS), top + TILE + RADIUS),
+                slice(max(0, left - RADIUS), left + TILE + RADIUS),
+            )
+            above, aside = (
+                (places[own, None] - places[other]).abs() > RADIUS
+                for places, own, other in zip((rows, columns), tile, near, strict=True)
+            )
+            far = (above[:, None, :, None] | aside[None, :, None, :]).flatten(2).flatten(0, 1)
+            keys, labels = (
+                torch.cat([x[near].flatten(0, 1) for x in kind]) for kind in zip(*context, strict=True)
+            )
+            similarity = (frame[tile].flatten(0, 1) @ keys.T * RESOLUTION).round()
+            similarity.unflatten(1, (len(context), -1)).masked_fill_(far[:, None], -torch.inf)
+            nearest = similarity.topk(min(NEIGHBOURS, len(keys)), dim=-1).values
+            weights = ((similarity - nearest[:, :1]) / RESOLUTION / TEMPERATURE).exp()
+            weights.masked_fill_(similarity < nearest[:, -1:], 0)
+            carried = weights @ labels / weights.sum(-1, keepdim=True)
+            found[tile] = carried.view_as(found[tile])
+    return found
+
+
+def _contour(mask: np.ndarray) -> np.ndarray:
+    """Pixels of a mask's contour, (n, 2)."""
+    around = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    below, right, across = around[1:, :-1], around[:-1, 1:], around[1:, 1:]
+    return np.argwhere((mask != below) | (mask != right) | (mask != across))

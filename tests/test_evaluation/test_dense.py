@@ -1,0 +1,353 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="the independent check is scikit-learn")
+
+from bincomm.config import PretrainConfig  # noqa: E402
+from bincomm.evaluation import dense  # noqa: E402
+from bincomm.evaluation.dense import (  # noqa: E402
+    confusion,
+    evaluate_segmentation,
+    mean_iou,
+    patch_features,
+)
+from bincomm.evaluation.pretrained import Pretrained  # noqa: E402
+
+# Of classes 2, 9 and 254, and of what is not annotated.
+COLOURS = {2: (230, 20, 20), 9: (20, 230, 20), 254: (20, 20, 230), 255: (120, 120, 120)}
+
+
+class Colours(nn.Module):
+    """The mean colour of every patch, as a conv net's map."""
+
+    feature_info = ({"reduction": 8},)
+
+    def forward_features(self, images):
+        return F.avg_pool2d(images, 8)
+
+
+def pretrained(backbone=None):
+    return Pretrained("test", backbone or Colours(), None, PretrainConfig(), torch.device("cpu"))
+
+
+# Patch features
+
+
+def vit(name="test_vit", **arguments):
+    return timm.create_model(name, num_classes=0, dynamic_img_size=True, **arguments).eval()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": ""}])
+def test_patch_features_of_a_vit_are_its_tokens(arguments):
+    backbone, images = vit(**arguments), torch.randn(2, 3, 64, 96)
+    found = patch_features(backbone, images)
+    assert found.shape == (2, 4, 6, 64)
+    assert not found.requires_grad
+    tokens = backbone.forward_features(images)
+    before = tokens.shape[1] - 24
+    assert before == {"reg_tokens": 5, "class_token": 0}.get(next(iter(arguments), ""), 1)
+    for row in range(4):
+        for column in range(6):
+            assert torch.equal(found[:, row, column], tokens[:, before + 6 * row + column])
+
+
+def test_the_final_norm_is_applied_where_it_follows_the_pooling():
+    backbone = vit(class_token=False, global_pool="avg")
+    nn.init.normal_(backbone.fc_norm.bias)
+    found = patch_features(backbone, torch.randn(1, 3, 32, 48)) - backbone.fc_norm.bias
+    assert found.mean(-1).abs().max() < 1e-5
+    assert (found.std(-1, unbiased=False) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name, width", [("test_convnext", 64), ("test_resnet", 96), ("test_mambaout", 64)])
+def test_patch_features_of_a_conv_net_are_its_map(name, width):
+    backbone, images = timm.create_model(name, num_classes=0).eval(), torch.randn(2, 3, 64, 96)
+    found = patch_features(backbone, images)
+    assert found.shape == (2, 2, 3, width)
+    expected = backbone.forward_features(images)
+    if expected.shape[1] == width:
+        expected = expected.permute(0, 2, 3, 1)
+    assert torch.equal(found, expected)
+    if name == "test_resnet":
+        assert torch.allclose(found.mean((1, 2)), backbone(images), atol=1e-5)
+
+
+@pytest.mark.parametrize("name, grid", [("test_vit", (4, 6)), ("test_resnet", (2, 3))])
+def test_images_are_continued_to_whole_patches(name, grid):
+    backbone = vit() if name == "test_vit" else timm.create_model(name, num_classes=0).eval()
+    images = torch.randn(1, 3, 50, 81)
+    found = patch_features(backbone, images)
+    assert found.shape[1:3] == grid
+    rows, columns = (torch.arange(side).clamp(max=last) for side, last in ((64, 49), (96, 80)))
+    assert torch.equal(found, patch_features(backbone, images[:, :, rows][..., columns]))
+
+
+def test_backbones_without_patches_are_refused():
+    images = torch.randn(1, 3, 64, 64)
+    for module in (nn.Flatten(), timm.create_model("test_resnet", features_only=True)):
+        with pytest.raises(ValueError, match="backbone: expected a timm model .*, got F"):
+            patch_features(module, images)
+    fixed = timm.create_model("test_vit_relpos", num_classes=0).eval()
+    with pytest.raises(ValueError, match="backbone: .* cannot take images of 64×64 pixels: Input"):
+        patch_features(fixed, images)
+    pooled = Colours()
+    for features, got in (
+        (torch.zeros(1, 9), "\\(1, 9\\)"),
+        (torch.zeros(1, 7, 9), "\\(1, 7, 9\\)"),
+        ([0], "list"),
+    ):
+        pooled.forward_features = lambda images, features=features: features
+        with pytest.raises(ValueError, match=f"backbone: .*Colours.* 8×8 patches, got {got}"):
+            patch_features(pooled, images)
+    with pytest.raises(ValueError, match="images: .*got \\(3, 64, 64\\)"):
+        patch_features(vit(), images[0])
+
+
+# Figures
+
+
+def test_mean_iou_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    table, truth, predicted = 0, [], []
+    for shape in ((30, 40), (17, 5), (8, 9)):
+        truth.append(rng.choice([0, 3, 7, 254, 255], shape).astype(np.uint8))
+        predicted.append(np.where(rng.random(shape) < 0.5, truth[-1], rng.choice([0, 3, 5, 254], shape)))
+        predicted[-1][truth[-1] == 255] = 5
+        table += confusion(*(torch.from_numpy(x[-1]) for x in (truth, predicted)))
+    truth, predicted = (np.concatenate([x.flatten() for x in some]) for some in (truth, predicted))
+    counted = truth != 255
+    labels = [0, 3, 5, 7, 254]
+    expected = sklearn_metrics.confusion_matrix(truth[counted], predicted[counted], labels=labels)
+    assert (table[labels][:, labels].numpy() == expected).all()
+    assert table.sum() == counted.sum()
+    expected = sklearn_metrics.jaccard_score(
+        truth[counted], predicted[counted], labels=[0, 3, 7, 254], average=None
+    )
+    mean, iou = mean_iou(table)
+    assert list(iou) == [0, 3, 7, 254]  # 5 is predicted alone
+    assert list(iou.values()) == pytest.approx(expected)
+    assert mean == pytest.approx(expected.mean())
+    assert 0.1 < mean < 0.9
+
+
+def test_mean_iou_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="table: "):
+        mean_iou(confusion(*torch.full((2, 3, 4), 255)))
+
+
+# Segmentation
+
+
+def stripes(seed, shape=(64, 96), kinds=(2, 9, 254)):
+    """A mask of vertical stripes, a patch or more wide."""
+    rng = np.random.default_rng(seed)
+    return np.tile(rng.choice(kinds, shape[1] // 8).repeat(8), (shape[0], 1)).astype(np.uint8)
+
+
+def write(folder, **halves):
+    """A folder of masks by half, and of images whose colours tell the classes."""
+    for half, masks in halves.items():
+        for kind in ("images", "masks"):
+            (folder / half / kind).mkdir(parents=True)
+        for number, mask in enumerate(masks):
+            image = np.zeros((*mask.shape, 3), np.uint8)
+            for label, colour in COLOURS.items():
+                image[mask == label] = colour
+            Image.fromarray(image).save(folder / half / "images" / f"{number}.png")
+            Image.fromarray(mask).save(folder / half / "masks" / f"{number}.png")
+    return folder
+
+
+def fast(monkeypatch, steps=200):
+    monkeypatch.setattr(dense, "STEPS", steps)
+
+
+def test_ideal_features_are_segmented_exactly(tmp_path, monkeypatch):
+    fast(monkeypatch)
+    write(tmp_path, train=[stripes(i) for i in range(6)], val=[stripes(i) for i in range(6, 10)])
+    found = evaluate_segmentation(pretrained(), tmp_path, size=64)
+    assert found["knn"] == {"miou": 1.0, "iou": {2: 1.0, 9: 1.0, 254: 1.0}}
+    assert found["linear"]["miou"] >= 0.99
+    assert list(found["linear"]["iou"]) == [2, 9, 254]
+    assert found["linear"]["learning_rate"] in dense.LEARNING_RATES
+    sizes = {name: found[name] for name in ("train_images", "val_images", "patches", "classes")}
+    assert sizes == {"train_images": 6, "val_images": 4, "patches": 6 * 8 * 12, "classes": 3}
+
+
+def test_what_is_not_annotated_does_not_count(tmp_path, monkeypatch):
+    fast(monkeypatch)
+    train = [stripes(i, kinds=(2, 9, 254, 255)) for i in range(6)]
+    val = [stripes(i) for i in range(6, 9)]
+    assert any((mask == 255).any() for mask in train)
+    write(tmp_path / "a", train=train, val=val)
+    # A third of what is annotated is wrong, and then not annotated.
+    expected = evaluate_segmentation(pretrained(), write(tmp_path / "b", train=train, val=val), size=64)
+    for value, exact in ((2, False), (255, True)):
+        for number, mask in enumerate(val):
+            wrong = mask.copy()
+            wrong[:, 64:] = value
+            Image.fromarray(wrong).save(tmp_path / "a" / "val" / "masks" / f"{number}.png")
+        found = evaluate_segmentation(pretrained(), tmp_path / "a", size=64)
+        for protocol in ("knn", "linear"):
+            assert (found[protocol]["miou"] == expected[protocol]["miou"] == 1.0) == exact
+    assert expected["patches"] == sum((mask != 255).sum() for mask in train) // 64
+
+
+def test_classes_that_training_lacks_are_missed(tmp_path, monkeypatch):
+    fast(monkeypatch)
+    train = [stripes(i, kinds=(2, 9)) for i in range(4)]
+    write(tmp_path, train=train, val=[stripes(5)])
+    found = evaluate_segmentation(pretrained(), tmp_path, size=64)
+    assert found["classes"] == 2
+    for protocol in ("knn", "linear"):
+        assert found[protocol]["iou"][254] == 0.0
+        assert 0 < found[protocol]["miou"] < 0.9
+
+
+def test_memory_is_bounded_and_drawn_alike(tmp_path, monkeypatch):
+    fast(monkeypatch, 5)
+    write(tmp_path, train=[stripes(i) for i in range(7)], val=[stripes(8)])
+    once, again = (evaluate_segmentation(pretrained(), tmp_path, size=64, memory=100) for _ in range(2))
+    assert once == again
+    assert once["patches"] == 100
+    pairs = dense._pairs(tmp_path / "train")
+    kept = dense._remember(pretrained(), pairs, 64, 100)
+    assert set(Counter(kept.images.tolist()).values()) == {14, 15}
+    assert (kept.shares.sum(1) == 1).all()
+    for memory in (1, 5):  # fewer than images
+        kept = dense._remember(pretrained(), pairs, 64, memory)
+        assert len(kept.features) == len(kept.images.unique()) == memory
+
+
+def test_every_patch_has_its_pixels():
+    mask = torch.from_numpy(np.random.default_rng(0).choice([0, 1, 254, 255], (23, 31)).astype(np.uint8))
+    expected = torch.zeros(4, 5, 256)
+    for row in range(23):
+        for column in range(31):
+            patch = int((row + 0.5) * 4 / 23), int((column + 0.5) * 5 / 31)
+            expected[(*patch, int(mask[row, column]))] += 1
+    expected = (expected / expected.sum(-1, keepdim=True))[..., :255]
+    assert torch.allclose(dense._shares(mask, (4, 5)).view(4, 5, 255), expected)
+
+
+def memory_of(features, shares, images=None):
+    images = torch.arange(len(features)) if images is None else images
+    return dense._Memory(features, shares, images, torch.arange(shares.shape[1]))
+
+
+def test_near_patches_vote_by_their_cosine(monkeypatch):
+    angles = torch.tensor([0.0, 0.1, 0.3, 3.0])
+    features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([1.0, 5.0, 2.0, 1.0])[:, None]
+    shares = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.5, 0.25], [0.0, 1.0]])
+    monkeypatch.setattr(dense, "NEIGHBOURS", 3)
+    found = dense._nearest(memory_of(features, shares))(torch.tensor([[[3.0, 0.0]]]))
+    weights = (torch.tensor([0.0, 0.1, 0.3]).cos() / 0.02).softmax(0)
+    assert torch.allclose(found[0, 0], weights @ shares[:3], rtol=1e-4)
+
+
+def test_blocks_make_no_difference(monkeypatch):
+    features, shares = torch.randn(50, 8), torch.rand(50, 11)
+    queries = torch.randn(6, 7, 8)
+    votes = dense._nearest(memory_of(features, shares))(queries)
+    pixels = dense._to_pixels(votes, (40, 50))
+    monkeypatch.setattr(dense, "SIMILARITIES", 350)
+    monkeypatch.setattr(dense, "SCORES", 40 * 50 * 3)
+    again = dense._nearest(memory_of(features, shares))(queries)
+    assert votes.shape == (6, 7, 11)
+    assert torch.allclose(votes, again, atol=1e-6)
+    assert torch.equal(pixels, dense._to_pixels(votes, (40, 50)))
+    big = F.interpolate(votes.permute(2, 0, 1)[None], (40, 50), mode="bilinear")[0]
+    assert torch.equal(pixels, big.argmax(0))
+    assert len(pixels.unique()) > 5
+    assert not dense._to_pixels(torch.ones(6, 7, 11), (40, 50)).any()  # of equals the first
+
+
+def test_the_linear_probe_is_that_of_scikit_learn(monkeypatch):
+    from sklearn.linear_model import LogisticRegression
+
+    fast(monkeypatch, 400)
+    means = torch.randn(4, 16)
+    labels, queries = torch.randint(4, (3000,)), torch.randint(4, (1200,))
+    x, y = (2 * (means[some] + torch.randn(len(some), 16)) + 7 for some in (labels, queries))
+    predict, _ = dense._linear(memory_of(x, F.one_hot(labels).float(), torch.arange(3000) // 100))
+    found = predict(y.view(30, 40, 16)).argmax(-1).flatten()
+    expected = LogisticRegression(max_iter=1000).fit(x, labels).score(y, queries)
+    assert 0.7 < expected < 0.99
+    assert float((found == queries).float().mean()) == pytest.approx(expected, abs=0.01)
+
+
+def test_images_are_resized_to_whole_patches(tmp_path, monkeypatch):
+    fast(monkeypatch, 5)
+    seen = []
+
+    class Watched(Colours):
+        def forward_features(self, images):
+            seen.append(images)
+            return super().forward_features(images)
+
+    masks = [stripes(0, (64, 96)), stripes(1, (104, 80))]
+    write(tmp_path, train=masks, val=masks)
+    for half in ("train", "val"):  # another ending, and a palette
+        path = tmp_path / half / "images" / "0.png"
+        Image.open(path).save(path.with_suffix(".jpg"), quality=95, subsampling=0)
+        path.unlink()
+        path = tmp_path / half / "masks" / "1.png"
+        Image.open(path).convert("P").save(path)
+        assert Image.open(path).mode == "P"
+    found = evaluate_segmentation(pretrained(Watched()), str(tmp_path), size=128)
+    assert [tuple(images.shape[1:]) for images in seen] == [(3, 128, 192), (3, 168, 128)] * 2
+    assert found["knn"]["miou"] > 0.9
+    first = torch.tensor(COLOURS[int(masks[1][0, 0])]) / 255
+    expected = (first - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    assert torch.allclose(seen[1][0, :, 0, 0], expected, atol=1e-3)
+
+
+def test_a_vit_of_timm_is_evaluated(tmp_path, monkeypatch):
+    fast(monkeypatch, 50)
+    write(tmp_path, train=[stripes(i) for i in range(3)], val=[stripes(4)])
+    found = evaluate_segmentation(pretrained(vit()), tmp_path, size=128)
+    for protocol in ("knn", "linear"):
+        assert 0.4 < found[protocol]["miou"] <= 1.0  # untrained; the colours tell
+
+
+def test_what_is_wrong_with_a_folder_is_named(tmp_path, monkeypatch):
+    fast(monkeypatch, 5)
+    folder = write(tmp_path / "a", train=[stripes(0), stripes(1)], val=[stripes(2), stripes(3)])
+    images, masks = folder / "val" / "images", folder / "val" / "masks"
+
+    def expect(match, folder=folder, **arguments):
+        with pytest.raises(ValueError, match=match):
+            evaluate_segmentation(pretrained(), folder, size=64, **arguments)
+
+    expect("memory and size: .*got 0 and 64", memory=0)
+    mask = (masks / "1.png").read_bytes()
+    (masks / "1.png").unlink()
+    expect(f"masks: 1 are missing: {masks / '1.png'}")
+    Image.fromarray(stripes(3)[:, :80]).save(masks / "1.png")
+    expect("val/masks/1.png: expected 96×64 pixels .*got 80×64")
+    Image.new("RGB", (96, 64)).save(masks / "1.png")
+    expect("val/masks/1.png: .*one eight-bit channel, got pixels of kind RGB")
+    Image.fromarray(np.zeros((64, 96), np.uint16)).save(masks / "1.png")
+    expect("val/masks/1.png: .*one eight-bit channel, got pixels of kind I;16")
+    (masks / "1.png").write_bytes(mask[:50])
+    expect("val/masks/1.png: cannot be read")
+    (masks / "1.png").write_bytes(mask)
+    image = (images / "1.png").read_bytes()
+    (images / "1.png").write_bytes(b"")
+    expect("val/images/1.png: cannot be read")
+    (images / "1.png").write_bytes(image)
+    expect(f"{tmp_path}/train/images: expected a folder of images, No such", folder=tmp_path)
+    nothing = [np.full((64, 96), 255, np.uint8)] * 2
+    expect("val: expected a class", folder=write(tmp_path / "b", train=[stripes(0), stripes(1)], val=nothing))
+    expect("train: expected a class", folder=write(tmp_path / "c", train=nothing, val=[stripes(1)]))
+    expect("train: expected at least 2 images", folder=write(tmp_path / "d", train=[stripes(0)], val=nothing))
+    for path in images.iterdir():
+        path.unlink()
+    expect(f"{images}: expected images .*got none")
