@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup pretrain test lint bench bench-data bench-step gpu-test gpu-sanitize gpu-bench gpu-bench-data \
+.PHONY: setup pretrain test lint bench bench-data bench-factors bench-step gpu-test gpu-sanitize gpu-bench gpu-bench-data \
   gpu-bench-step clean
 .DELETE_ON_ERROR:
 
@@ -25,8 +25,9 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 pretrain: setup
 	$(BIN)/bincomm pretrain --recipe digits $(ARGS)
 
+# Two at a time, whose threads do not spin while they wait for one another.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -59,6 +60,9 @@ bench-data: setup
 gpu-bench-data:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(call measure_data,$(PYTHON),gpu)
+
+bench-factors: setup
+	$(BIN)/python -m benchmarks.factors benchmarks/results/factors
 
 bench-step: setup
 	$(BIN)/python -m benchmarks.step benchmarks/results/step-cpu

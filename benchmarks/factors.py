@@ -1,0 +1,402 @@
+"""Measure what bits carry of known factors of simple scenes: python -m benchmarks.factors RESULTS
+
+Writes RESULTS.json and RESULTS.md. Three short runs on the same scenes, which lack two shapes and two
+colours, differ in their augmentation alone, so that what it makes a code forget can be seen; an untrained
+network stands beside them.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measuring import GPU, in_words, machine
+from bincomm.codes.factors import (
+    dci,
+    entropy,
+    keeps_meaning,
+    mutual_information,
+    mutual_information_gap,
+    recover,
+)
+from bincomm.config import PretrainConfig, parse
+from bincomm.data.sources import open_source
+from bincomm.engine.run import write_json, write_text
+from bincomm.evaluation.features import extract
+from bincomm.evaluation.pretrained import Pretrained, load_pretrained
+from bincomm.models import create_networks
+from bincomm.pretrain import pretrain
+from tests.scenes import FACTORS, read_factors, write_scenes
+
+TRAIN, TEST, SEED = 6000, 4000, 0
+NAMES = list(FACTORS)
+# What no training scene shows. Of the test scenes 2/9 each are then new in shape alone and in colour alone,
+# and 4/9, in two halves, in nothing.
+UNSEEN = {"shape": ("star", "ring"), "colour": ("yellow", "magenta")}
+# The digits' recipe, its channel and its optimiser: β 0.1 and head_std 0.06. Scenes are 64 pixels a side and
+# crops half of that; brightness and contrast are jittered a little, hue and saturation are left alone.
+OPTIONS: dict[str, Any] = {
+    "recipe": "digits",
+    "epochs": 8,
+    "reset_every": 0,
+    "global_size": 32,
+    "global_scale": [0.6, 1],
+    "local_size": 24,
+    "local_scale": [0.4, 0.8],
+    "flip": 0.5,
+    "jitter": [0.2, 0.2, 0, 0],
+    "log_every": 31,
+    "save_every": 10_000,
+}
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "gentle": {},
+    "hue jitter": {"jitter": [0.2, 0.2, 0.4, 0.5], "jitter_p": 1},
+    "small crops": {"global_scale": [0.3, 1], "local_scale": [0.1, 0.4]},
+}
+MEANT = {"hue jitter": "colour", "small crops": "place"}  # what each is meant to make a code forget
+UNTRAINED = "untrained"
+
+
+def main() -> None:
+    """Train, measure and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="results are written to this name .json and .md")
+    options = parser.parse_args()
+    found: dict[str, Any] = {
+        "machine": machine("torch", "timm", "scikit-learn", "bincomm"),
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+        "command": f"python -m benchmarks.factors {options.results}",
+        "scenes": {"train": TRAIN, "test": TEST, "seed": SEED, "unseen": UNSEEN},
+        "options": OPTIONS,
+        "augmentations": AUGMENTATIONS,
+    }
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        found |= measure(Path(folder))
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.results.with_suffix(".json"), found)
+    write_text(options.results.with_suffix(".md"), page(found))
+    print(page(found))
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Everything that is measured, of the untrained network and of all runs."""
+    scenes = folder / "scenes"
+    without = [{factor: value} for factor, values in UNSEEN.items() for value in values]
+    write_scenes(scenes, TRAIN, SEED, test_count=TEST, without=without)
+    source = open_source(str(scenes / "test"))
+    known = read_factors(scenes)
+    factors = torch.tensor([known[str(Path(name).relative_to(scenes))] for name in source.images.names()])
+    device = torch.device("cuda" if GPU else "cpu")
+    found: dict[str, Any] = {"networks": {}, "channel": {}, "seconds": {}}
+    for augmentation, changes in AUGMENTATIONS.items():
+        run = folder / augmentation.replace(" ", "_")
+        config = configuration(scenes, run, changes)
+        if not found["networks"]:
+            untrained = Pretrained.of(create_networks(config, device)[1], config, device)
+            seen = extract(untrained, source, pixels=True)
+            found["entropy"] = entropy(factors).tolist()
+            found["networks"][UNTRAINED] = of_network(seen, factors)
+            found["pixels"] = in_halves(seen["pixels"], factors)
+        started = time.perf_counter()
+        result = pretrain(config)
+        found["seconds"][augmentation] = time.perf_counter() - started
+        found["channel"][augmentation] = result["last_metrics"]
+        found["networks"][augmentation] = of_network(
+            extract(load_pretrained(str(run), device), source), factors
+        )
+    return found
+
+
+def configuration(scenes: Path, run: Path, changes: dict[str, Any]) -> PretrainConfig:
+    """Of one run."""
+    options = {**OPTIONS, **changes, "data": scenes / "train", "output": run}
+    return parse([f"--{key}={value}" for key, value in options.items()])[0]
+
+
+def of_network(seen: dict[str, Tensor], factors: Tensor) -> dict[str, Any]:
+    """Every measure of a network's bits and features of the test scenes, by factor in the order of NAMES."""
+    factors = factors[seen["images"]]
+    bits = seen["signs"] > 0
+    information = mutual_information(bits, factors).corrected
+    gap = mutual_information_gap(bits, factors)
+    gallery, queries = halves(len(bits))
+    parts = dci(bits[gallery], factors[gallery], bits[queries], factors[queries])
+    shape, colour = (is_unseen(factor, factors) for factor in ("shape", "colour"))
+    neither = ~shape & ~colour
+    asked = {"seen": queries & neither, "unseen shapes": shape & ~colour, "unseen colours": colour & ~shape}
+    known = gallery & neither
+    meanings = {
+        whose: meaning_of(bits[known], factors[known], bits[some], factors[some])
+        for whose, some in asked.items()
+    }
+    return {
+        "bit_entropy": entropy(bits).mean().item(),
+        "bits": in_halves(bits, factors),
+        "features": in_halves(seen["features"], factors),
+        "most_information": information.max(0).values.tolist(),
+        "mig": {"gap": gap.gap.tolist(), "ceiling": gap.ceiling.tolist()},
+        "dci": {
+            "disentanglement": parts.disentanglement,
+            "completeness": parts.completeness,
+            "informativeness": parts.informativeness,
+            "by_factor": parts.by_factor.tolist(),
+            "accuracy": parts.accuracy.tolist(),
+        },
+        "meaning": meanings,
+    }
+
+
+def is_unseen(factor: str, factors: Tensor) -> Tensor:
+    """(n,) bool, of the scenes with these factors (n, F)."""
+    values = [FACTORS[factor].index(value) for value in UNSEEN[factor]]
+    return torch.isin(factors[:, NAMES.index(factor)], torch.tensor(values))
+
+
+def meaning_of(bits: Tensor, factors: Tensor, new_bits: Tensor, new_factors: Tensor) -> dict[str, Any]:
+    """What becomes of the bits' meaning on new scenes, by factor; None where it cannot be told."""
+    names = ("correlation", "agreement", "agreement_chance")
+    values = keeps_meaning(bits, factors, new_bits, new_factors).by_factor()
+    found = {
+        name: [x if math.isfinite(x) else None for x in value.tolist()]  # JSON has no NaN
+        for name, value in zip(names, values, strict=True)
+    }
+    return {**found, "images": len(new_bits)}
+
+
+def in_halves(seen: Tensor, factors: Tensor) -> dict[str, list[float]]:
+    """Recovery by a linear classifier that learns from one half of the test scenes, asked about the other."""
+    gallery, queries = halves(len(seen))
+    found = recover(seen[gallery], factors[gallery], seen[queries], factors[queries])
+    return {"accuracy": found.accuracy.tolist(), "chance": found.chance.tolist()}
+
+
+def halves(images: int) -> tuple[Tensor, Tensor]:
+    """Every other image, (n,) bool, and the others; images are sorted by shape, so each half has all."""
+    even = torch.arange(images) % 2 == 0
+    return even, ~even
+
+
+def page(found: dict[str, Any]) -> str:
+    """The Markdown page."""
+    options, scenes = found["options"], found["scenes"]
+    seconds = ", ".join(f"{took:.0f} s ({name})" for name, took in found["seconds"].items())
+    changes = "; ".join(f"`{name}` {json.dumps(change)}" for name, change in found["augmentations"].items())
+    sections = (channel, recovery, information, pairing, meaning, discussion)
+    unseen = ", ".join(value for values in scenes["unseen"].values() for value in values)
+    lines = [
+        "# What bits carry of known factors",
+        "",
+        f"`{found['command']}` on {found['date']}: {in_words(found['machine'])}; threads: "
+        f"{found['threads']}.",
+        "",
+        f"{scenes['train']} training scenes (`tests/scenes.py`, seed {scenes['seed']}) without {unseen}; "
+        f"{scenes['test']} test scenes with all. One run for each augmentation: {seconds}. Options of all: "
+        f"`{json.dumps(options)}`; besides: {changes}.",
+    ]
+    for section in sections:
+        lines += ["", *section(found)]
+    return "\n".join(lines) + "\n"
+
+
+def channel(found: dict[str, Any]) -> list[str]:
+    """Whether anything is transmitted."""
+    lines = [
+        "## The channel, at the end of training",
+        "",
+        "| augmentation | bits that agree | by sending the commoner value | bit entropy |",
+        "|---|---|---|---|",
+    ]
+    entropy = found["networks"][UNTRAINED]["bit_entropy"]
+    lines.append(row([UNTRAINED, "", "", f"{entropy:.3f}"]))
+    for name, last in found["channel"].items():
+        shares = (f"{last[key]:.1%}" for key in ("bit_agreement", "bit_majority"))
+        lines.append(row([name, *shares, f"{last['bit_entropy']:.3f}"]))
+    return lines
+
+
+def recovery(found: dict[str, Any]) -> list[str]:
+    """Of all networks, from features and from bits."""
+    networks = found["networks"]
+    return [
+        "## How well a linear classifier reads each factor",
+        "",
+        f"Share of {found['scenes']['test'] // 2} test scenes, %; the classifier learnt from as many others. "
+        f"Two standard errors are at most {200 * standard_error(found):.1f}.",
+        "",
+        *head(),
+        line("chance", networks[UNTRAINED]["bits"]["chance"], 100, 1),
+        line("pixels, 16 × 16", found["pixels"]["accuracy"], 100, 1),
+        *(
+            line(f"{what}, {name}", network[what]["accuracy"], 100, 1)
+            for what in ("features", "bits")
+            for name, network in networks.items()
+        ),
+    ]
+
+
+def information(found: dict[str, Any]) -> list[str]:
+    """Of the most telling bits."""
+    return [
+        "## What one bit tells of each factor",
+        "",
+        "The most that one bit carries, in bits, corrected for chance.",
+        "",
+        *head(),
+        line("entropy of the factor", found["entropy"], 1, 2),
+        *(line(name, network["most_information"], 1, 3) for name, network in found["networks"].items()),
+    ]
+
+
+def pairing(found: dict[str, Any]) -> list[str]:
+    """MIG and DCI."""
+    networks = found["networks"]
+    gaps = {"ceiling": networks[UNTRAINED]["mig"]["ceiling"]}
+    gaps |= {name: network["mig"]["gap"] for name, network in networks.items()}
+    parts = ("disentanglement", "completeness", "informativeness")
+    return [
+        "## One factor, one bit?",
+        "",
+        "MIG by factor, and its mean; a factor of more than one bit has a ceiling below 1.",
+        "",
+        *head("mean"),
+        *(line(name, [*values, sum(values) / len(values)], 1, 3) for name, values in gaps.items()),
+        "",
+        "DCI by gradient-boosted trees; informativeness is the share of scenes whose factor they find, in "
+        "the mean over factors.",
+        "",
+        row(["", *parts]),
+        "|---" * 4 + "|",
+        *(line(name, [network["dci"][part] for part in parts], 1, 3) for name, network in networks.items()),
+    ]
+
+
+def meaning(found: dict[str, Any]) -> list[str]:
+    """On other scenes of seen shapes and colours, and on unseen ones."""
+    correlations, gains = [], []
+    for name, network in found["networks"].items():
+        for whose, of in network["meaning"].items():
+            correlations.append(line(f"{name}, {whose}", of["correlation"], 1, 2))
+            pairs = zip(of["agreement"], of["agreement_chance"], strict=True)
+            gain = [None if by_value is None else by_value - by_all for by_value, by_all in pairs]
+            gains.append(line(f"{name}, {whose}", gain, 100, 1))
+    told = found["networks"][UNTRAINED]["meaning"].items()
+    counts = ", ".join(f"{whose} ({of['images']} scenes)" for whose, of in told)
+    return [
+        "## Do bits keep their meaning on shapes and colours never seen?",
+        "",
+        "Correlation of how often a bit is 1 for each value of a factor, between scenes of seen shapes and "
+        f"colours, and others: {counts}; "
+        "mean over bits, weighted by how much they tell of the factor. By chance it is 0. A value that was "
+        "never seen has nothing to be compared with.",
+        "",
+        *head(),
+        *correlations,
+        "",
+        "The same as agreement: by how many points the commoner bit of a factor's value predicts the bits of "
+        "these scenes better than the commoner bit of all.",
+        "",
+        *head(),
+        *gains,
+    ]
+
+
+def discussion(found: dict[str, Any]) -> list[str]:
+    """Sentences that the numbers decide; differences within two standard errors are called none."""
+    networks = found["networks"]
+    trained = {name: network for name, network in networks.items() if name != UNTRAINED}
+    chance = dict(zip(NAMES, networks[UNTRAINED]["bits"]["chance"], strict=True))
+    noise = 2 * math.sqrt(2) * standard_error(found)  # of a difference
+    read = {name: dict(zip(NAMES, of["bits"]["accuracy"], strict=True)) for name, of in networks.items()}
+    gentle, before = read["gentle"], read[UNTRAINED]
+
+    def change(name: str, other: str, factors: list[str]) -> str:
+        pairs = (f"{f} {100 * read[name][f]:.0f} → {100 * read[other][f]:.0f} %" for f in factors)
+        return ", ".join(pairs) or "none"
+
+    gained = [f for f in NAMES if gentle[f] - before[f] > noise]
+    lost = [f for f in NAMES if before[f] - gentle[f] > noise]
+    mute = [f for f in NAMES if gentle[f] - chance[f] <= noise]
+    lines = [
+        "## What the numbers say",
+        "",
+        f"Differences of less than {100 * noise:.1f} points are taken for none. One seed each: what another "
+        "would change is not measured.",
+        "",
+        f"- By training (`gentle`) bits gain {change(UNTRAINED, 'gentle', gained)}; they lose "
+        f"{change(UNTRAINED, 'gentle', lost)}. Not told from chance after it: {', '.join(mute) or 'none'}.",
+    ]
+    for name, factor in MEANT.items():
+        fall, above = gentle[factor] - read[name][factor], gentle[factor] - chance[factor]
+        verdict = "is not less" if fall <= noise else f"is less by {100 * fall / above:.0f} %"
+        others = [f for f in NAMES if f != factor and abs(read[name][f] - gentle[f]) > noise]
+        lines.append(
+            f"- `{name}` is meant to make a code ignore {factor}. What bits have of it above chance "
+            f"({100 * chance[factor]:.0f} %) {verdict}: {change('gentle', name, [factor])}. Other factors "
+            f"that change: {change('gentle', name, others)}."
+        )
+    for name, network in networks.items():
+        told = [f for f in NAMES if read[name][f] - chance[f] > 0.1]
+        whose = {
+            who: dict(zip(NAMES, of["correlation"], strict=True)) for who, of in network["meaning"].items()
+        }
+        changes = {
+            new: ", ".join(
+                f"{f} {whose['seen'][f]:.2f} → {whose[new][f]:.2f}" for f in told if whose[new][f] is not None
+            )
+            for new in ("unseen shapes", "unseen colours")
+        }
+        lines.append(
+            f"- `{name}`: correlation of meanings of factors read 10 points above chance, on seen → on "
+            + "; on ".join(f"{new}: {change or 'there are none'}" for new, change in changes.items())
+            + "."
+        )
+    unheard = [f for f in UNSEEN if max(read[name][f] - chance[f] for name in trained) <= 0.1]
+    if unheard:
+        lines.append(
+            f"- Not one of these codes says much of {' or '.join(unheard)} (at most 10 points above chance): "
+            "what is new in it is hardly noticed, so that meanings kept there show little."
+        )
+    scores = {name: network["dci"]["disentanglement"] for name, network in networks.items()}
+    best = max(trained, key=scores.get)
+    verdict = "most bits tell of several factors" if scores[best] < 0.5 else "most bits tell of one factor"
+    lines.append(
+        f"- Disentanglement is {scores[best]:.2f} at the most (`{best}`; untrained {scores[UNTRAINED]:.2f}): "
+        f"{verdict}."
+    )
+    return lines
+
+
+def standard_error(found: dict[str, Any]) -> float:
+    """The largest of a share of the queries."""
+    return 0.5 / math.sqrt(found["scenes"]["test"] // 2)
+
+
+def head(*more: str) -> list[str]:
+    """Of a table with a column a factor."""
+    cells = ["", *NAMES, *more]
+    return [row(cells), "|---" * len(cells) + "|"]
+
+
+def line(name: str, values: list[float | None], times: float, digits: int) -> str:
+    """A row of a table; None is left empty."""
+    return row([name, *("" if value is None else f"{times * value:.{digits}f}" for value in values)])
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
