@@ -8,8 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup pretrain test lint bench bench-data bench-factors bench-step gpu-test gpu-sanitize gpu-bench gpu-bench-data \
-  gpu-bench-step clean
+.PHONY: setup pretrain test lint bench bench-codes bench-data bench-factors bench-step \
+  gpu-test gpu-sanitize gpu-bench gpu-bench-data gpu-bench-step clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -60,6 +60,9 @@ bench-data: setup
 gpu-bench-data:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(call measure_data,$(PYTHON),gpu)
+
+bench-codes: setup
+	$(BIN)/python -m benchmarks.codes benchmarks/results/codes
 
 bench-factors: setup
 	$(BIN)/python -m benchmarks.factors benchmarks/results/factors

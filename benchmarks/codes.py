@@ -1,0 +1,108 @@
+"""Measure codes at rest, a million of 256 bits: python -m benchmarks.codes RESULTS
+
+Writes RESULTS.json and RESULTS.md: the size of the files, and the time to write them, to build an index for
+faiss, and to search for 1 000 codes, of which all ways have to find the same distances.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+
+from benchmarks.measuring import in_words, machine
+from bincomm import hamming_topk
+from bincomm.codes.encode import read_codes, to_messages, write_part
+from bincomm.codes.search import build_index, search
+from bincomm.engine.run import write_json, write_text
+
+CODES, BITS, QUERIES, K = 1_000_000, 256, 1000, 20
+ROWS = 1 << 16  # of a file
+ROUNDS = 5
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="results are written to this name .json and .md")
+    options = parser.parse_args()
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (CODES, BITS // 8), dtype=np.uint8)
+    queries = rng.integers(0, 256, (QUERIES, BITS // 8), dtype=np.uint8)
+    found: dict[str, Any] = {
+        "machine": machine("torch", "faiss-cpu", "pyarrow", "bincomm"),
+        "threads": torch.get_num_threads(),
+        "date": date.today().isoformat(),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found["write_s"], paths = clocked(lambda: write(folder, codes), rounds=1)
+        found["megabytes"] = sum(part.stat().st_size for part in folder.glob("*.parquet")) / 1e6
+        found["path_megabytes"] = paths / 1e6
+        found["index_s"], index_path = clocked(lambda: build_index(folder), rounds=1)
+        index = faiss.read_index_binary(str(index_path))
+        messages, asked = to_messages(read_codes(folder)[0]), to_messages(queries)
+        found["search_s"], ours = clocked(lambda: search(folder, queries, K))
+        found["topk_s"], memory = clocked(lambda: hamming_topk(asked, messages, K))
+        found["faiss_s"], theirs = clocked(lambda: index.search(queries, K))
+    for distances in (memory[0].numpy(), theirs[0]):
+        assert np.array_equal(ours[0], distances)
+    options.results.parent.mkdir(exist_ok=True)
+    write_json(options.results.with_suffix(".json"), found)
+    write_text(options.results.with_suffix(".md"), page(found))
+    print(page(found))
+
+
+def write(folder: Path, codes: np.ndarray) -> int:
+    """Files of the codes under made-up paths, as ImageNet's are; how many bytes these have."""
+    made, total = {"format": 1, "weights": "none", "identity": "", "bits": BITS}, 0
+    for part, first in enumerate(range(0, CODES, ROWS)):
+        numbers = range(first, min(first + ROWS, CODES))
+        labels = [f"n{number // 1300:08}" for number in numbers]
+        paths = [f"/data/train/{label}/{label}_{n:07}.JPEG" for label, n in zip(labels, numbers, strict=True)]
+        total += sum(map(len, paths))
+        write_part(folder / f"part-{part:05}.parquet", paths, labels, codes[first : first + ROWS], made)
+    return total
+
+
+def clocked(call: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, Any]:
+    """Seconds of a call, the median of some rounds, and what it returned."""
+    took, result = [], None
+    for _ in range(rounds):
+        started = time.perf_counter()
+        result = call()
+        took.append(time.perf_counter() - started)
+    return statistics.median(took), result
+
+
+def page(found: dict[str, Any]) -> str:
+    """The Markdown page."""
+    measured = f"{in_words(found['machine'])}; {found['threads']} threads"
+    return f"""# Codes at rest, measured
+
+`make bench-codes` on {found["date"]}: {measured}. {CODES:,} random codes of {BITS} bits under paths of
+{found["path_megabytes"]:.1f} MB as text; {QUERIES:,} queries, k = {K}. Searches are medians of {ROUNDS}
+rounds, and all found the same distances.
+
+| | |
+|---|---|
+| Parquet files, paths and labels included | {found["megabytes"]:.1f} MB |
+| writing them | {found["write_s"]:.2f} s |
+| building the index for faiss | {found["index_s"]:.2f} s |
+| `bincomm.codes.search.search`, reading included | {found["search_s"]:.2f} s |
+| `bincomm.hamming_topk`, in memory | {found["topk_s"]:.2f} s |
+| `faiss.IndexBinaryFlat`, in memory | {found["faiss_s"]:.2f} s |
+"""
+
+
+if __name__ == "__main__":
+    main()
