@@ -127,6 +127,10 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     except BaseException as error:
         if not pulse.ended.is_set():  # else it has left, and what happens to it is nothing to the others
             pulse.stop(f"rank {rank} ended: {error or type(error).__name__}")
+        if isinstance(error, ToldByAnotherRank):
+            time.sleep(
+                BEAT
+            )  # torchrun ends all ranks once one has ended, and rank 0 is to have told it by then
         raise
     leave()
 
