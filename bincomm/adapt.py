@@ -12,7 +12,7 @@ import timm
 import yaml
 from safetensors import SafetensorError
 
-from bincomm.config import PretrainConfig, parse, recipe_path
+from bincomm.config import PretrainConfig, parse, read_config, recipe_path
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.run import write_json
 from bincomm.evaluation.measure import classify, device_of, look_at
@@ -64,10 +64,7 @@ def keys_of(source: str) -> dict[str, Any]:
     """
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        try:
-            theirs = dict(yaml.safe_load((path / "config.yaml").read_text()))
-        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"from: {source} holds no run whose config.yaml can be read: {error}") from error
+        theirs = read_config(path, "from")
         if not (path / "backbone.safetensors").exists():
             raise ValueError(f"from: the run in {source} is not finished (there is no backbone.safetensors)")
         keys = [f.name for f in fields(PretrainConfig) if f.name not in OWN]

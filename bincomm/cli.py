@@ -206,7 +206,7 @@ def run_evaluate(arguments: list[str]) -> int:
         from bincomm.engine.run import write_json
         from bincomm.evaluation.dense import evaluate_segmentation
         from bincomm.evaluation.pretrained import load_pretrained
-        from bincomm.evaluation.protocols import PROTOCOLS, check_protocols, describe, evaluate_images
+        from bincomm.evaluation.protocols import PROTOCOLS, describe, evaluate_images
         from bincomm.evaluation.video import evaluate_davis
     except ImportError as error:
         return fail(NEEDS_MORE.format(error), status=1)
@@ -236,7 +236,6 @@ def run_evaluate(arguments: list[str]) -> int:
             model = load_pretrained(options.weights, ranks.device, **shown(options))
             found: dict[str, Any] = {"weights": options.weights}
             if options.data:
-                check_protocols(model, options.protocols)
                 source = ranks.leaders_first(lambda: open_source(options.data))
                 sources = ranks.leaders_first(lambda: evaluation_sources(options.data, source))
                 if sources is None:
@@ -338,12 +337,13 @@ def run_search(arguments: list[str]) -> int:
 
 def run_codes(arguments: list[str]) -> int:
     """`bincomm codes`."""
+    if ranks() > 1:
+        return fail("codes: expected one process; start it without torchrun", once=True)
     try:
-        import torch
-
         from bincomm.codes.report import report
         from bincomm.config import parse_data
         from bincomm.data.sources import open_source
+        from bincomm.engine.ranks import join_ranks
         from bincomm.evaluation.pretrained import load_pretrained
     except ImportError as error:
         return fail(NEEDS_MORE.format(error), status=1)
@@ -370,7 +370,8 @@ def run_codes(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     def run() -> str:
-        device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
+        with join_ranks(options.device) as one:
+            device = one.device
         model = load_pretrained(options.weights, device, **shown(options))
         other = load_pretrained(options.other, device, **shown(options)) if options.other else None
         report(

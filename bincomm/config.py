@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bincomm.data.crops import Crops
@@ -217,6 +218,18 @@ class PretrainConfig:
             if len(places) == 2 and len({os.path.abspath(os.path.expanduser(p)) for p in places}) == 1:
                 keys.remove(key)  # the same place in other words
         return {key: (other.get(key), ours[key]) for key in keys if other.get(key) != ours[key]}
+
+
+def read_config(run: Path, key: str) -> dict[str, Any]:
+    """What a run's config.yaml holds.
+
+    Raises:
+        ValueError: it cannot be read; the message begins with `key`, which the run was named by.
+    """
+    try:
+        return dict(yaml.safe_load((run / "config.yaml").read_text()))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{key}: {run} holds no run whose config.yaml can be read: {error}") from error
 
 
 def recipe_names() -> list[str]:

@@ -18,7 +18,7 @@ import yaml
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from bincomm.config import PretrainConfig
+from bincomm.config import PretrainConfig, read_config
 from bincomm.data.export import write_unusable
 from bincomm.data.loader import Loader, TooManyUnusableError, merge_states
 from bincomm.data.sources import Source, evaluation_sources, open_source
@@ -438,11 +438,7 @@ def begin(run: Path, config: PretrainConfig) -> str:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun; the run is our own
     if config.resume == "never" and not restarted:
         raise ValueError(f"resume: expected no run in {run}, got one; choose another --output")
-    try:
-        theirs = dict(yaml.safe_load((run / "config.yaml").read_text()))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"output: {run} holds a run, but its config.yaml cannot be read: {error}") from error
-    refuse_differences(config, theirs, str(run))
+    refuse_differences(config, read_config(run, "output"), str(run))
     if not finished:
         write_text(run / "config.yaml", dump(config))
     return "finished" if finished else "unfinished"

@@ -7,11 +7,10 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from safetensors import SafetensorError
 from torch import nn
 
-from bincomm.config import PretrainConfig
+from bincomm.config import PretrainConfig, read_config
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
 from bincomm.models import create_networks, load_weights, made_with, normalisation_of
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone
@@ -80,10 +79,7 @@ def _of_run(run: Path, weights: str, device: torch.device, shown: dict[str, Any]
     checkpoint = Checkpoints(run / "checkpoints", 1, print).load()
     if checkpoint is not None:
         return _of_state(checkpoint, weights, device, shown)
-    try:
-        keys = dict(yaml.safe_load((run / "config.yaml").read_text()))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"weights: {weights} holds no run whose config.yaml can be read: {error}") from error
+    keys = read_config(run, "weights")
     return _of_backbone(PretrainConfig(**_tuples({**keys, "init_from": weights})), weights, device, shown)
 
 
