@@ -15,7 +15,7 @@ from scipy.stats import binom, norm
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
-from bincomm.engine.logs import DEAD_SHARE
+from bincomm.engine.logs import DEAD_SHARE, binary_entropy
 from bincomm.evaluation.retrieval import mean_average_precision
 from bincomm.ops.hamming import hamming_distance
 from bincomm.ops.messages import pack_signs
@@ -34,7 +34,7 @@ def bit_entropies(signs: Tensor) -> Tensor:
 
     The plug-in estimate, too low by about 1/(2n ln 2) bits: 0.007 at n = 100.
     """
-    return _entropy(share_of_ones(signs))
+    return binary_entropy(share_of_ones(signs))
 
 
 class BlockEntropies(NamedTuple):
@@ -62,7 +62,7 @@ def block_entropies(signs: Tensor, width: int = 8) -> BlockEntropies:
         raise ValueError(f"width: expected from 1 to 16 bits, got {width}")
     n, rows = len(bits), []
     unit = 1 / (2 * n * math.log(2))
-    single = _entropy(bits.double().mean(0)) + unit * (bits.any(0) & ~bits.all(0)).double()
+    single = binary_entropy(bits.double().mean(0)) + unit * (bits.any(0) & ~bits.all(0)).double()
     for block, marginals in zip(bits.split(width, 1), single.clamp(max=1).split(width), strict=True):
         size = block.shape[1]
         words = (block.long() << torch.arange(size, device=bits.device)).sum(1)
@@ -263,12 +263,14 @@ def mutual_information(signs: Tensor, values: Tensor, *, draws: int = 200, seed:
         raise ValueError("values: expected at least one that is known (0 or above), got none")
     bits, values = bits[known].double(), values[known].unique(return_inverse=True)[1]
     counts = torch.bincount(values).double()
-    n, own = len(bits), _entropy(bits.mean(0))
+    n, own = len(bits), binary_entropy(bits.mean(0))
 
     def information(values: Tensor) -> Tensor:
         ones = torch.zeros(len(counts), bits.shape[1], dtype=torch.float64, device=bits.device)
         ones.index_add_(0, values, bits)
-        return (own - counts / n @ _entropy(ones / counts[:, None])).clamp(min=0)  # below by rounding alone
+        return (own - counts / n @ binary_entropy(ones / counts[:, None])).clamp(
+            min=0
+        )  # below by rounding alone
 
     generator = torch.Generator().manual_seed(seed)
     plug_in = information(values)
@@ -528,10 +530,6 @@ def _labels(labels: Tensor, n: int, unknown: bool = False) -> Tensor:
 
 def _pack(bits: Tensor) -> Tensor:
     return pack_signs(bits.float())
-
-
-def _entropy(p: Tensor) -> Tensor:
-    return (0 - torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)) / math.log(2)
 
 
 def _both(bits: Tensor, other: Tensor | None = None) -> Tensor:
