@@ -22,8 +22,10 @@ from torch import Tensor
 from benchmarks.measuring import GPU, in_words, machine
 from bincomm.codes.factors import (
     dci,
+    disentanglement,
     entropy,
     keeps_meaning,
+    largest_by_chance,
     mutual_information,
     mutual_information_gap,
     recover,
@@ -64,6 +66,7 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 }
 MEANT = {"hue jitter": "colour", "small crops": "place"}  # what each is meant to make a code forget
 UNTRAINED = "untrained"
+TOLD = 0.1  # how far above chance a factor is found that bits are said to tell
 
 
 def main() -> None:
@@ -108,7 +111,7 @@ def measure(folder: Path) -> dict[str, Any]:
             seen = extract(untrained, source, pixels=True)
             found["entropy"] = entropy(factors).tolist()
             found["networks"][UNTRAINED] = of_network(seen, factors)
-            found["pixels"] = in_halves(seen["pixels"], factors)
+            found["pixels"] = in_halves(seen["pixels"], factors[seen["images"]])
         started = time.perf_counter()
         result = pretrain(config)
         found["seconds"][augmentation] = time.perf_counter() - started
@@ -129,10 +132,15 @@ def of_network(seen: dict[str, Tensor], factors: Tensor) -> dict[str, Any]:
     """Every measure of a network's bits and features of the test scenes, by factor in the order of NAMES."""
     factors = factors[seen["images"]]
     bits = seen["signs"] > 0
-    information = mutual_information(bits, factors).corrected
+    information = mutual_information(bits, factors)
+    by_chance = torch.tensor([largest_by_chance(bits, factor) for factor in factors.T])
     gap = mutual_information_gap(bits, factors)
     gallery, queries = halves(len(bits))
+    recovered = in_halves(bits, factors)
+    pairs = zip(recovered["accuracy"], recovered["chance"], strict=True)
+    told = torch.tensor([accuracy - chance > TOLD for accuracy, chance in pairs])
     parts = dci(bits[gallery], factors[gallery], bits[queries], factors[queries])
+    of_told = disentanglement(parts.importance[:, told])[0] if told.sum() > 1 else None
     shape, colour = (is_unseen(factor, factors) for factor in ("shape", "colour"))
     neither = ~shape & ~colour
     asked = {"seen": queries & neither, "unseen shapes": shape & ~colour, "unseen colours": colour & ~shape}
@@ -143,12 +151,14 @@ def of_network(seen: dict[str, Tensor], factors: Tensor) -> dict[str, Any]:
     }
     return {
         "bit_entropy": entropy(bits).mean().item(),
-        "bits": in_halves(bits, factors),
+        "bits": recovered,
         "features": in_halves(seen["features"], factors),
-        "most_information": information.max(0).values.tolist(),
+        "most_information": information.corrected.amax(0).tolist(),
+        "significant": (information.measured > by_chance).sum(0).tolist(),
         "mig": {"gap": gap.gap.tolist(), "ceiling": gap.ceiling.tolist()},
         "dci": {
             "disentanglement": parts.disentanglement,
+            "disentanglement of factors told": of_told,
             "completeness": parts.completeness,
             "informativeness": parts.informativeness,
             "by_factor": parts.by_factor.tolist(),
@@ -166,11 +176,11 @@ def is_unseen(factor: str, factors: Tensor) -> Tensor:
 
 def meaning_of(bits: Tensor, factors: Tensor, new_bits: Tensor, new_factors: Tensor) -> dict[str, Any]:
     """What becomes of the bits' meaning on new scenes, by factor; None where it cannot be told."""
-    names = ("correlation", "agreement", "agreement_chance")
-    values = keeps_meaning(bits, factors, new_bits, new_factors).by_factor()
+    names = ("correlation", "agreement", "agreement_chance", "deviation")
+    kept = keeps_meaning(bits, factors, new_bits, new_factors)
     found = {
         name: [x if math.isfinite(x) else None for x in value.tolist()]  # JSON has no NaN
-        for name, value in zip(names, values, strict=True)
+        for name, value in zip(names, (*kept.by_factor(), kept.deviation), strict=True)
     }
     return {**found, "images": len(new_bits)}
 
@@ -251,11 +261,15 @@ def information(found: dict[str, Any]) -> list[str]:
     return [
         "## What one bit tells of each factor",
         "",
-        "The most that one bit carries, in bits, corrected for chance.",
+        "The most that one bit carries, in bits, corrected for chance; in brackets how many bits carry more "
+        "than the best of all has by chance in 19 of 20 cases.",
         "",
         *head(),
         line("entropy of the factor", found["entropy"], 1, 2),
-        *(line(name, network["most_information"], 1, 3) for name, network in found["networks"].items()),
+        *(
+            line(name, network["most_information"], 1, 3, network["significant"], 0)
+            for name, network in found["networks"].items()
+        ),
     ]
 
 
@@ -264,20 +278,22 @@ def pairing(found: dict[str, Any]) -> list[str]:
     networks = found["networks"]
     gaps = {"ceiling": networks[UNTRAINED]["mig"]["ceiling"]}
     gaps |= {name: network["mig"]["gap"] for name, network in networks.items()}
-    parts = ("disentanglement", "completeness", "informativeness")
+    parts = ("disentanglement", "disentanglement of factors told", "completeness", "informativeness")
     return [
         "## One factor, one bit?",
         "",
-        "MIG by factor, and its mean; a factor of more than one bit has a ceiling below 1.",
+        "MIG by factor, and its mean; a factor of more than two values has a ceiling below 1.",
         "",
         *head("mean"),
         *(line(name, [*values, sum(values) / len(values)], 1, 3) for name, values in gaps.items()),
         "",
         "DCI by gradient-boosted trees; informativeness is the share of scenes whose factor they find, in "
-        "the mean over factors.",
+        "the mean over factors. A factor that bits do not tell is spread over all of them by chance, which "
+        "pushes disentanglement down: it stands beside that of factors found more than "
+        f"{100 * TOLD:.0f} points above chance.",
         "",
         row(["", *parts]),
-        "|---" * 4 + "|",
+        "|---" * (1 + len(parts)) + "|",
         *(line(name, [network["dci"][part] for part in parts], 1, 3) for name, network in networks.items()),
     ]
 
@@ -287,7 +303,7 @@ def meaning(found: dict[str, Any]) -> list[str]:
     correlations, gains = [], []
     for name, network in found["networks"].items():
         for whose, of in network["meaning"].items():
-            correlations.append(line(f"{name}, {whose}", of["correlation"], 1, 2))
+            correlations.append(line(f"{name}, {whose}", of["correlation"], 1, 2, of["deviation"], 2))
             pairs = zip(of["agreement"], of["agreement_chance"], strict=True)
             gain = [None if by_value is None else by_value - by_all for by_value, by_all in pairs]
             gains.append(line(f"{name}, {whose}", gain, 100, 1))
@@ -298,8 +314,9 @@ def meaning(found: dict[str, Any]) -> list[str]:
         "",
         "Correlation of how often a bit is 1 for each value of a factor, between scenes of seen shapes and "
         f"colours, and others: {counts}; "
-        "mean over bits, weighted by how much they tell of the factor. By chance it is 0. A value that was "
-        "never seen has nothing to be compared with.",
+        "mean over bits, weighted by how much they tell of the factor. By chance, if the values' meanings "
+        "were dealt out anew, it is 0 with the deviation in brackets, the larger the fewer values there are "
+        "and the more alike the bits. A value that was never seen has nothing to be compared with.",
         "",
         *head(),
         *correlations,
@@ -347,7 +364,7 @@ def discussion(found: dict[str, Any]) -> list[str]:
             f"that change: {change('gentle', name, others)}."
         )
     for name, network in networks.items():
-        told = [f for f in NAMES if read[name][f] - chance[f] > 0.1]
+        told = [f for f in NAMES if read[name][f] - chance[f] > TOLD]
         whose = {
             who: dict(zip(NAMES, of["correlation"], strict=True)) for who, of in network["meaning"].items()
         }
@@ -358,23 +375,32 @@ def discussion(found: dict[str, Any]) -> list[str]:
             for new in ("unseen shapes", "unseen colours")
         }
         lines.append(
-            f"- `{name}`: correlation of meanings of factors read 10 points above chance, on seen → on "
+            f"- `{name}`: correlation of meanings of factors read {100 * TOLD:.0f} points above chance, on "
+            "seen → on "
             + "; on ".join(f"{new}: {change or 'there are none'}" for new, change in changes.items())
             + "."
         )
-    unheard = [f for f in UNSEEN if max(read[name][f] - chance[f] for name in trained) <= 0.1]
+    unheard = [f for f in UNSEEN if max(read[name][f] - chance[f] for name in trained) <= TOLD]
     if unheard:
         lines.append(
-            f"- Not one of these codes says much of {' or '.join(unheard)} (at most 10 points above chance): "
-            "what is new in it is hardly noticed, so that meanings kept there show little."
+            f"- Not one of these codes says much of {' or '.join(unheard)} (at most {100 * TOLD:.0f} points "
+            "above chance): what is new in it is hardly noticed, so that meanings kept there show little."
         )
-    scores = {name: network["dci"]["disentanglement"] for name, network in networks.items()}
-    best = max(trained, key=scores.get)
-    verdict = "most bits tell of several factors" if scores[best] < 0.5 else "most bits tell of one factor"
-    lines.append(
-        f"- Disentanglement is {scores[best]:.2f} at the most (`{best}`; untrained {scores[UNTRAINED]:.2f}): "
-        f"{verdict}."
-    )
+    scores = {
+        name: score
+        for name, network in networks.items()
+        if (score := network["dci"]["disentanglement of factors told"]) is not None
+    }
+    if trained.keys() & scores.keys():
+        best = max(trained.keys() & scores.keys(), key=scores.get)
+        verdict = (
+            "most bits tell of several factors" if scores[best] < 0.5 else "most bits tell of one factor"
+        )
+        before = f"; untrained {scores[UNTRAINED]:.2f}" if UNTRAINED in scores else ""
+        lines.append(
+            f"- Disentanglement of the factors told is {scores[best]:.2f} at the most (`{best}`{before}): "
+            f"{verdict}."
+        )
     return lines
 
 
@@ -389,9 +415,20 @@ def head(*more: str) -> list[str]:
     return [row(cells), "|---" * len(cells) + "|"]
 
 
-def line(name: str, values: list[float | None], times: float, digits: int) -> str:
-    """A row of a table; None is left empty."""
-    return row([name, *("" if value is None else f"{times * value:.{digits}f}" for value in values)])
+def line(
+    name: str,
+    values: list[float | None],
+    times: float,
+    digits: int,
+    beside: list[float | None] | None = None,
+    their_digits: int = 0,
+) -> str:
+    """A row of a table, with others in brackets; None is left empty."""
+    cells = ["" if value is None else f"{times * value:.{digits}f}" for value in values]
+    for place, value in enumerate(beside or []):
+        if value is not None:
+            cells[place] += f" ({value:.{their_digits}f})"
+    return row([name, *cells])
 
 
 def row(cells: list[str]) -> str:

@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bincomm.evaluation.linear import linear_probe
@@ -44,30 +45,67 @@ def mutual_information(bits: Tensor, factors: Tensor) -> Information:
         TypeError, ValueError: see `check_factors`.
     """
     check_factors(bits, factors)
-    measured, chance, most = (
-        torch.zeros(bits.shape[1], factors.shape[1], dtype=torch.float64) for _ in range(3)
-    )
-    entropies = entropy(bits)
-    for column, factor in enumerate(factors.T.cpu()):
-        ones, images = _count_ones(bits, *factor.unique(return_inverse=True))
-        counts = torch.stack([ones, images - ones])  # (2, K, V)
-        joint = _entropy(counts.movedim(0, 1).flatten(1))
-        measured[:, column] = (entropies + _entropy(images) - joint).clamp(min=0)
-        chance[:, column] = _expected_information(ones.sum(1), images)
-        most[:, column] = torch.minimum(entropies, _entropy(images))
-    room = most - chance
-    corrected = torch.where(room > 1e-9, most * (measured - chance) / room, 0.0)
-    return Information(measured, chance, corrected)
+    ones, own = bits.cpu().sum(0), entropy(bits)
+    columns = []
+    for factor in factors.T.cpu():
+        values, places = factor.unique(return_inverse=True)
+        counts, images = count_ones(bits, places, len(values))
+        measured, chance = _information(counts, images), _expected_information(ones, images)
+        most = torch.minimum(own, _entropy(images))
+        room = most - chance
+        corrected = torch.where(room > 1e-9, most * (measured - chance) / room, 0.0)
+        columns.append((measured, chance, corrected))
+    return Information(*(torch.stack(values, 1) for values in zip(*columns, strict=True)))
+
+
+def largest_by_chance(bits: Tensor, factor: Tensor, *, draws: int = 200, seed: int = 0) -> float:
+    """What the best of K bits tells of a factor by chance, at most, in 19 of 20 cases.
+
+    The factor's values are dealt out anew to the images, `draws` times, and the largest `measured` of all
+    bits is noted. Where bits have nothing to do with the factor, their own largest is one draw more, above
+    the figure returned with a probability of at most 5 %: to call bits above it significant is to call even
+    one of K bits without meaning so in at most 5 % of the cases, whatever the bits have in common (Westfall
+    and Young 1993).
+
+    Args:
+        bits: (n, K) bool.
+        factor: (n,) integers.
+        draws: at least 19.
+        seed: of the permutations.
+
+    Raises:
+        TypeError, ValueError: see `check_factors`, or too few draws.
+    """
+    check_factors(bits, factor[:, None])
+    if draws < 19:
+        raise ValueError(f"draws: expected at least 19, got {draws}")
+    generator = torch.Generator().manual_seed(seed)
+    images, rows = factor.cpu().unique(return_counts=True)[1], bits.cpu().float()
+    largest = [
+        _information(_sums(rows, torch.randperm(len(rows), generator=generator), images), images).max()
+        for _ in range(draws)
+    ]
+    return torch.stack(largest).sort().values[draws - (draws + 1) // 20].item()
+
+
+def count_ones(bits: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """How often each bit of (n, K) bool is 1 in the images of each value, (V, K) int64, and how many images
+    have it, (V,) int64, of values (n,) from 0 to V - 1 = `count` - 1. Exact for fewer than 2²⁴ images."""
+    values = values.cpu()
+    images = torch.bincount(values, minlength=count)
+    return _sums(bits.cpu().float(), values.argsort(), images), images
 
 
 def entropy(columns: Tensor) -> Tensor:
     """Entropy in bits of each column of (n, C) bits or factors: (C,) fp64."""
-    counts = [column.unique(return_counts=True)[1].double() for column in columns.T.cpu()]
-    return torch.stack([_entropy(count) for count in counts])
+    if columns.dtype == torch.bool:
+        ones = columns.cpu().sum(0)
+        return _entropy(torch.stack([ones, len(columns) - ones], 1))
+    return torch.stack([_entropy(column.unique(return_counts=True)[1]) for column in columns.T.cpu()])
 
 
 class Gap(NamedTuple):
-    """Mutual information gap of each factor, (F,), and the most that any bits could reach, (F,); see
+    """Mutual information gap of each factor, (F,), and the most that any bits could reach on it, (F,); see
     `mutual_information_gap`."""
 
     gap: Tensor
@@ -79,8 +117,9 @@ def mutual_information_gap(bits: Tensor, factors: Tensor) -> Gap:
 
     `(I(b₁; f) - I(b₂; f)) / H(f)`, b₁ and b₂ being the bits with the most and the second most information
     on f, as measured; MIG is the mean over factors. 1 where one bit says all and no other anything, 0 where
-    two say the same. A bit holds at most one bit, so that a factor of more entropy has a ceiling,
-    `1/H(f)`, and can lie in several bits with no gap at all: read it beside `dci`, which allows for that.
+    two say the same. A bit holds at most one bit, and of a factor of V values no more than a cut of them in
+    two: so a factor of more than two values has a ceiling, the entropy of the most even cut over H(f), and
+    can lie in several bits with no gap at all: read it beside `dci`, which allows for that.
 
     Args:
         bits: (n, K ≥ 2) bool.
@@ -94,7 +133,11 @@ def mutual_information_gap(bits: Tensor, factors: Tensor) -> Gap:
         raise ValueError(f"bits: expected at least 2, got {bits.shape[1]}")
     first, second = mutual_information(bits, factors).measured.topk(2, dim=0).values
     entropies = entropy(factors)
-    return Gap((first - second) / entropies, (1 / entropies).clamp(max=1))
+    halves = torch.tensor(
+        [_most_even_half(factor.unique(return_counts=True)[1].tolist()) for factor in factors.T.cpu()]
+    )
+    most = _entropy(torch.stack([halves, len(factors) - halves], 1))
+    return Gap((first - second) / entropies, most / entropies)
 
 
 class Recovery(NamedTuple):
@@ -169,12 +212,14 @@ def dci(
     All in all it is the mean weighted by Σ_f R_kf. Completeness of a factor is `1 - H_K(R_.f)`: 1 where one
     bit alone matters; all in all the mean. Informativeness is here the share of queries in which the factor
     is found, to be held against chance, see `recover`: a factor that the bits do not carry has importances
-    too, but they mean nothing.
+    too, but they mean nothing, and being spread over all bits they push disentanglement far down. Where there
+    are such factors, take `disentanglement(importance[:, carried])` of the others.
 
     The predictor is gradient-boosted trees of scikit-learn, as in disentanglement_lib (arXiv 1811.12359),
     and not L1 logistic regression: trees also read what only several bits together say, parity included, and
     there is no strength of a penalty to be chosen that would decide how sparse R looks. Importance is the
-    impurity that splits at a bit take away. It takes seconds for each factor with several values.
+    impurity that splits at a bit take away. It takes seconds for each factor with several values, of 64 bits
+    and 2 000 images; it grows with both and with the values: show it thousands of images, not all.
 
     Args:
         gallery: (N, K ≥ 2) bool, gallery_factors: (N, F ≥ 2) integers; each has to vary.
@@ -204,11 +249,10 @@ def dci(
         accuracies.append(model.score(queries.cpu().numpy(), asked.numpy()))
     importance = torch.stack(importances, 1).double()
     accuracy = torch.tensor(accuracies, dtype=torch.float64)
-    by_bit = 1 - _relative_entropy(importance)
+    all_in_all, by_bit = disentanglement(importance)
     by_factor = 1 - _relative_entropy(importance.T)
-    weights = importance.sum(1) / importance.sum()
     return DCI(
-        float(weights @ by_bit),
+        all_in_all,
         float(by_factor.mean()),
         float(accuracy.mean()),
         by_bit,
@@ -218,21 +262,29 @@ def dci(
     )
 
 
+def disentanglement(importance: Tensor) -> tuple[float, Tensor]:
+    """Disentanglement of all bits and of each, (K,), from the importance (K, F ≥ 2) of bits to factors; see
+    `dci`. 0 where nothing is of any importance."""
+    by_bit = 1 - _relative_entropy(importance)
+    weights = importance.sum(1)
+    return float(weights @ by_bit / weights.sum().clamp(min=1e-12)), by_bit
+
+
 class Meaning(NamedTuple):
-    """What bits mean of factors, and whether they keep it, each (K, F); see `keeps_meaning`."""
+    """What bits mean of factors, and whether they keep it, (K, F) each but the last; see `keeps_meaning`."""
 
     strength: Tensor
     strength_chance: Tensor
     correlation: Tensor
     agreement: Tensor
     agreement_chance: Tensor
+    deviation: Tensor  # (F,)
 
     def by_factor(self) -> tuple[Tensor, Tensor, Tensor]:
         """Correlation, agreement and agreement by chance, each (F,): means over bits, weighted by how far
         their strength lies above chance. NaN for a factor of which no bit says anything, and where it cannot
         be told."""
-        weights = (self.strength - self.strength_chance).clamp(min=0)
-        weights = weights / weights.sum(0)  # NaN where there are none
+        weights = _weights(self.strength, self.strength_chance)
         return tuple(
             (weights * values).sum(0) for values in (self.correlation, self.agreement, self.agreement_chance)
         )
@@ -251,6 +303,9 @@ def keeps_meaning(
     - correlation: Pearson's of s_v and u_v over the values that both have, all alike. 1 the meaning is kept,
       -1 turned round, 0 on average if the values' meanings were dealt out anew, with a standard deviation of
       1/√(V - 1) for a single bit; 0 also where a bit is constant.
+    - deviation: that of the weighted mean over bits that `Meaning.by_factor` gives, if the values' meanings
+      were dealt out anew. Bits are no independent witnesses, so many of them may have one hardly smaller than
+      a single bit's: of a factor with few values a correlation then shows little.
     - agreement: share of the unseen images whose bit is the one more frequent on seen images of the same
       value. Its chance level ignores the value: the one more frequent on all seen images.
 
@@ -263,8 +318,8 @@ def keeps_meaning(
             a factor in both (as are those of the class itself) is left out.
 
     Returns:
-        Each (K, F) fp64. Correlation is NaN for a factor of which both have fewer than two values, agreement
-        where they have none.
+        Each (K, F) fp64, deviation (F,). Correlation is NaN for a factor of which both have fewer than two
+        values, agreement where they have none, deviation also where no bit's strength is above chance.
 
     Raises:
         TypeError, ValueError: see `check_factors`, or shapes that do not fit.
@@ -277,7 +332,7 @@ def keeps_meaning(
         _meaning_of(seen_bits, seen, unseen_bits, unseen)
         for seen, unseen in zip(seen_factors.T.cpu(), unseen_factors.T.cpu(), strict=True)
     ]
-    return Meaning(*(torch.stack(values, 1) for values in zip(*columns, strict=True)))
+    return Meaning(*(torch.stack(values, -1) for values in zip(*columns, strict=True)))
 
 
 def check_factors(
@@ -315,8 +370,8 @@ def _check_same_columns(
 
 def _entropy(counts: Tensor) -> Tensor:
     """Entropy in bits of counts (..., V)."""
-    shares = counts / counts.sum(-1, keepdim=True)
-    return -torch.special.xlogy(shares, shares).sum(-1) / math.log(2)
+    shares = counts / counts.sum(-1, keepdim=True, dtype=torch.float64)
+    return -torch.special.xlogy(shares, shares).sum(-1) / math.log(2) + 0.0
 
 
 def _relative_entropy(weights: Tensor) -> Tensor:
@@ -326,53 +381,77 @@ def _relative_entropy(weights: Tensor) -> Tensor:
     return -torch.special.xlogy(shares, shares).sum(-1) / math.log(weights.shape[-1])
 
 
-def _count_ones(bits: Tensor, values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Of images whose values are `values[places]`: how often each bit is 1 for each value, (K, V), and how
-    many images have it, (V,); fp64, exact."""
-    ones = torch.zeros(len(values), bits.shape[1], dtype=torch.float64)
-    ones.index_add_(0, places, bits.cpu().double())
-    return ones.T, torch.bincount(places, minlength=len(values)).double()
+def _sums(rows: Tensor, order: Tensor, images: Tensor) -> Tensor:
+    """(V, K) int64 sums of the first `images[0]` rows in this order, the next `images[1]`, and so on."""
+    return F.embedding_bag(order, rows, images.cumsum(0) - images, mode="sum").long()
+
+
+def _most_even_half(images: list[int]) -> int:
+    """Of values with so many images, how many the values of a half have that is as near to half as can be."""
+    n, sums = sum(images), 1  # bit i: some of the values have i images together
+    for count in images:
+        sums |= sums << count
+    return (sums & ((1 << (n // 2 + 1)) - 1)).bit_length() - 1
+
+
+def _information(ones: Tensor, images: Tensor) -> Tensor:
+    """I in bits, (K,), from how often bits are 1 for each value, (V, K), and its images, (V,)."""
+    n, b = images.sum(), ones.sum(0)
+    joint = _n_log_n(torch.cat([ones, images[:, None] - ones]))
+    alone = _n_log_n(torch.stack([b, n - b])) + _n_log_n(images)
+    return ((joint + _n_log_n(n[None]) - alone) / n / math.log(2)).clamp(min=0)  # below by rounding alone
+
+
+def _n_log_n(counts: Tensor) -> Tensor:
+    """Σ n log n over the first dimension of counts; fp64."""
+    counts = counts.double()
+    return torch.special.xlogy(counts, counts).sum(0)
 
 
 def _expected_information(ones: Tensor, images: Tensor) -> Tensor:
     """E[I] in bits, (K,), of bits that are 1 in `ones` (K,) of the images and a factor whose values are those
     of `images` (V,), over all orders: `Σ_v Σ_m h(m)·[m/n·log(n·m/(b·a)) + (a-m)/n·log(n·(a-m)/((n-b)·a))]`,
     a images with value v, b with the bit, h(m) the probability that m have both."""
-    n = images.sum()
+    n = int(images.sum())
     ones, place = ones.unique(return_inverse=True)
+    factorials = torch.lgamma(torch.arange(1, n + 2, dtype=torch.float64))  # their logarithms
     b = ones[:, None]
     expected = torch.zeros(len(ones), dtype=torch.float64)
-    for a, times in zip(*images.unique(return_counts=True), strict=True):
-        m = torch.arange(int(a) + 1, dtype=torch.float64)
-        possible = (m <= b) & (a - m <= n - b)
-        logarithm = _log_choose(b, m) + _log_choose(n - b, a - m) - _log_choose(n, a)
-        probability = torch.where(possible, logarithm, -torch.inf).exp()
-        inside = torch.special.xlogy(m, n * m / (b * a).clamp(min=1))
-        outside = torch.special.xlogy(a - m, n * (a - m) / ((n - b) * a).clamp(min=1))
-        expected += times * torch.where(possible, probability * (inside + outside) / n, 0.0).sum(1)
+    for a, times in torch.stack(images.unique(return_counts=True), 1).tolist():
+        # By Hoeffding's bound m is farther from its mean with a probability below 1e-18.
+        reach = math.ceil(math.sqrt(21 * a)) + 1
+        m = b * a // n + torch.arange(-reach, reach + 1)
+        possible = (m >= 0) & (m <= a) & (m <= b) & (a - m <= n - b)
+        m = torch.where(possible, m, (a + b - n).clamp(min=0))
+        logarithm = (
+            (factorials[b] - factorials[m] - factorials[b - m])
+            + (factorials[n - b] - factorials[a - m] - factorials[n - b - a + m])
+            - (factorials[n] - factorials[a] - factorials[n - a])
+        )
+        inside = torch.special.xlogy(m, n * m / (b * a).clamp(min=1).double())
+        outside = torch.special.xlogy(a - m, n * (a - m) / ((n - b) * a).clamp(min=1).double())
+        expected += times * (possible * logarithm.exp() * (inside + outside)).sum(1) / n
     return expected[place] / math.log(2)
-
-
-def _log_choose(n: Tensor, k: Tensor) -> Tensor:
-    """log of n over k; anything where k is not among 0 ... n."""
-    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma((n - k).clamp(min=0) + 1)
 
 
 def _meaning_of(
     seen_bits: Tensor, seen: Tensor, unseen_bits: Tensor, unseen: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five columns (K,) of `Meaning` for one factor."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The columns (K,) of `Meaning` for one factor, and the last, a number."""
     values, places = torch.cat([seen, unseen]).unique(return_inverse=True)
-    ones, images = _count_ones(seen_bits, values, places[: len(seen)])
-    their_ones, their_images = _count_ones(unseen_bits, values, places[len(seen) :])
-    n, all_ones = images.sum(), ones.sum(1)
+    (ones, images), (their_ones, their_images) = (
+        count_ones(bits, some, len(values))
+        for bits, some in zip((seen_bits, unseen_bits), places.split([len(seen), len(unseen)]), strict=True)
+    )
+    ones, their_ones = ones.T.double(), their_ones.T.double()  # (K, V)
+    n, all_ones = len(seen), ones.sum(1)
     mean = all_ones / n
     had = images > 0
     share = ones[:, had] / images[had]
     explained = (images[had] / n * (share - mean[:, None]) ** 2).sum(1)
     variance = mean * (1 - mean)
     strength = torch.where(variance > 0, explained / variance, 0.0)
-    chance = torch.where(variance > 0, (had.sum() - 1) / (n - 1), 0.0)
+    chance = torch.where(variance > 0, (had.sum() - 1) / max(n - 1, 1), 0.0)
 
     both = had & (their_images > 0)
     ones, images, their_ones, their_images = (
@@ -385,9 +464,22 @@ def _meaning_of(
         for bit in (likely, commoner)
     )
     if both.sum() < 2:
-        return strength, chance, torch.full_like(mean, torch.nan), agreed, agreed_by_chance
-    s, u = ones / images, their_ones / their_images
-    s, u = s - s.mean(1, keepdim=True), u - u.mean(1, keepdim=True)
-    scale = (s.square().sum(1) * u.square().sum(1)).sqrt()
-    correlation = torch.where(scale > 1e-12, (s * u).sum(1) / scale, 0.0)
-    return strength, chance, correlation, agreed, agreed_by_chance
+        correlation = torch.full_like(mean, torch.nan)
+        return strength, chance, correlation, agreed, agreed_by_chance, mean.new_tensor(torch.nan)
+    s, u = (_unit(x - x.mean(1, keepdim=True)) for x in (ones / images, their_ones / their_images))
+    weights = _weights(strength, chance)
+    # C = Σ_v A_vv, and with the values of u dealt out anew Σ_v A_vπ(v); rows and columns of A sum to 0.
+    deviation = ((weights[:, None] * s).T @ u).norm() / math.sqrt(len(images) - 1)
+    return strength, chance, (s * u).sum(1), agreed, agreed_by_chance, deviation
+
+
+def _weights(strength: Tensor, chance: Tensor) -> Tensor:
+    """Of bits, (K, ...), which sum to 1; NaN where none has a strength above chance."""
+    weights = (strength - chance).clamp(min=0)
+    return weights / weights.sum(0)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows (K, V) of length 1; 0 where they are 0 but for rounding."""
+    length = rows.norm(dim=1, keepdim=True)
+    return torch.where(length > 1e-12, rows / length, 0.0)

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import binom, norm
+from scipy.stats import beta, binom
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from bincomm.codes import factors
 from bincomm.engine.logs import DEAD_SHARE, binary_entropy
 from bincomm.evaluation.retrieval import mean_average_precision
-from bincomm.ops.hamming import hamming_distance
+from bincomm.ops.hamming import hamming_distance, hamming_topk
 from bincomm.ops.messages import pack_signs
 
 PAIRS = 1 << 25  # pairs of images up to which all distances are counted: about 8 000 images
@@ -26,7 +27,8 @@ BLOCK = 1 << 22  # distances, and entries of a Gram matrix's factors, held at on
 
 def share_of_ones(signs: Tensor) -> Tensor:
     """(K,) shares of the images in which each bit is 1; the standard error is at most 1/(2√n)."""
-    return _bits(signs).double().mean(0)
+    bits = _bits(signs)
+    return bits.sum(0).double() / len(bits)
 
 
 def bit_entropies(signs: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def block_entropies(signs: Tensor, width: int = 8) -> BlockEntropies:
         raise ValueError(f"width: expected from 1 to 16 bits, got {width}")
     n, rows = len(bits), []
     unit = 1 / (2 * n * math.log(2))
-    single = binary_entropy(bits.double().mean(0)) + unit * (bits.any(0) & ~bits.all(0)).double()
+    single = bit_entropies(bits) + unit * (bits.any(0) & ~bits.all(0)).double()
     for block, marginals in zip(bits.split(width, 1), single.clamp(max=1).split(width), strict=True):
         size = block.shape[1]
         words = (block.long() << torch.arange(size, device=bits.device)).sum(1)
@@ -235,55 +237,36 @@ class Information(NamedTuple):
     corrected: Tensor  # for chance: 0 on average for a bit that has nothing to do with it
     plug_in: Tensor  # as counted
     significant: Tensor  # bool: larger than chance leaves any of the K bits, at a level of 5 %
-    threshold: float  # the plug-in estimate from which on it is
+    threshold: float  # the plug-in estimate above which it is
     entropy: float  # of the variable, the most there is to tell (a bit has at most 1)
 
 
 def mutual_information(signs: Tensor, values: Tensor, *, draws: int = 200, seed: int = 0) -> Information:
     """Mutual information of every bit with a variable of few values, as a class or an attribute.
 
-    `I = H(bit) - Σ_v p(v) H(bit | v)`. Counted from n images it is above 0 by chance, by about
-    (values - 1)/(2n ln 2). How much is measured by permuting the values among the images `draws` times: E is
-    the mean. Corrected is `(I - E)/(M - E) · M`, `M = min(H(bit), H(values))`, the adjusted mutual
-    information (Vinh, Epps and Bailey, JMLR 2010) in bits: 0 on average by chance, where it is sometimes
-    below 0, and M where one determines the other. `significant` compares I with the 95 % quantile of the
-    largest of all bits in each permutation (Westfall and Young 1993), so that among K bits without meaning
-    the chance of calling even one significant is 5 %.
+    As counted from n images it is above 0 by chance, by about (values - 1)/(2n ln 2), and corrected for that
+    as `bincomm.codes.factors.mutual_information` tells: 0 on average by chance, where it is sometimes below
+    0, and as much as there is to tell where one determines the other. `significant` holds it against
+    `bincomm.codes.factors.largest_by_chance`: among K bits without meaning the chance of calling even one
+    significant is 5 %. That is of one variable; of twenty without meaning one may have a significant bit.
 
     Args:
         signs: (n, K), values: (n,) int; images with a value below 0, unknown, are left out.
+        draws: permutations, at least 19.
 
     Raises:
-        ValueError: another number of values than of images, or none that is known.
+        ValueError: another number of values than of images, none that is known, or too few draws.
     """
     bits = _bits(signs)
     values = _labels(values, len(bits), unknown=True)
     known = values >= 0
     if not known.any():
         raise ValueError("values: expected at least one that is known (0 or above), got none")
-    bits, values = bits[known].double(), values[known].unique(return_inverse=True)[1]
-    counts = torch.bincount(values).double()
-    n, own = len(bits), binary_entropy(bits.mean(0))
-
-    def information(values: Tensor) -> Tensor:
-        ones = torch.zeros(len(counts), bits.shape[1], dtype=torch.float64, device=bits.device)
-        ones.index_add_(0, values, bits)
-        return (own - counts / n @ binary_entropy(ones / counts[:, None])).clamp(
-            min=0
-        )  # below by rounding alone
-
-    generator = torch.Generator().manual_seed(seed)
-    plug_in = information(values)
-    by_chance = torch.stack(
-        [information(values[torch.randperm(n, generator=generator).to(values.device)]) for _ in range(draws)]
-    )
-    p = counts / n
-    entropy = -(p * p.log2()).sum().item() + 0.0
-    most, expected = own.clamp(max=entropy), by_chance.mean(0)
-    room = most - expected
-    corrected = torch.where(room > 1e-12, (plug_in - expected) / room.clamp(min=1e-12) * most, 0.0)
-    threshold = by_chance.amax(1).quantile(0.95).item()
-    return Information(corrected, plug_in, plug_in > threshold + 1e-12, threshold, entropy)
+    bits, values = bits[known], values[known]
+    measured, _, corrected = (x[:, 0] for x in factors.mutual_information(bits, values[:, None]))
+    threshold = factors.largest_by_chance(bits, values, draws=draws, seed=seed)
+    entropy = factors.entropy(values[:, None]).item()
+    return Information(corrected, measured, measured > threshold + 1e-12, threshold, entropy)
 
 
 def class_shares(signs: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
@@ -297,9 +280,8 @@ def class_shares(signs: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, T
     labels = _labels(labels, len(bits))
     if int(labels.max()) >= classes:
         raise ValueError(f"labels: expected below {classes}, the number of classes, got {int(labels.max())}")
-    counts = torch.bincount(labels, minlength=classes)
-    ones = torch.zeros(classes, bits.shape[1], dtype=torch.float64, device=bits.device)
-    return counts, ones.index_add_(0, labels, bits.double()) / counts[:, None]
+    ones, counts = factors.count_ones(bits, labels, classes)
+    return counts, ones / counts[:, None].double()
 
 
 class Sharing(NamedTuple):
@@ -312,12 +294,16 @@ class Sharing(NamedTuple):
 def sharing(signs: Tensor, labels: Tensor, classes: int, *, level: float = 0.01) -> Sharing:
     """Classes that share a bit: those of whose images significantly more than half have it.
 
-    One-sided exact binomial test of each class and bit against a share of 1/2, at `level` each: of a hundred
-    that are undecided in truth, about one is called so. A class of fewer than 7 images never is, at 0.01.
+    One-sided exact binomial tests of each class and bit against a share of 1/2, at `level` each: of a hundred
+    that are undecided in truth, one at most is called mostly 1, and one mostly 0. A class of fewer than 7
+    images is called neither, at 0.01.
+
+    Raises:
+        ValueError: see `class_shares`.
     """
     counts, shares = class_shares(signs, labels, classes)
-    images = counts[:, None].cpu().numpy()
-    ones = (shares.nan_to_num(0.0).cpu() * counts[:, None].cpu()).round().numpy()
+    images = counts[:, None].numpy()
+    ones = (shares.nan_to_num(0.0) * counts[:, None]).round().numpy()
     # P(at least as many ones), and as many zeros, of so many fair tosses; of none it is 1.
     found = [torch.from_numpy(binom.sf(x - 1, images, 0.5) <= level) for x in (ones, images - ones)]
     return Sharing(*found)
@@ -337,28 +323,31 @@ def telling_apart(
 ) -> Difference:
     """Bits by how well they tell two classes apart: the share of ones in the first minus that in the second.
 
-    The intervals are Newcombe's (hybrid of Wilson's scores, method 10; Statistics in Medicine 17, 1998), each
-    at a level of `level`/K (Bonferroni): all K hold together with a probability of 1 - `level`, so the bit
-    that comes out first of so many is not flattered.
+    The intervals are made of those of the two shares, by squaring and adding as Newcombe does (Statistics in
+    Medicine 17, 1998), but of exact ones (Clopper and Pearson 1934): with Wilson's, and so many bits, a class
+    of few images would differ from a large one in nearly every rare bit that they happen to have. Each is at
+    a level of `level`/K (Bonferroni): all K hold together with a probability of 1 - `level`, so the bit that
+    comes out first of so many is not flattered.
 
     Raises:
         ValueError: another number of labels than of images, or a class without images.
     """
     bits = _bits(signs)
     labels = _labels(labels, len(bits))
-    z = float(norm.isf(level / bits.shape[1] / 2))
-    parts = []
+    tail, parts = level / bits.shape[1] / 2, []
     for name, label in (("first", first), ("second", second)):
         of_class = bits[labels == label]
-        if len(of_class) == 0:
+        n, ones = len(of_class), of_class.sum(0).cpu()
+        if n == 0:
             raise ValueError(f"{name}: expected a class with images, class {label} has none")
-        p, n = of_class.double().mean(0), len(of_class)
-        middle, root = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)).sqrt()
-        parts.append((p, (middle - root) / (1 + z * z / n), (middle + root) / (1 + z * z / n)))
+        # The distributions are not defined where there are no ones, or no zeros: the limits are 0 and 1.
+        low = torch.from_numpy(beta.ppf(tail, ones, n - ones + 1)).nan_to_num(0.0)
+        high = torch.from_numpy(beta.isf(tail, ones + 1, n - ones)).nan_to_num(1.0)
+        parts.append((ones.double() / n, low, high))
     (p, p_low, p_high), (q, q_low, q_high) = parts
     difference = p - q
-    low = difference - ((p - p_low).square() + (q_high - q).square()).sqrt()
-    high = difference + ((p_high - p).square() + (q - q_low).square()).sqrt()
+    low = difference - torch.hypot(p - p_low, q_high - q)
+    high = difference + torch.hypot(p_high - p, q - q_low)
     order = difference.abs().sort(descending=True, stable=True).indices.tolist()
     return Difference(difference, low, high, order)
 
@@ -410,8 +399,8 @@ def stability(signs: Tensor, others: Tensor) -> Stability:
     bits, other = _bits(signs), _bits(others)
     if bits.shape != other.shape:
         raise ValueError(f"others: expected shape {tuple(bits.shape)} like signs, got {tuple(other.shape)}")
-    p, q = bits.double().mean(0), other.double().mean(0)
-    agreement, chance = (bits == other).double().mean(0), p * q + (1 - p) * (1 - q)
+    p, q, agreement = (share_of_ones(x) for x in (bits, other, bits == other))
+    chance = p * q + (1 - p) * (1 - q)
     room = 1 - chance
     kappa = torch.where(room > 1e-12, (agreement - chance) / room.clamp(min=1e-12), 0.0)
     return Stability(agreement, chance, kappa)
@@ -503,9 +492,10 @@ def neighbour_overlap(
 
 def _belongings(messages: Tensor, rows: Tensor, k: int) -> Tensor:
     """(m, n) how far each item belongs to the k nearest of some: 1, 0, or a share where it is tied."""
+    # The item itself, at a distance of 0, comes before the k others.
+    last = hamming_topk(messages[rows], messages, k + 1)[0][:, k:]
     distances = hamming_distance(messages[rows], messages)
     distances[torch.arange(len(rows), device=rows.device), rows] = torch.iinfo(torch.int32).max
-    last = distances.kthvalue(k, dim=1, keepdim=True).values
     nearer, tied = distances < last, distances == last
     return nearer + tied * ((k - nearer.sum(1, keepdim=True)) / tied.sum(1, keepdim=True).double())
 

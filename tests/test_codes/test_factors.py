@@ -10,9 +10,12 @@ from sklearn.metrics import mutual_info_score
 from sklearn.metrics.cluster import expected_mutual_information
 
 from bincomm.codes.factors import (
+    count_ones,
     dci,
+    disentanglement,
     entropy,
     keeps_meaning,
+    largest_by_chance,
     mutual_information,
     mutual_information_gap,
     recover,
@@ -81,6 +84,58 @@ def test_chance_is_the_mean_over_all_orders():
     ]
     found = mutual_information(bits[:, None], factor[:, None])
     assert found.chance.item() == pytest.approx(np.mean(orders))
+
+
+@pytest.mark.parametrize(
+    ("images", "shares"), [(40, [1 / 40] * 40), (20_000, [0.05, 0.35, 0.6]), (60_000, [0.001, 0.999])]
+)
+def test_chance_is_that_of_scikit_learn_whatever_the_shares(images, shares):
+    factor = torch.arange(len(shares)).repeat_interleave((torch.tensor(shares) * images).round().long())
+    ones = [0, 1, 3, images // 2, images - 2, images]
+    bits = torch.stack([torch.randperm(len(factor)) < count for count in ones], 1)
+    found = mutual_information(bits, factor[:, None]).chance[:, 0]
+    for k in range(1, 5):
+        table = np.zeros((2, len(shares)), np.int64)
+        np.add.at(table, (bits[:, k].long().numpy(), factor.numpy()), 1)
+        chance = expected_mutual_information(table, len(factor)) / math.log(2)
+        assert found[k].item() == pytest.approx(chance, rel=1e-7)
+    assert found[[0, 5]].abs().max() < 1e-12
+
+
+def test_ones_are_counted_by_value():
+    bits, values = random_bits(300, 5), torch.randint(4, (300,))
+    values[values == 2] = 5  # two values without images
+    ones, images = count_ones(bits, values, 7)
+    assert images.tolist() == [int((values == v).sum()) for v in range(7)]
+    assert ones.tolist() == [bits[values == v].sum(0).tolist() for v in range(7)]
+
+
+def test_one_time_in_twenty_the_best_of_bits_without_meaning_is_called_significant():
+    called = 0
+    for seed in range(400):
+        bits = random_bits(200, 6)
+        bits[:, 1] = bits[:, 0] ^ (torch.rand(200) < 0.1)  # nearly the same again
+        factor = torch.randint(3, (200,))
+        threshold = largest_by_chance(bits, factor, draws=19, seed=seed)
+        called += bool((mutual_information(bits, factor[:, None]).measured > threshold).any())
+    assert abs(called / 400 - 0.05) < 3 * math.sqrt(0.05 * 0.95 / 400)
+
+
+def test_the_largest_by_chance_is_one_of_permutations():
+    bits, factor = random_bits(90, 4), torch.randint(5, (90,))
+    drawn = []
+    for seed in range(3):
+        found = largest_by_chance(bits, factor, draws=39, seed=seed)
+        generator, largest = torch.Generator().manual_seed(seed), []
+        for _ in range(39):
+            order = torch.randperm(90, generator=generator)
+            dealt = factor.sort().values
+            largest.append(max(brute_force_information(bits[order, k], dealt) for k in range(4)))
+        assert found == pytest.approx(sorted(largest)[-2])  # 1 of 40 is larger, and this one: 2 in 40
+        drawn.append(found)
+    assert len(set(drawn)) == 3
+    with pytest.raises(ValueError, match="draws: expected at least 19, got 3"):
+        largest_by_chance(bits, factor, draws=3)
 
 
 def test_random_bits_carry_nothing():
@@ -154,6 +209,19 @@ def test_gap_against_brute_force():
         assert found[f] == pytest.approx((told[-1] - told[-2]) / -(shares * np.log2(shares)).sum())
 
 
+def test_the_ceiling_is_what_the_best_of_all_bits_reaches():
+    for counts in ([10, 10, 10], [1, 2, 3, 4, 17], [40, 3, 3], [7, 7, 7, 7, 7, 7, 7, 7, 7]):
+        factor = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[:, None]
+        cuts = list(itertools.product([False, True], repeat=len(counts)))
+        bits = torch.tensor(cuts).T[factor[:, 0]]
+        told = mutual_information(bits, factor).measured.max()
+        found = mutual_information_gap(bits[:, :2], factor)
+        assert found.ceiling.item() == pytest.approx(float(told / entropy(factor)[0]))
+    thirds = torch.arange(3).repeat(30)[:, None]
+    found = mutual_information_gap(torch.cat([thirds == 1, thirds == 7], 1), thirds)
+    assert found.gap.item() == pytest.approx(found.ceiling.item())
+
+
 # Recovery
 
 
@@ -169,6 +237,12 @@ def test_recovery_from_bits_and_from_features():
     assert found.accuracy.tolist() == [1, 1]
     signs = recover(2 * bits.float() - 1, factors, 2 * asked.float() - 1, other)
     torch.testing.assert_close(signs.accuracy, found.accuracy)
+
+
+def test_recovery_is_from_the_queries():
+    factors = every(2, 2, times=20)
+    found = recover(factors == 1, factors, factors == 0, factors)
+    assert found.accuracy.tolist() == [0, 0]
 
 
 def test_recovery_from_what_carries_nothing_is_chance():
@@ -236,6 +310,35 @@ def test_dci_of_random_bits_is_about_zero():
     assert abs(found.disentanglement) < 0.05
     assert abs(found.completeness) < 0.05
     assert abs(found.informativeness - 1 / 3) < 4 * math.sqrt(2 / 9 / 1500 / 3)
+
+
+def test_disentanglement_is_that_of_its_definition():
+    from scipy.stats import entropy as entropy_of
+
+    importance = torch.rand(7, 3, dtype=torch.float64) ** 4
+    importance[2] = 0
+    importance = importance / importance.sum(0)
+    total, by_bit = disentanglement(importance)
+    for k in set(range(7)) - {2}:
+        assert by_bit[k] == pytest.approx(1 - entropy_of(importance[k], base=3))
+    assert by_bit[2] == pytest.approx(0)
+    weights = importance.sum(1) / importance.sum()
+    assert total == pytest.approx(float((weights * by_bit).sum()))
+
+
+def test_what_no_bit_tells_is_left_out_by_its_columns():
+    """Three bits of a factor each, and three factors that are nowhere: their importance is spread evenly."""
+    importance = torch.cat([torch.eye(3).repeat(3, 1) / 3, torch.full((9, 3), 1 / 9)], 1).double()
+    assert disentanglement(importance)[0] < 0.4
+    assert disentanglement(importance[:, :3])[0] == pytest.approx(1)
+
+
+def test_dci_of_bits_that_say_nothing_is_zero():
+    factors = every(2, 3, times=10)
+    bits = torch.zeros(60, 3, dtype=torch.bool)
+    found = dci(bits, factors, bits, factors, trees=3)
+    assert (found.disentanglement, found.completeness) == pytest.approx((0, 0))
+    assert found.by_bit.tolist() == pytest.approx([0, 0, 0])
 
 
 # Meaning
@@ -311,6 +414,34 @@ def test_random_bits_keep_nothing():
     assert abs((found.agreement - found.agreement_chance).mean()) < 4 * 0.5 / math.sqrt(2000 * 400)
 
 
+def test_bits_count_by_how_far_their_strength_lies_above_chance():
+    seen, unseen = torch.randint(4, (60, 1)), torch.randint(4, (60, 1))
+    bits, other = random_bits(60, 25) | (seen == 1), random_bits(60, 25) | (unseen == 2)
+    bits[:, 5:] = random_bits(60, 20)  # of which some tell less than by chance
+    found = keeps_meaning(bits, seen, other, unseen)
+    weights = (found.strength - found.strength_chance).clamp(min=0)
+    assert 1 <= (weights == 0).sum() < 25
+    for values, mean in zip(found[2:5], found.by_factor(), strict=True):
+        assert mean.item() == pytest.approx(float((weights * values).sum() / weights.sum()))
+
+
+def test_the_deviation_is_that_over_all_ways_to_deal_the_meanings_out():
+    seen, unseen = torch.randint(5, (400, 1)), torch.randint(5, (300, 1))
+    bits, other = random_bits(400, 12), random_bits(300, 12)
+    bits[:, :6] |= seen > 2  # alike, and so no independent witnesses
+    other[:, :6] |= unseen == 1
+    found = keeps_meaning(bits, seen, other, unseen)
+    dealt = [
+        keeps_meaning(bits, seen, other, torch.tensor(order)[unseen]).by_factor()[0].item()
+        for order in itertools.permutations(range(5))
+    ]
+    assert np.mean(dealt) == pytest.approx(0, abs=1e-12)
+    assert found.deviation.item() == pytest.approx(np.std(dealt))
+    single = keeps_meaning(bits[:, :1], seen, other[:, :1], unseen)
+    assert single.deviation.item() == pytest.approx(1 / 2)
+    assert keeps_meaning(~bits & False, seen, other, unseen).deviation.isnan().all()
+
+
 def test_values_that_only_one_side_has_are_left_out():
     seen, unseen = (
         torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]]),
@@ -320,6 +451,7 @@ def test_values_that_only_one_side_has_are_left_out():
     found = keeps_meaning(bits, seen, bits, unseen)
     assert found.correlation[0].tolist() == pytest.approx([math.nan, 1], nan_ok=True)
     assert found.agreement[0].tolist() == pytest.approx([math.nan, 1], nan_ok=True)
+    assert found.deviation.tolist() == pytest.approx([math.nan, 1], nan_ok=True)
     partly = keeps_meaning(bits, seen, bits, torch.tensor([[1, 0], [1, 1], [1, 0], [2, 1]]))
     assert partly.correlation[0].isnan().tolist() == [True, False]
     assert partly.agreement[0].isfinite().all()

@@ -106,7 +106,8 @@ def test_dead_and_repeated_bits():
     bits[:, 5] = ~bits[:, 1]
     bits[:, 3] = torch.arange(400) < 3  # 0.75 %, below a hundredth
     bits[:, 4] = True
-    assert dead_bits(bits) == [3, 4]
+    bits = torch.cat([bits, bits[:, [3]], bits[:, [4]]], 1)
+    assert dead_bits(bits) == [3, 4, 8, 9]  # not counted as repeated
     found = duplicate_bits(bits)
     assert found.same == [(0, 2), (0, 6)]
     assert found.inverted == [(1, 5)]
@@ -124,6 +125,8 @@ def test_distances_are_counted_as_by_brute_force(size, monkeypatch):
         expected[int(labels[a] != labels[b]), int((bits[a] != bits[b]).sum())] += 1
     found = distance_histograms(bits, labels)
     assert not found.sampled
+    assert not distance_histograms(bits, pairs=37 * 36 // 2).sampled
+    assert distance_histograms(bits, pairs=37 * 36 // 2 - 1).sampled
     np.testing.assert_array_equal(found.within, expected[0])
     np.testing.assert_array_equal(found.between, expected[1])
     np.testing.assert_array_equal(found.every, expected.sum(0))
@@ -140,6 +143,9 @@ def test_sampled_distances_have_the_same_shares():
     for name in ("within", "between"):
         a, b = (getattr(found, name).double() for found in (exact, sampled))
         torch.testing.assert_close(a / a.sum(), b / b.sum(), atol=0.01, rtol=0)
+    bits[:100] = bits[0].clone()  # the first images are not like the others
+    found = distance_histograms(bits, pairs=40_000).every
+    assert 0.03 < found[0] / found.sum() < 0.11  # 1/16; of the first alone it is 1/4
 
 
 def test_separation_is_the_area_under_the_roc_curve():
@@ -166,6 +172,8 @@ def test_all_bits_retrieve_as_the_whole_code_does():
     assert (whole.draws, whole.deviation) == (1, 0)
     assert half.draws == 4
     assert half.least < half.precision < half.largest
+    (two,) = precision_by_bits(bits, labels, [20], draws=2)
+    assert two.deviation == pytest.approx((two.largest - two.least) / math.sqrt(2))
     assert one.precision < half.precision < whole.precision
     assert precision_by_bits(bits, labels, [20]) == precision_by_bits(bits, labels, [20])
     with pytest.raises(ValueError, match="kept"):
@@ -177,15 +185,14 @@ def test_all_bits_retrieve_as_the_whole_code_does():
 def test_information_is_sklearns():
     bits, labels = code(300, 9), classes(300, 5)
     bits[:, 2] ^= labels > 2
-    found = mutual_information(bits, labels, draws=4000)
+    found = mutual_information(bits, labels)
     for bit in range(9):
         expected = mutual_info_score(labels, bits[:, bit]) / math.log(2)
         assert found.plug_in[bit] == pytest.approx(expected, abs=1e-12)
-        # Chance has a formula there; here it is measured.
         p = bits[:, bit].double().mean().item()
         least = min(entropy([p, 1 - p], base=2), found.entropy)
         adjusted = adjusted_mutual_info_score(labels, bits[:, bit], average_method="min")
-        assert found.corrected[bit] == pytest.approx(adjusted * least, abs=4e-4)
+        assert found.corrected[bit] == pytest.approx(adjusted * least, abs=1e-10)
     assert found.entropy == pytest.approx(entropy(np.bincount(labels), base=2))
     assert found.significant.tolist() == [bit == 2 for bit in range(9)]
 
@@ -196,6 +203,7 @@ def test_bits_that_have_nothing_to_do_with_the_classes_tell_nothing():
     for seed in range(10):
         found = mutual_information(bits, classes(400, 10, seed=seed + 2), draws=60)
         wrong += bool(found.significant.any())
+        assert found.significant.equal(found.plug_in > found.threshold)
         assert found.plug_in.mean() > 0.01  # 9/(2 · 400 · ln 2) = 0.016
         assert abs(found.corrected.mean()) < 0.002
     assert wrong <= 2
@@ -224,6 +232,8 @@ def test_unknown_values_are_left_out():
     assert not mutual_information(bits, torch.arange(200)).corrected.any()
     with pytest.raises(ValueError, match="values"):
         mutual_information(bits, torch.full((200,), -1))
+    with pytest.raises(ValueError, match="draws: expected at least 19, got 18"):
+        mutual_information(bits, values, draws=18)
 
 
 def test_classes_that_share_a_bit():
@@ -252,10 +262,10 @@ def test_the_bits_that_tell_two_classes_apart():
     found = telling_apart(bits, labels, 0, 1)
     assert found.order[0] == 5
     for bit in range(8):
-        # Newcombe's method 10 from scipy's intervals of Wilson, at the level of one of eight.
+        # Squares of scipy's exact intervals added up, at the level of one of eight.
         a, b = int(bits[:60, bit].sum()), int(bits[60:105, bit].sum())
         first, second = (
-            binomtest(ones, n).proportion_ci(1 - 0.05 / 8, method="wilson") for ones, n in ((a, 60), (b, 45))
+            binomtest(ones, n).proportion_ci(1 - 0.05 / 8, method="exact") for ones, n in ((a, 60), (b, 45))
         )
         p, q = a / 60, b / 45
         assert found.difference[bit] == pytest.approx(p - q)
@@ -264,6 +274,20 @@ def test_the_bits_that_tell_two_classes_apart():
     assert telling_apart(bits, labels, 1, 0).low[5] == pytest.approx(-found.high[5].item())
     with pytest.raises(ValueError, match="second: expected a class with images"):
         telling_apart(bits, labels, 0, 3)
+
+
+@pytest.mark.parametrize("few", [1, 2, 5])
+def test_a_class_of_few_images_does_not_differ_in_every_rare_bit_it_has(few):
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.rand(1000 + few, 256, generator=generator) < 0.03
+    labels = (torch.arange(1000 + few) >= 1000).long()
+    found = telling_apart(bits, labels, 0, 1)
+    assert found.difference.min() < -0.15  # some have it by chance
+    assert not ((found.low > 0) | (found.high < 0)).any()
+    bits[1000:, 7], bits[:1000, 7] = True, False  # what no chance does, five images can show
+    found = telling_apart(bits, labels, 0, 1)
+    assert found.order[0] == 7
+    assert few < 5 or found.high[7] < 0
 
 
 def test_the_surest_images():
@@ -336,6 +360,30 @@ def test_neighbours_in_common_without_ties():
     for k in (0, 7):
         with pytest.raises(ValueError, match="k:"):
             neighbour_overlap(bits, other, k)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_neighbours_in_common_with_ties_and_repeated_images(k):
+    a, b = code(25, 4), code(25, 5, seed=4)
+    a[5:10], b[7:9] = a[0], b[0]
+
+    def belongings(bits, image):
+        distances = (bits != bits[image]).sum(1).tolist()
+        others = sorted(distances[:image] + distances[image + 1 :])
+        last = others[k - 1]
+        share = (k - sum(d < last for d in others)) / others.count(last)
+        of_each = [1.0 if d < last else share if d == last else 0.0 for d in distances]
+        return np.array(of_each) * (np.arange(25) != image)
+
+    overlaps, chances = [], []
+    for image in range(25):
+        mine, theirs = belongings(a, image), belongings(b, image)
+        assert mine.sum() == pytest.approx(k)
+        norms = np.linalg.norm(mine) * np.linalg.norm(theirs)
+        overlaps.append(mine @ theirs / norms)
+        chances.append(k * k / 24 / norms)
+    found = neighbour_overlap(a, b, k)
+    assert found == pytest.approx((np.mean(overlaps), np.mean(chances)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 19])
