@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from bincomm.data.sources import Source
 
 FEWEST_FOR_BLOCKS = 1024  # images by which an 8-bit block's entropy is known: four times its words
+FEWEST_OF_CLASS = 10  # images by which a class's share of ones says something
+LONGEST_NAME = 60
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"  # of Okabe and Ito's, told apart by the colour-blind
 COLOURS = (
     *(
@@ -48,36 +51,43 @@ COLOURS = (
     ),
 )
 STYLE = """
-:root { color-scheme: light }
+:root { color-scheme: light dark; --page: #fff; --ink: #1b1b1b; --quiet: #4a4a4a }
+:root { --line: #d9d9d9; --tile: #f3f5f7; --note: #fff6df }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #17191c; --ink: #e8e8e8; --quiet: #b5b5b5 }
+  :root { --line: #41464c; --tile: #26292e; --note: #3b3215 }
+}
 * { box-sizing: border-box }
-body { margin: 0; background: #fff; color: #1b1b1b; font: 16px/1.5 system-ui, sans-serif }
-main { max-width: 48rem; margin: 0 auto; padding: 1rem }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
+main { max-width: 48rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .4rem; padding-top: .8rem; border-top: 1px solid #d5d5d5 }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .4rem; padding-top: .8rem; border-top: 1px solid var(--line) }
 h3 { font-size: 1rem; margin: 1.4rem 0 .2rem }
-p { margin: .4rem 0; overflow-wrap: anywhere }
+p { margin: .4rem 0 }
 .tiles { display: grid; gap: .6rem; margin: 1rem 0 }
 .tiles { grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)) }
-.tile { background: #f3f5f7; border-radius: .4rem; padding: .6rem .7rem }
+.tile { background: var(--tile); border-radius: .4rem; padding: .6rem .7rem }
 .tile b { display: block; font-size: 1.25rem; line-height: 1.3 }
 .tile span { font-size: .85rem; line-height: 1.3; display: block }
-.note { background: #fff6df; border-left: 4px solid #e6ab02; padding: .5rem .8rem; margin: .8rem 0 }
-.small { font-size: .85rem; color: #4a4a4a }
+.note { background: var(--note); border-left: 4px solid #e6ab02; padding: .5rem .8rem; margin: .8rem 0 }
+.small { font-size: .85rem; color: var(--quiet) }
 .scroll { overflow-x: auto; margin: .6rem 0 }
 .tall { max-height: 28rem; overflow-y: auto }
 figure { margin: .8rem 0 }
-figure img { display: block; width: 100%; max-width: 34rem; height: auto }
+figure img { display: block; width: 100%; max-width: 34rem; height: auto; border-radius: .3rem }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid #e3e3e3; white-space: nowrap }
-th { background: #fff; position: sticky; top: 0; white-space: normal; vertical-align: bottom }
+table { overflow-wrap: normal }
+th, td { text-align: right; padding: .25rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
+th { background: var(--page); position: sticky; top: 0; white-space: normal; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left }
 .strip { display: grid; grid-template-columns: 1.2rem 1fr; align-items: center; margin: .9rem 0 }
 .strip b { font-size: 1.1rem }
 .strip div { display: grid; grid-template-columns: repeat(8, minmax(0, 72px)); gap: 4px }
-.strip img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 3px; background: #eee }
+.strip img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 3px; background: var(--tile) }
 @media (max-width: 34rem) { .strip div { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .9rem }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .35em }
+.legend i { outline: 1px solid var(--line) }
 summary { cursor: pointer; padding: .5rem 0 }
 """
 
@@ -113,7 +123,7 @@ def draw_page(
 
 def _summary(result: dict[str, Any]) -> str:
     n, size, use = result["images"], result["bits"], result["use"]
-    whole = _whole_blocks(result)["entropy"]
+    whole, steady = _whole_blocks(result)["entropy"], result["stability"]
     tiles = [
         (f"{n:,}", "images"),
         (f"{size}", f"bit{'s' * (size != 1)} in a code"),
@@ -121,14 +131,18 @@ def _summary(result: dict[str, Any]) -> str:
         *([(f"{np.mean(whole):.2f}", "bits said by a block, of 8")] if len(whole) else []),
         (f"{len(use['dead'])}", "dead bits"),
         (f"{len(use['same']) + len(use['inverted'])}", "bits that repeat another"),
-        (f"{np.mean(result['stability']['agreement']):.1%}", "of bits stay in another crop"),
+        (
+            f"{np.mean(steady['agreement']):.1%}",
+            f"of bits stay in another crop; chance {np.mean(steady['chance']):.1%}",
+        ),
     ]
     if "retrieval" in result:
         found = result["retrieval"]
         tiles.append(
             (f"{found['kept'][0]['precision']:.1%}", f"mAP with all bits; chance {found['by_chance']:.1%}")
         )
-    text = (
+    text = f"<p class=small>Images: {_text(result['data'])}</p>" if result["data"] else ""
+    text += (
         "<p>A code is what the network's head says about an image: a row of bits, each the sign of one of "
         "its outputs. This page shows how well the bits are used, what they are about, and how far they can "
         "be relied on. The same figures are in codes.json.</p>"
@@ -196,8 +210,9 @@ def _blocks(result: dict[str, Any]) -> str:
     def draw(axes: Axes) -> None:
         axes.bar(places, blocks["marginals"], color="#cfd8e0", label="if its bits were independent")
         axes.bar(places, blocks["entropy"], width=0.5, color=BLUE, label="the block")
-        axes.set(xlabel="block of 8 consecutive bits", ylabel="entropy, bits", ylim=(0, 10))
-        axes.legend(loc="upper right", ncols=2, fontsize=8.5, frameon=False)
+        axes.set(xlabel="block of 8 consecutive bits", ylabel="entropy, bits", ylim=(0, 8.1))
+        _whole(axes.xaxis)
+        _legend(axes)
 
     few = lost = ""
     if n < FEWEST_FOR_BLOCKS:
@@ -221,22 +236,22 @@ def _blocks(result: dict[str, Any]) -> str:
 
 def _correlated(result: dict[str, Any]) -> str:
     found = result["correlations"]
-    if result["bits"] < 2:
+    if not any(found["absolute"]):
         return ""
 
     def draw(axes: Axes) -> None:
         axes.bar(np.arange(50) / 50 + 0.01, found["absolute"], width=0.018, color=BLUE)
         axes.axvline(found["by_chance"], color=ORANGE, linewidth=1.5, label="one deviation of chance")
         axes.set(xlabel="|correlation| of two bits", ylabel="pairs of bits", yscale="log", xlim=(0, 1))
-        axes.legend(fontsize=8.5, frameon=False)
+        _legend(axes)
 
     rows = [[f"{a} and {b}", f"{value:+.3f}"] for a, b, value in found["strongest"]]
     return _section(
         "Which bits go together?",
         "<p>Two bits with a correlation of 1 say the same, with −1 the opposite, with 0 they have nothing "
-        f"to do with each other. The root mean square over all pairs is {found['rms']:.3f}; independent bits "
-        f"would have {found['by_chance']:.3f} from this many images. <b>Good:</b> close to that, and no pair "
-        "near 1. <b>Bad:</b> many pairs above 0.5.</p>",
+        f"to do with each other. The root mean square over pairs of bits that vary is {found['rms']:.3f}; "
+        f"independent bits would have {found['by_chance']:.3f} from this many images. <b>Good:</b> close to "
+        "that, and no pair near 1. <b>Bad:</b> many pairs above 0.5.</p>",
         _plot(draw, f"Histogram of absolute correlations, root mean square {found['rms']:.3f}")
         + _details("The most strongly correlated bits", _table(["bits", "correlation"], rows)),
     )
@@ -255,11 +270,12 @@ def _distances(result: dict[str, Any]) -> str:
                     counts / counts.sum(), np.arange(size + 2) - 0.5, fill=True, alpha=0.45, color=colour
                 )
                 axes.stairs(counts / counts.sum(), np.arange(size + 2) - 0.5, color=colour, label=label)
-        axes.axvline(size / 2, color=GREY, linewidth=1, linestyle="--")
+        axes.axvline(size / 2, color=GREY, linewidth=1, linestyle="--", label="codes by lot")
         last = int(np.flatnonzero(found["every"]).max(initial=0))
         axes.set(xlabel="bits in which two images differ", ylabel="share of the pairs")
         axes.set_xlim(-0.5, min(size, max(last, size // 2) + 1) + 0.5)
-        axes.legend(fontsize=8.5, frameon=False, loc="upper left")
+        _whole(axes.xaxis)
+        _legend(axes)
 
     text = (
         "<p>How far apart the codes of two images are. Codes drawn by lot would differ in about "
@@ -296,14 +312,15 @@ def _retrieval(result: dict[str, Any]) -> str:
 
     def draw(axes: Axes) -> None:
         least, largest = ([one[name] for one in kept] for name in ("least", "largest"))
-        axes.fill_between(bits, least, largest, color=BLUE, alpha=0.25, label="of five draws of bits")
+        axes.fill_between(bits, least, largest, color=BLUE, alpha=0.25, label="of several draws of bits")
         axes.plot(bits, values, "o-", color=BLUE, markersize=4)
         axes.axhline(chance, color=GREY, linewidth=1, linestyle="--", label="chance")
         axes.set_xscale("log", base=2)
         axes.set_xticks(bits, [str(count) for count in bits])
         axes.minorticks_off()
-        axes.set(xlabel="bits kept", ylabel="mAP", ylim=(0, None))
-        axes.legend(fontsize=8.5, frameon=False)
+        axes.set(xlabel="bits kept", ylabel="mAP", ylim=(0, 1.1 * max(chance, *largest)))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        _legend(axes)
 
     rows = [
         [str(one["bits"]), f"{one['precision']:.2%}", f"± {one['deviation']:.2%}" if one["draws"] > 1 else ""]
@@ -312,8 +329,9 @@ def _retrieval(result: dict[str, Any]) -> str:
     return _section(
         "How many bits does finding images of the same class need?",
         "<p>Images are asked for others of their class, by the nearness of their codes; mAP is 100 % when "
-        f"all of them come first, and {chance:.1%} by chance. Then only some of the bits are kept, drawn by "
-        "lot. <b>Good:</b> half of the bits do nearly as well as all: what a class is about is spread over "
+        f"all of them come first, and {chance:.1%} when the order is drawn by lot. Then only some of the "
+        "bits are kept, drawn by lot. <b>Good:</b> half of the bits do nearly as well as all: what a class "
+        "is about is spread over "
         "the code. <b>Bad:</b> hardly above chance. Published with 256 / 128 / 64 / 32 bits: 47.59 / 45.97 "
         "/ 43.73 / 40.35 %, on ImageNet's 1000 classes, where chance is 0.1 %.</p>"
         "<p class=small>The spread is that between draws of bits; up to 500 images ask, the others "
@@ -337,12 +355,14 @@ def _informed(result: dict[str, Any]) -> str:
             if some.any():
                 axes.bar(np.flatnonzero(some), corrected[order][some], width=1.0, color=colour, label=label)
         axes.set(xlabel="bits, the most telling first", ylabel="bits about the class")
-        axes.legend(fontsize=8.5, frameon=False)
+        _whole(axes.xaxis)
+        _legend(axes)
 
     def draw_shared(axes: Axes) -> None:
-        axes.hist(shared["ones"], bins=np.arange(there + 2) - 0.5, color=BLUE)
+        step = 1 + there // 50  # a bar of less is too thin to be seen
+        axes.hist(shared["ones"], bins=np.arange(0, there + 1 + step, step) - 0.5, color=BLUE)
         axes.set(xlabel="classes in which a bit is mostly 1")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _whole(axes.xaxis)
         _count_bits(axes)
 
     return _section(
@@ -351,8 +371,9 @@ def _informed(result: dict[str, Any]) -> str:
         f"are to learn; a bit can tell 1 at most. {significant} of {len(corrected)} bits tell more than "
         f"chance would. On average a bit tells {corrected.mean():.3f}, the best {corrected.max():.3f}. "
         "<b>Good:</b> most bits tell a little; with labels unseen, none needs to tell much. <b>Bad:</b> no "
-        "bit beyond chance, or a few tell everything and the others nothing.</p><p class=small>Chance, "
-        "measured by permuting the classes 200 times, is subtracted. No published figure.</p>",
+        "bit beyond chance, or a few tell everything and the others nothing.</p><p class=small>What "
+        "chance alone would give is subtracted; a bit is beyond it that tells more than the best of all bits "
+        "in 19 of 20 permutations of the classes. No published figure.</p>",
         _plot(draw, f"Information of each bit about the class, mean {corrected.mean():.3f} bits")
         + "<p>How many classes share a bit, those where it is significantly more often 1 than 0. "
         "<b>Good:</b> some, neither none nor all: bits are about traits that several classes have.</p>"
@@ -366,10 +387,10 @@ def _attributes(result: dict[str, Any]) -> str:
     rows = []
     for name, told in result["attributes"].items():
         best = int(np.argmax(told["corrected"]))
-        values = ", ".join(told["values"][:4]) + (", …" if len(told["values"]) > 4 else "")
+        values = ", ".join(map(_short, told["values"][:4])) + (", …" if len(told["values"]) > 4 else "")
         rows.append(
             [
-                name,
+                _short(name),
                 f"{told['corrected'][best]:.3f}",
                 f"{told['entropy']:.2f}",
                 str(best),
@@ -428,14 +449,18 @@ def _of_bit(result: dict[str, Any], bit: int) -> str:
     parts.append(f"same in another crop {result['stability']['agreement'][bit]:.0%}")
     if "information" in result:
         parts.append(f"tells {result['information']['corrected'][bit]:.3f} bits of the class")
-        of_classes = [
+        of_classes = sorted(
             (row[bit], name)
-            for row, name in zip(result["class_shares"], result["classes"], strict=True)
-            if row
-        ]
-        most, least = (sorted(of_classes, reverse=largest)[:3] for largest in (True, False))
+            for row, name, count in zip(
+                result["class_shares"], result["classes"], result["class_images"], strict=True
+            )
+            if count >= FEWEST_OF_CLASS
+        )
+        few = min(3, len(of_classes) // 2)
+        most, least = of_classes[::-1][:few], of_classes[:few]
         for words, some in (("most often 1 in", most), ("least often in", least)):
-            parts.append(f"{words} " + ", ".join(f"{_text(name)} ({share:.0%})" for share, name in some))
+            if some:
+                parts.append(f"{words} " + ", ".join(f"{_name(name)} ({share:.0%})" for share, name in some))
     return "; ".join(parts) + "."
 
 
@@ -443,7 +468,7 @@ def _apart(result: dict[str, Any]) -> str:
     if "telling_apart" not in result:
         return ""
     found = result["telling_apart"]
-    first, second = (_text(name) for name in found["classes"])
+    first, second = map(_name, found["classes"])
     bits = found["order"][:10]
     columns = [np.array(found[name])[bits] for name in ("difference", "low", "high")]
     clear = sum(low > 0 or high < 0 for low, high in zip(found["low"], found["high"], strict=True))
@@ -457,11 +482,12 @@ def _apart(result: dict[str, Any]) -> str:
         axes.set(xlabel="share of ones, the first less the second", xlim=(-1.02, 1.02))
         axes.set_xticks([-1, -0.5, 0, 0.5, 1])
 
-    why = "" if found["named"] else " These two have codes more alike than any other two."
     number = [result["class_images"][result["classes"].index(name)] for name in found["classes"]]
+    among = f", of those of {FEWEST_OF_CLASS} images or more" if min(number) >= FEWEST_OF_CLASS else ""
+    why = "" if found["named"] else f" No other two classes{among} have shares so much alike."
     return _section(
         f"What tells {first} from {second}?",
-        f"<p>The bits whose shares of ones differ most between <b>{first}</b> ({number[0]} images) and "
+        f"<p>The bits whose shares of ones differ most between <b>{first}</b> (images: {number[0]}) and "
         f"<b>{second}</b> ({number[1]}).{why} {clear} of {result['bits']} bits differ beyond chance. "
         "<b>Good:</b> dots far from the middle, with lines that do not cross it. <b>Bad:</b> all lines cross "
         "it: the code does not tell the two apart, or the images are too few.</p>"
@@ -516,7 +542,7 @@ def _compared(result: dict[str, Any]) -> str:
         axes.axvline(found["from_other"]["chance"], color=GREY, linestyle="--", label="best bit, by chance")
         axes.set(xlabel="how well a bit is known from the other code")
         _count_bits(axes)
-        axes.legend(fontsize=8.5, frameon=False)
+        _legend(axes)
 
     few = ""
     if found["images"] < 4 * max(found["bits"], result["bits"]):
@@ -553,7 +579,7 @@ def _mapped(result: dict[str, Any], source: Source) -> str:
             entries.append((colour, source.classes[label]))
         if len(np.unique(labels)) > len(common):
             entries.append(("#c4c4c4", "other classes"))
-        marks = (f"<span><i style='background:{colour}'></i>{_text(name)}</span>" for colour, name in entries)
+        marks = (f"<span><i style='background:{colour}'></i>{_name(name)}</span>" for colour, name in entries)
         legend = f"<div class=legend>{''.join(marks)}</div>"
 
     def draw(axes: Axes) -> None:
@@ -585,7 +611,7 @@ def _every_bit(result: dict[str, Any]) -> str:
         [str(bit), *(f"{value:d}" if isinstance(value, int) else f"{value:.3f}" for value in values)]
         for bit, values in enumerate(zip(*columns, strict=True))
     ]
-    return _section("Every bit", "", _details(f"All {len(rows)} bits in a table", _table(head, rows)))
+    return _section("Every bit", "", _details("All bits in a table", _table(head, rows)))
 
 
 def _section(title: str, text: str, body: str) -> str:
@@ -613,9 +639,20 @@ def _plot(draw: Callable[[Axes], None], alt: str, height: float = 2.7) -> str:
     return f"<figure>{_image(file, 'png', alt)}</figure>"
 
 
+def _legend(axes: Axes) -> None:
+    """Above the plot, where it hides nothing."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, fontsize=8.5, frameon=False, handlelength=1.5
+    )
+
+
 def _count_bits(axes: Axes) -> None:
     axes.set_ylabel("bits")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _whole(axes.yaxis)
+
+
+def _whole(axis: Axis) -> None:
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _thumbnail(picture: Image.Image, alt: str) -> str:
@@ -631,6 +668,16 @@ def _image(file: io.BytesIO, kind: str, alt: str) -> str:
 
 def _numbers(values: Sequence[int]) -> str:
     return ", ".join(map(str, values[:30])) + (f" and {len(values) - 30} more" if len(values) > 30 else "")
+
+
+def _short(text: str) -> str:
+    half = LONGEST_NAME // 2
+    return text if len(text) <= LONGEST_NAME else f"{text[:half]}…{text[-half:]}"
+
+
+def _name(text: str) -> str:
+    """A name amid other words, short enough, and set apart where it is written from right to left."""
+    return f"<bdi>{_text(_short(text))}</bdi>"
 
 
 def _text(text: str) -> str:

@@ -15,7 +15,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from bincomm.codes import statistics
-from bincomm.codes.page import draw_page
+from bincomm.codes.page import FEWEST_OF_CLASS, draw_page
 from bincomm.data.loader import Loader
 from bincomm.data.sources import Source
 from bincomm.engine.run import write_json, write_text
@@ -73,7 +73,7 @@ def report(
         output: the folder, made where it is not there.
         attributes: a CSV file with a header; its first column names images, by path or by as much of the
             path's end as tells them apart, the others are attributes. Numbers of more than 10 values are cut
-            at their median, empty fields are unknown.
+            at their median; empty fields and NaN are unknown.
         classes: two to tell apart; without them the two whose codes are most alike.
         bits: those shown with images; without them some that tell most about the classes, and least.
         other: the same run at another time, before a reset of the head or after, to be compared with.
@@ -83,8 +83,9 @@ def report(
         What `codes.json` holds: outputs of `bincomm.codes.statistics`, whose docstrings tell what they are.
 
     Raises:
-        ValueError: no head, too few images, no such class or bit, or an attributes' file that does not fit.
-        OSError: a file cannot be read or written.
+        ValueError: no head, too few images, no such class or bit, an attributes' file that cannot be read or
+            does not fit, or an output that cannot be a folder.
+        OSError: there is no space left, for example; of the two files an older one then stays as it was.
     """
     for name, one in (("model", model), ("other", other)):
         if one is not None and one.head is None:
@@ -92,17 +93,32 @@ def report(
                 f"{name}: {one.name} has no head, so it gives no codes; name a run or a checkpoint"
             )
     pair = None if classes is None else _two(source, classes)
-    columns = {} if attributes is None else _read_attributes(attributes, list(source.images.names()))
+    notes = list(source.notes)
+    names = list(source.images.names()) if attributes is not None else []
+    columns = {} if attributes is None else _read_attributes(attributes, names, notes)
+    _check_writable(output)  # before all images are looked at
     looked = _look(model, source, bits)
     if len(looked.images) < 2:
         raise ValueError(f"data: expected at least 2 images that can be used, got {len(looked.images)}")
-    if not looked.logits.isfinite().all():
-        raise ValueError(f"model: {model.name} gives codes that are not finite: its training had failed")
-    result = _measure(model, source, looked, columns, pair, bits, other, seed)
+    _check_finite("model", model, looked.logits)
+    result = _measure(model, source, looked, columns, pair, bits, other, seed, notes)
+    page = draw_page(result, looked.images.tolist(), looked.pictures, source)
     output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "codes.html", page)
     write_json(output / "codes.json", result)
-    write_text(output / "codes.html", draw_page(result, looked.images.tolist(), looked.pictures, source))
     return result
+
+
+def _check_writable(output: Path) -> None:
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "no file can be made there" if there.is_dir() else f"{there} is a file"
+        raise ValueError(f"output: expected a folder, or where one can be made, got {output}: {why}")
+
+
+def _check_finite(argument: str, model: Pretrained, logits: Tensor) -> None:
+    if not logits.isfinite().all():
+        raise ValueError(f"{argument}: {model.name} gives codes that are not finite: its training had failed")
 
 
 # What is seen and read.
@@ -149,7 +165,9 @@ def _picture(crop: Tensor, model: Pretrained) -> Image.Image:
 @torch.no_grad()
 def _views(model: Pretrained, source: Source, seed: int) -> Tensor:
     """(2, m, K) signs of two augmented views of up to VIEWED images."""
-    batch_size = min(256, model.config.batch_size, len(source.images))
+    n = len(source.images)
+    batches = -(-n // min(256, model.config.batch_size))
+    batch_size = n // batches  # as what does not fill a last batch is left out
     loader = Loader(
         source,
         replace(model.config.crops, local_crops=0),
@@ -160,7 +178,7 @@ def _views(model: Pretrained, source: Source, seed: int) -> Tensor:
         max_unusable=1.0,
     )
     found = []
-    for _ in range(min(loader.steps_per_epoch, -(-VIEWED // batch_size))):
+    for _ in range(min(batches, VIEWED // batch_size)):
         crops, _ = loader.next()
         logits = model.head.code(model.backbone(crops.transpose(0, 1).flatten(0, 1)))
         found.append((logits > 0).cpu().view(2, batch_size, -1))
@@ -179,21 +197,31 @@ def _two(source: Source, classes: tuple[str, str]) -> tuple[int, int]:
     return source.classes.index(classes[0]), source.classes.index(classes[1])
 
 
-def _read_attributes(path: Path, names: list[str]) -> dict[str, Attribute]:
-    """The columns of an attributes' file, for images of these names."""
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+def _read_attributes(path: Path, names: list[str], notes: list[str]) -> dict[str, Attribute]:
+    """The columns of an attributes' file, for images of these names; what does not fit is noted."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            reader = csv.reader(file, skipinitialspace=True)
+            header, *rows = [(reader.line_num, row) for row in reader if row] or [(0, [])]
+    except (OSError, csv.Error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"attributes: {path} cannot be read as CSV: {why}") from error
+    header = [name.strip() for name in header[1]]
     if len(header) < 2:
-        raise ValueError(f"attributes: {path} wants a header of the images' column and at least one more")
+        raise ValueError(
+            f"attributes: {path} wants a header of the images' column and at least one more, a comma between"
+        )
     if len(set(header)) != len(header):
         raise ValueError(f"attributes: {path} has two columns of the same name")
+    if any(_key(name, {header[0]: header}) for name in names):
+        raise ValueError(f"attributes: {path} begins with an image, {header[0]!r}; expected a header")
     found: dict[str, list[str]] = {}
-    for number, row in enumerate(rows, 2):
+    for line, row in rows:
         key = os.path.normpath(row[0])
         if len(row) != len(header) or key in found:
             wrong = "is the second of its image" if key in found else f"has {len(row)} fields"
             raise ValueError(
-                f"attributes: row {number} of {path} {wrong}, expected one row an image, of {len(header)}"
+                f"attributes: line {line} of {path} {wrong}, expected one row an image, of {len(header)}"
             )
         found[key] = row
     keys = [_key(name, found) for name in names]
@@ -203,6 +231,11 @@ def _read_attributes(path: Path, names: list[str]) -> dict[str, Attribute]:
     twice = next((key for key, count in used.items() if count > 1), None)
     if twice is not None:
         raise ValueError(f"attributes: {twice!r} in {path} names {used[twice]} images; say more of the path")
+    if sum(used.values()) < len(names) or len(used) < len(found):
+        notes.append(
+            f"The attributes' file names {len(used):,} of {len(names):,} images, and "
+            f"{len(found) - len(used):,} that are not among them."
+        )
     return {
         name: _attribute([found[key][place].strip() if key else "" for key in keys])
         for place, name in enumerate(header)
@@ -220,6 +253,7 @@ def _key(name: str, found: dict[str, list[str]]) -> str | None:
 
 
 def _attribute(column: list[str]) -> Attribute:
+    column = ["" if word.lower() == "nan" else word for word in column]
     words = sorted({word for word in column if word})
     try:
         numbers = np.array([float(word) if word else np.nan for word in column])
@@ -227,8 +261,10 @@ def _attribute(column: list[str]) -> Attribute:
         numbers = np.full(len(column), np.nan)
     if len(words) > MANY_VALUES and len(np.unique(numbers[np.isfinite(numbers)])) > MANY_VALUES:
         middle = np.nanmedian(numbers)
-        values = np.where(np.isnan(numbers), -1, numbers > middle)
-        return Attribute(values.astype(np.int64), [f"≤ {middle:g}", f"> {middle:g}"])
+        above, names = numbers > middle, [f"≤ {middle:.10g}", f"> {middle:.10g}"]
+        if np.sum(numbers >= middle) < np.sum(numbers <= middle):  # more even, as where half are the largest
+            above, names = numbers >= middle, [f"< {middle:.10g}", f"≥ {middle:.10g}"]
+        return Attribute(np.where(np.isnan(numbers), -1, above).astype(np.int64), names)
     ranks = {word: rank for rank, word in enumerate(words)}
     return Attribute(np.array([ranks.get(word, -1) for word in column], np.int64), words)
 
@@ -245,10 +281,10 @@ def _measure(
     bits: list[int] | None,
     other: Pretrained | None,
     seed: int,
+    notes: list[str],
 ) -> dict[str, Any]:
     signs = looked.logits > 0
     n, size = signs.shape
-    notes: list[str] = []
     labels = None
     if source.labels is None:
         notes.append("The data has no labels: what needs them is left out.")
@@ -266,10 +302,12 @@ def _measure(
     usable = source
     if looked.left_out and source.weights is None:
         usable = source.select(looked.images.tolist())
+    folders = {os.path.dirname(name) for name in source.images.names()}
     views = _views(model, usable, seed)
     steady = statistics.stability(*views)
     result: dict[str, Any] = {
         "weights": model.name,
+        "data": os.path.commonpath([os.path.abspath(folder) for folder in folders]),
         "images": n,
         "bits": size,
         "seed": seed,
@@ -284,7 +322,7 @@ def _measure(
             "inverted": [list(pair) for pair in duplicates.inverted],
         },
         "blocks": {name: value.tolist() for name, value in blocks._asdict().items()},
-        "correlations": _correlations(statistics.bit_correlations(signs), n),
+        "correlations": _correlations(signs),
         "distances": {
             name: value.tolist() if isinstance(value, Tensor) else value
             for name, value in histograms._asdict().items()
@@ -305,15 +343,15 @@ def _measure(
     return result
 
 
-def _correlations(found: Tensor, n: int) -> dict[str, Any]:
-    """Their matrix in short: it has K² entries."""
-    size = len(found)
-    first, second = torch.triu_indices(size, size, 1)
-    values = found[first, second]
+def _correlations(signs: Tensor) -> dict[str, Any]:
+    """Their matrix in short, it has K² entries; a constant bit has no correlations."""
+    varying = (signs.any(0) & ~signs.all(0)).nonzero().flatten()
+    first, second = varying[torch.triu_indices(len(varying), len(varying), 1)]
+    values = statistics.bit_correlations(signs)[first, second]
     order = values.abs().sort(descending=True, stable=True).indices[:STRONGEST].tolist()
     return {
         "rms": values.square().mean().sqrt().item() if len(values) else 0.0,
-        "by_chance": n**-0.5,
+        "by_chance": len(signs) ** -0.5,
         "absolute": torch.histc(values.abs().float(), 50, 0, 1).long().tolist(),
         "strongest": [[int(first[one]), int(second[one]), float(values[one])] for one in order],
     }
@@ -327,7 +365,7 @@ def _of_classes(
     seed: int,
     notes: list[str],
 ) -> dict[str, Any]:
-    n, size = signs.shape
+    size = signs.shape[1]
     images, shares = statistics.class_shares(signs, labels, len(classes))
     kept = [size] + [count for count in (2**power for power in range(12, 2, -1)) if count < size]
     result: dict[str, Any] = {
@@ -340,9 +378,11 @@ def _of_classes(
     }
     try:
         found = statistics.precision_by_bits(signs, labels, kept, seed=seed)
-        share = images.double() / n
+        # A code that is always the same ranks by lot: its precision is above the share of the class, by as
+        # much as ln n / n, the more so the smaller classes are.
+        silent = statistics.precision_by_bits(torch.zeros_like(signs[:, :1]), labels, [1], seed=seed)
         result["retrieval"] = {
-            "by_chance": share.square().sum().item(),
+            "by_chance": silent[0].precision,
             "kept": [one._asdict() for one in found],
         }
     except ValueError:
@@ -362,8 +402,8 @@ def _of_classes(
 
 
 def _most_alike(images: Tensor, shares: Tensor) -> tuple[int, int]:
-    """The two classes whose bits' shares differ least on average, of those with 10 images where there are."""
-    there = (images >= 10).nonzero().flatten()
+    """The two classes whose bits' shares differ least on average; of those with enough images, if any."""
+    there = (images >= FEWEST_OF_CLASS).nonzero().flatten()
     if len(there) < 2:
         there = (images > 0).nonzero().flatten()
     apart = torch.cdist(shares[there], shares[there], p=1).fill_diagonal_(float("inf"))
@@ -395,6 +435,7 @@ def _of_other(
     for seen in look(other, source):
         there = [place for place, image in enumerate(seen.images) if image in rows]
         pairs += [rows[seen.images[place]] for place in there]
+        _check_finite("other", other, seen.logits)
         found.append((seen.logits[there] > 0).cpu())
     if len(pairs) < 4:
         notes.append("Two checkpoints are compared from 4 images on: that is left out.")

@@ -1,5 +1,6 @@
 """A code laid open: what the report says is what the functions say, and the page shows it anywhere."""
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from PIL import Image  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
 from bincomm.codes import statistics  # noqa: E402
-from bincomm.codes.report import report  # noqa: E402
+from bincomm.codes.report import _attribute, _look, report  # noqa: E402
 from bincomm.config import PretrainConfig  # noqa: E402
 from bincomm.data.sources import open_source  # noqa: E402
 from bincomm.evaluation.features import look  # noqa: E402
@@ -82,11 +83,11 @@ def seen(photos, tmp_path_factory):
         last.weight[5], last.bias[5] = last.weight[4], last.bias[4]
         last.weight[6], last.bias[6] = -last.weight[4], -last.bias[4]
     attributes = tmp_path_factory.mktemp("attributes") / "attributes.csv"
-    lines = ["file,digit,number,noise,name,same"]
+    lines = ["file, digit,number ,noise,name,same", "elsewhere.png,7,7,7,7,7"]
     for index, name in enumerate(source.images.names()):
         file = os.path.basename(name)
-        noise = "" if index % 4 == 0 else "even" if index % 3 else "odd"
-        lines.append(f"{file},{file[0]},{index / 10},{noise},{file}!,yes")
+        noise = ("", "NaN")[index % 8 == 0] if index % 4 == 0 else "even" if index % 3 else "odd"
+        lines.append(f'{file}, {file[0]}, "{index / 10}",{noise},{file}!,yes')
     attributes.write_text("\n".join(lines[:-1]))  # the last image has no row
     output = tmp_path_factory.mktemp("output") / "made" / "here"
     begun = time.perf_counter()
@@ -122,12 +123,22 @@ def test_the_file_holds_what_is_returned_and_what_the_functions_say(seen):
     assert [pair[:2] for pair in result["correlations"]["strongest"][:2]] == [[4, 5], [4, 6]]
     for first, second, value in result["correlations"]["strongest"]:
         assert value == correlations[first, second]
-    assert sum(result["correlations"]["absolute"]) == 20 * 19 // 2
+    # Bit 3 is always the same, so it has no correlations: zeros would make the others look small.
+    varying = [bit for bit in range(20) if bit != 3]
+    first, second = torch.triu_indices(19, 19, 1)
+    pairs = correlations[varying][:, varying][first, second]
+    assert sum(result["correlations"]["absolute"]) == len(pairs)
+    assert result["correlations"]["rms"] == pytest.approx(pairs.square().mean().sqrt().item())
     for name, value in statistics.mutual_information(signs, labels)._asdict().items():
         assert result["information"][name] == (value.tolist() if torch.is_tensor(value) else value)
     kept = statistics.precision_by_bits(signs, labels, [20, 16, 8])
     assert result["retrieval"]["kept"] == [one._asdict() for one in kept]
-    assert result["retrieval"]["by_chance"] == pytest.approx(1 / 3)
+    # 24 ask, 96 answer, of which 39 · 96/119 are relevant on average. Of R relevant among N in random order
+    # the precision is (H_N + (N - H_N)(R - 1)/(N - 1))/N, which is more than R/N.
+    harmonic = sum(1 / place for place in range(1, 97))
+    by_chance = (harmonic + (96 - harmonic) * (39 * 96 / 119 - 1) / 95) / 96
+    assert result["retrieval"]["by_chance"] == pytest.approx(by_chance, abs=2e-3)
+    assert result["data"] == os.path.dirname(os.path.dirname(source.images.name(0)))
     found = statistics.sharing(signs, labels, 3)
     assert result["sharing"] == {"ones": found.ones.sum(0).tolist(), "zeros": found.zeros.sum(0).tolist()}
     assert result["class_images"] == [40, 40, 40]
@@ -150,6 +161,19 @@ def test_bits_asked_for_are_shown_with_their_surest_images(seen):
     assert three["zeros"] == []
 
 
+def test_pictures_are_of_the_surest_images(photos):
+    source = open_source(str(photos))
+    model = network(source, 3)
+    looked = _look(model, source, None)
+    crops = torch.cat([seen.crops for seen in look(model, source)]).permute(0, 2, 3, 1).numpy()
+    for bit in range(3):
+        sides = statistics.surest(looked.logits, bit, 8)
+        for row in sides.ones + sides.zeros:
+            expected = 255 * (crops[row] * model.config.std + model.config.mean)
+            assert np.abs(np.asarray(looked.pictures[row]) - expected).max() <= 1
+    assert len(looked.pictures) < 120
+
+
 def test_attributes_find_their_images(seen):
     source, logits, _, result = seen
     found = result["attributes"]
@@ -166,6 +190,7 @@ def test_attributes_find_their_images(seen):
     assert sum(found["noise"]["significant"]) <= 1
     assert any(note.startswith("Attribute name is left out: 119 values") for note in result["notes"])
     assert any(note.startswith("Attribute same is left out: fewer than two") for note in result["notes"])
+    assert "The attributes' file names 119 of 120 images, and 1 that are not among them." in result["notes"]
 
 
 def test_another_checkpoint_is_compared(seen):
@@ -186,7 +211,7 @@ def test_another_checkpoint_is_compared(seen):
 def test_crops_and_map(seen):
     _, _, _, result = seen
     stable = result["stability"]
-    assert stable["images"] == 64  # whole batches
+    assert stable["images"] == 120  # all, although two batches of 64 are not full
     assert stable["agreement"][3] == 1
     assert stable["kappa"][3] == 0
     assert stable["agreement"][4] == stable["agreement"][5] == stable["agreement"][6]
@@ -219,7 +244,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_stands_alone_and_explains_itself(seen):
-    _, _, output, _ = seen
+    _, _, output, result = seen
     page = Page(output / "codes.html")
     source = (output / "codes.html").read_text()
     assert not re.search(r"https?://", source)
@@ -231,6 +256,10 @@ def test_the_page_stands_alone_and_explains_itself(seen):
     for words in ("120 images are few", "Bit 4", "What tells two from one", "no image", "about 7.1 of 8"):
         assert words in page.text
     assert "Dead (nearly always the same): 3." in page.text
+    shares = [(row[4], name) for row, name in zip(result["class_shares"], result["classes"], strict=True)]
+    (most, often), (least, seldom) = max(shares), min(shares)
+    told = f"most often 1 in {often} ({most:.0%}); least often in {seldom} ({least:.0%})."
+    assert told in page.text
     assert "5 says what 4 says; 6 says the opposite of 4" in page.text
 
 
@@ -282,6 +311,38 @@ def test_a_class_whose_images_cannot_be_used(photos, tmp_path):
     assert result["map"] is None
 
 
+def test_names_that_are_long_or_no_html(photos, tmp_path):
+    long = "w" * 200
+    for name, digit in (("<i>&amp;", "nought"), (long, "one")):
+        shutil.copytree(photos / digit, tmp_path / "data" / name)
+    shutil.copytree(photos / "two", tmp_path / "data" / "few")
+    for file in sorted((tmp_path / "data" / "few").iterdir())[9:]:
+        file.unlink()
+    source = open_source(str(tmp_path / "data"))
+    result = report(network(source, 9), source, tmp_path / "output")
+    assert sorted(result["telling_apart"]["classes"]) == ["<i>&amp;", long]  # of those of 10 images
+    page = Page(tmp_path / "output" / "codes.html")
+    assert page.text.count("<i>&amp;") > 3
+    assert long not in page.text
+    assert "w" * 30 + "…" + "w" * 30 in page.text
+    assert "of those of 10 images or more" in page.text
+    assert not re.search(r"(often 1|least often) in few", page.text)  # nine images tell little of a share
+
+
+def test_when_a_disk_is_full_what_there_was_stays(photos, tmp_path, monkeypatch):
+    source = open_source(str(photos))
+    report(network(source, 8), source, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: .*codes"):
+        report(network(source, 9), source, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("kept", [["nought/000.png", "nought/001.png"], ["nought/000.png", "one/100.png"]])
 def test_two_images(photos, tmp_path, kept):
     source = open_source(str(photos))
@@ -314,6 +375,13 @@ def test_what_cannot_be_measured_is_told_before_anything_is_written(photos, tmp_
     told("expected two different ones", classes=("one", "one"))
     told("bits: expected from 0 to 7", bits=[3, 8])
     told("at least 2 images that can be used, got 1", source=source.select([0]))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="output: .*file is a file"):
+        report(model, source, tmp_path / "file" / "below")
+    broken = network(source, 8, seed=1)
+    with torch.no_grad():
+        broken.head.layers[-1].bias[2] = float("nan")
+    told("other: network 1 gives codes that are not finite", other=broken)
     with torch.no_grad():
         model.head.layers[-1].bias[2] = float("nan")
     told("not finite")
@@ -326,8 +394,11 @@ def test_what_cannot_be_measured_is_told_before_anything_is_written(photos, tmp_
         ("file\na.png\n", "at least one more"),
         ("", "at least one more"),
         ("file,a,a\n000.png,1,2\n", "two columns of the same name"),
-        ("file,a\n000.png,1,2\n", "row 2 .* has 3 fields"),
-        ("file,a\n000.png,1\n\n./000.png,1\n", "second of its image"),
+        ("file,a\n000.png,1,2\n", "line 2 .* has 3 fields"),
+        ('file,a\n100.png,"1\n2"\n\n000.png,1\n./000.png,1\n', "line 6 .* second of its image"),
+        ("000.png,1\n100.png,2\n", "begins with an image, '000.png'"),
+        ('file,a\n"' + "a" * 200_000, "cannot be read as CSV"),
+        (None, "cannot be read as CSV: No such file"),
         ("file,a\nother.png,1\n", "names none of the images"),
         ("file,a\nsame.png,1\n", "names 2 images"),
     ],
@@ -338,7 +409,8 @@ def test_attributes_that_do_not_fit(photos, tmp_path, text, message):
         shutil.copy(photos / "one" / "100.png", tmp_path / "data" / name / "same.png")
     shutil.copy(photos / "one" / "101.png", tmp_path / "data" / "x" / "000.png")
     source = open_source(str(tmp_path / "data"))
-    (tmp_path / "attributes.csv").write_text(text)
+    if text is not None:
+        (tmp_path / "attributes.csv").write_text(text)
     with pytest.raises(ValueError, match=f"attributes: .*{message}"):
         report(network(source, 8), source, tmp_path / "output", attributes=tmp_path / "attributes.csv")
 
@@ -382,3 +454,11 @@ def test_in_a_browser_nothing_overflows_and_nothing_is_wrong(seen, tmp_path, wid
     assert broken == 0
     assert height > 3000
     assert "CONSOLE" not in found.stderr
+
+
+@pytest.mark.parametrize("most", [0, 100])
+def test_numbers_of_which_most_are_the_least_or_the_largest_are_cut_beside_these(most):
+    numbers = [str(number) for number in range(1, 41)]
+    found = _attribute([str(most)] * 60 + numbers + ["", "nan"])
+    assert np.bincount(found.values + 1).tolist() == ([2, 60, 40] if most == 0 else [2, 40, 60])
+    assert found.names == (["≤ 0", "> 0"] if most == 0 else ["< 100", "≥ 100"])
