@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bincomm.data.images import EXTENSIONS
-from bincomm.evaluation.labelled import check_labelled
+from bincomm.data.images import EXTENSIONS, WITHOUT_RANGE
 from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, choose, scaling
 from bincomm.evaluation.pretrained import Pretrained
 
@@ -112,7 +111,7 @@ def evaluate_segmentation(
         size: the shorter side in pixels to which images are resized (bicubic), their shape kept up to the
             backbone's stride. Masks are not resized: the figure counts their own pixels.
         memory: patches of training images that are kept, drawn with a fixed seed, from every image alike. A
-            patch takes 4·(D + 255) bytes on the model's device.
+            patch takes 20·D + 2040 bytes on the model's device at most.
 
     Returns:
         "knn" and "linear", each {"miou", "iou": {class: IoU}} from 0 to 1, see `mean_iou`; the latter with
@@ -121,13 +120,13 @@ def evaluate_segmentation(
 
     Raises:
         ValueError: no images; masks that are missing, unreadable, of another size or with no class; fewer
-            than two training images with classes; or a backbone that gives no map.
+            than two training images with classes; or a backbone that gives no map, or NaN or infinity.
     """
     halves = [_pairs(Path(folder).expanduser() / half) for half in ("train", "val")]
     if memory < 1 or size < 1:
         raise ValueError(f"memory and size: expected at least 1, got {memory} and {size}")
     kept = _remember(model, halves[0], size, memory)
-    knn, (linear, rate) = _nearest(kept), _linear(kept)
+    (linear, rate), knn = _linear(kept), _nearest(kept)  # the former needs more room while it is made
     tables = torch.zeros(2, CLASSES, CLASSES, dtype=torch.int64)
     for features, mask in _look(model, halves[1], size, "segmenting"):
         for table, predict in zip(tables, (knn, linear), strict=True):
@@ -172,12 +171,17 @@ def mean_iou(table: Tensor) -> tuple[float, dict[int, float]]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image in RGB.
+    """An image in RGB, of the colours that the loader of pretraining gives it.
 
     Raises:
-        ValueError: it is missing or cannot be read.
+        ValueError: it is missing, cannot be read, or has pixels of no known range.
     """
-    return _open(path).convert("RGB")
+    image = _open(path)
+    if image.mode in WITHOUT_RANGE:
+        raise ValueError(f"{path}: its {WITHOUT_RANGE[image.mode]} pixels have no known range")
+    if image.mode == "I;16":  # which Pillow would clip to eight bits
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def open_mask(path: Path) -> np.ndarray:
@@ -190,6 +194,12 @@ def open_mask(path: Path) -> np.ndarray:
     if mask.mode not in ("P", "L", "1"):
         raise ValueError(f"{path}: expected a mask of one eight-bit channel, got pixels of kind {mask.mode}")
     return np.array(mask, dtype=np.uint8)
+
+
+def centres(parts: int, others: int) -> Tensor:
+    """A line is divided into equal parts, and into equal others: which of the others holds the centre of each
+    part, (parts,) int64; the later one where it lies between two."""
+    return (2 * torch.arange(parts) + 1) * others // (2 * parts)
 
 
 def show(model: Pretrained, image: Image.Image, size: tuple[int, int]) -> Tensor:
@@ -239,10 +249,10 @@ def _look(
             raise ValueError(f"{mask_path}: expected {of_image} pixels as of its image, got {of_mask}")
         scale = size / min(image.size)
         sides = tuple(max(1, round(side * scale / stride)) * stride for side in image.size[::-1])
-        yield (
-            patch_features(model.backbone, show(model, image, sides))[0].float(),
-            torch.from_numpy(mask),
-        )
+        features = patch_features(model.backbone, show(model, image, sides))[0].float()
+        if not features.isfinite().all():
+            raise ValueError(f"{path}: expected finite features, got NaN or infinity")
+        yield features, torch.from_numpy(mask)
 
 
 def _remember(model: Pretrained, pairs: list[tuple[Path, Path]], size: int, memory: int) -> _Memory:
@@ -260,7 +270,6 @@ def _remember(model: Pretrained, pairs: list[tuple[Path, Path]], size: int, memo
     features, shares, images = (torch.cat(parts) for parts in found)
     if len(features) == 0:
         raise ValueError(f"train: expected a class at some pixel, got none in {pairs[0][1].parent}")
-    check_labelled("train", features, images)
     classes = shares.any(0).nonzero().flatten()
     return _Memory(features, shares[:, classes], images.to(features.device), classes)
 
@@ -268,10 +277,7 @@ def _remember(model: Pretrained, pairs: list[tuple[Path, Path]], size: int, memo
 def _shares(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """What share of the pixels of every patch has each class: (H, W) -> (h·w, 255). A pixel belongs to the
     patch that holds its centre; what the ignored pixels of a patch lack of 1 votes for nothing."""
-    rows, columns = (
-        (torch.arange(pixels) + 0.5).mul(patches / pixels).long()
-        for pixels, patches in zip(mask.shape, grid, strict=True)
-    )
+    rows, columns = (centres(pixels, patches) for pixels, patches in zip(mask.shape, grid, strict=True))
     patches = (rows[:, None] * grid[1] + columns).flatten()
     counts = torch.bincount(patches * 256 + mask.flatten(), minlength=grid[0] * grid[1] * 256)
     counts = counts.view(-1, 256)
@@ -295,18 +301,18 @@ def _nearest(memory: _Memory) -> Predict:
 
 def _linear(memory: _Memory) -> tuple[Predict, float]:
     """The classifier, and the learning rate it was trained with."""
-    standardised, device = scaling(memory.features), memory.features.device
-    features, targets = standardised(memory.features), memory.shares.argmax(-1)
+    features, targets = memory.features, memory.shares.argmax(-1)
+    standardised, device = scaling(features), features.device
     generator = torch.Generator().manual_seed(0)
 
     def train(patches: Tensor, rates: tuple[float, ...]) -> Tensor:
-        descent = Descent(rates, len(memory.classes), features.shape[1], STEPS, device)
+        descent = Descent(rates, len(memory.classes), features.shape[1] + 1, STEPS, device)
         order = patches[:0]
         for _ in range(STEPS):
             if len(order) == 0:
                 order = patches[torch.randperm(len(patches), generator=generator).to(device)]
             batch, order = order[:BATCH], order[BATCH:]
-            descent.step(features[batch], targets[batch])
+            descent.step(standardised(features[batch]), targets[batch])
         return descent.weights
 
     # By images, as patches of one are much alike.
@@ -314,7 +320,7 @@ def _linear(memory: _Memory) -> tuple[Predict, float]:
     rest, chosen = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
     if len(rest) == 0:
         raise ValueError("train: expected at least 2 images with classes, got 1")
-    best = choose(train(rest, LEARNING_RATES), features[chosen], targets[chosen], BATCH)
+    best = choose(train(rest, LEARNING_RATES), standardised(features[chosen]), targets[chosen], BATCH)
     rate = LEARNING_RATES[best]
     (weights,) = train(torch.arange(len(features), device=device), (rate,))
     return lambda x: (standardised(x.flatten(0, 1)) @ weights.T).unflatten(0, x.shape[:2]), rate

@@ -14,7 +14,8 @@ from scipy.spatial import KDTree
 from torch import Tensor
 from tqdm import tqdm
 
-from bincomm.evaluation.dense import IGNORED, open_image, open_mask, patch_features, show, stride_of
+from bincomm.engine.ranks import ALONE, Ranks
+from bincomm.evaluation.dense import IGNORED, centres, open_image, open_mask, patch_features, show, stride_of
 from bincomm.evaluation.pretrained import Pretrained
 
 FRAMES, RADIUS, NEIGHBOURS, TEMPERATURE = 7, 12, 5, 0.1  # DINO's
@@ -26,21 +27,24 @@ RESOLUTION = 1 << 16
 TOLERANCE = 0.008  # of the diagonal
 
 
-def evaluate_davis(model: Pretrained, folder: str | os.PathLike[str]) -> dict[str, Any]:
+def evaluate_davis(
+    model: Pretrained, folder: str | os.PathLike[str], *, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """J, F and J&F of DAVIS-2017's validation set, its objects followed from the first frame's masks alone.
 
     The protocol of DINO (arXiv 2104.14294, after Jabri et al., arXiv 2006.14613): the shorter side is resized
-    to 480 pixels, the longer in proportion and down to a multiple of 64 (of the backbone's stride, and the
-    shorter too, where that does not divide 64), and `propagate` does the rest. Figures are those of the
-    benchmark's semi-supervised task (Pont-Tuset et al., arXiv 1704.00675): the objects are those of the first
-    frame; the first frame, which is given, and the last one do not count; of every object the mean over its
-    frames is taken, and of these the mean over all objects of all sequences. Pixels whose annotation is 255
-    are background.
+    (bicubic; by DINO bilinear) to 480 pixels, the longer in proportion and down to a multiple of 64, either
+    to a multiple of the backbone's stride where that does not divide these, and `propagate` does the rest.
+    Figures are those of the benchmark's semi-supervised task (Pont-Tuset et al., arXiv 1704.00675): the
+    objects are those of the first frame; the first frame, which is given, and the last one do not count; of
+    every object the mean over its frames is taken, and of these the mean over all objects of all sequences.
+    Pixels whose annotation is 255 are background.
 
     Args:
         model: what was pretrained; its mean and deviation are those of the frames' colours.
         folder: of DAVIS-2017, with ImageSets/2017/val.txt, JPEGImages/480p/<sequence>/*.jpg and
             Annotations/480p/<sequence>/*.png.
+        ranks: follow a share of the sequences each; all call, and all get the figures.
 
     Returns:
         "j", "f", "jf" (their mean), from 0 to 1, and "objects", their number; and "sequences", these four of
@@ -52,14 +56,18 @@ def evaluate_davis(model: Pretrained, folder: str | os.PathLike[str]) -> dict[st
             the file.
     """
     folder = Path(folder).expanduser()
-    sequences = {name: _sequence(folder, name) for name in _names(folder / "ImageSets" / "2017" / "val.txt")}
-    found, every = {}, []
-    frames = sum(len(pairs) for pairs in sequences.values())
-    with tqdm(total=frames, desc="following", unit="frame", leave=False, disable=None) as bar:
-        for name, pairs in sequences.items():
-            objects = _follow(model, pairs, bar)
-            found[name] = _figures(objects)
-            every.append(objects)
+    names = _names(folder / "ImageSets" / "2017" / "val.txt")
+    sequences = {name: _sequence(folder, name) for name in names}
+    names = list(sequences)
+    own = {name: sequences[name] for name in names[ranks.rank :: ranks.world]}
+    frames = sum(len(pairs) for pairs in own.values())
+    with tqdm(
+        total=frames, desc="following", unit="frame", leave=False, disable=True if ranks.rank else None
+    ) as bar:
+        followed = {name: _follow(model, pairs, bar) for name, pairs in own.items()}
+    followed = {name: objects for some in ranks.gather(followed) for name, objects in some.items()}
+    every = [followed[name] for name in names]
+    found = {name: _figures(objects) for name, objects in zip(names, every, strict=True)}
     return {**_figures(np.concatenate(every)), "sequences": found}
 
 
@@ -133,9 +141,11 @@ def contour_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
 
 def _names(path: Path) -> list[str]:
     try:
-        names = path.read_text().split()
+        names = path.read_text(encoding="utf-8").split()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected names of sequences in UTF-8, got {error}") from None
     if not names:
         raise ValueError(f"{path}: expected names of sequences, got none")
     return names
@@ -175,7 +185,7 @@ def _follow(model: Pretrained, pairs: list[tuple[Path, Path]], bar: tqdm) -> np.
                     measure(mask == number, truth == number)
                     for measure in (region_similarity, contour_accuracy)
                 ]
-                for number in range(1, int(first.max()) + 1)
+                for number in np.unique(first[first > 0])
             ]
         )
     bar.update()  # the last frame
@@ -238,10 +248,7 @@ def _unit(frame: Tensor, start: tuple[Tensor, Tensor] | None) -> Tensor:
 
 def _shrink(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """Labels (h, w, 1 + L) of patches, those of the pixels at their centres."""
-    rows, columns = (
-        (torch.arange(patches) + 0.5).mul(pixels / patches).long()
-        for pixels, patches in zip(mask.shape, grid, strict=True)
-    )
+    rows, columns = (centres(patches, pixels) for pixels, patches in zip(mask.shape, grid, strict=True))
     return F.one_hot(mask[rows[:, None], columns], int(mask.max()) + 1).float()
 
 

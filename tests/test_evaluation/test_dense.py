@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import nn
 
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="the independent check is scikit-learn")
 
-from bincomm.config import PretrainConfig  # noqa: E402
+from bincomm import cli  # noqa: E402
+from bincomm.config import PretrainConfig, parse  # noqa: E402
 from bincomm.evaluation import dense  # noqa: E402
 from bincomm.evaluation.dense import (  # noqa: E402
     confusion,
@@ -18,7 +20,9 @@ from bincomm.evaluation.dense import (  # noqa: E402
     mean_iou,
     patch_features,
 )
-from bincomm.evaluation.pretrained import Pretrained  # noqa: E402
+from bincomm.evaluation.pretrained import Pretrained, load_pretrained  # noqa: E402
+from bincomm.models import create_networks  # noqa: E402
+from bincomm.pretrain import export_backbone  # noqa: E402
 
 # Of classes 2, 9 and 254, and of what is not annotated.
 COLOURS = {2: (230, 20, 20), 9: (20, 230, 20), 254: (20, 20, 230), 255: (120, 120, 120)}
@@ -226,15 +230,18 @@ def test_memory_is_bounded_and_drawn_alike(tmp_path, monkeypatch):
         assert len(kept.features) == len(kept.images.unique()) == memory
 
 
-def test_every_patch_has_its_pixels():
-    mask = torch.from_numpy(np.random.default_rng(0).choice([0, 1, 254, 255], (23, 31)).astype(np.uint8))
-    expected = torch.zeros(4, 5, 256)
-    for row in range(23):
-        for column in range(31):
-            patch = int((row + 0.5) * 4 / 23), int((column + 0.5) * 5 / 31)
+# Of 107 rows the middle one's centre lies between two of 32 patches.
+@pytest.mark.parametrize("height, width, grid", [(23, 31, (4, 5)), (107, 6, (32, 2))])
+def test_every_patch_has_its_pixels(height, width, grid):
+    rng = np.random.default_rng(0)
+    mask = torch.from_numpy(rng.choice([0, 1, 254, 255], (height, width)).astype(np.uint8))
+    expected = torch.zeros(*grid, 256)
+    for row in range(height):
+        for column in range(width):
+            patch = int((row + 0.5) * grid[0] / height), int((column + 0.5) * grid[1] / width)
             expected[(*patch, int(mask[row, column]))] += 1
     expected = (expected / expected.sum(-1, keepdim=True))[..., :255]
-    assert torch.allclose(dense._shares(mask, (4, 5)).view(4, 5, 255), expected)
+    assert torch.allclose(dense._shares(mask, grid).view(*grid, 255), expected)
 
 
 def memory_of(features, shares, images=None):
@@ -250,6 +257,13 @@ def test_near_patches_vote_by_their_cosine(monkeypatch):
     found = dense._nearest(memory_of(features, shares))(torch.tensor([[[3.0, 0.0]]]))
     weights = (torch.tensor([0.0, 0.1, 0.3]).cos() / 0.02).softmax(0)
     assert torch.allclose(found[0, 0], weights @ shares[:3], rtol=1e-4)
+
+
+def test_thirty_patches_vote():
+    angles = torch.linspace(0, 0.1, 40)
+    memory = memory_of(torch.stack([angles.cos(), angles.sin()], 1), torch.eye(40))
+    found = dense._nearest(memory)(torch.tensor([[[1.0, 0.0]]]))
+    assert found[0, 0].nonzero().flatten().tolist() == list(range(30))
 
 
 def test_blocks_make_no_difference(monkeypatch):
@@ -283,6 +297,23 @@ def test_the_linear_probe_is_that_of_scikit_learn(monkeypatch):
     assert float((found == queries).float().mean()) == pytest.approx(expected, abs=0.01)
 
 
+def test_the_learning_rate_is_chosen_by_images_not_trained_on(monkeypatch):
+    fast(monkeypatch)
+    # Noise is learnt the better, and foretold the worse, the larger the rate.
+    features, labels = torch.randn(400, 64), torch.randint(4, (400,))
+    _, rate = dense._linear(memory_of(features, F.one_hot(labels).float(), torch.arange(400) // 10))
+    assert rate == dense.LEARNING_RATES[0]
+
+
+def test_the_classifier_is_trained_on_all_images(monkeypatch):
+    fast(monkeypatch)
+    # Class 0, between the others, is that of the image alone which chooses the learning rate.
+    labels = torch.arange(40) // 10
+    features = torch.cat([torch.zeros(1, 4), 5 * torch.eye(4)[1:]])[labels] + 0.1 * torch.randn(40, 4)
+    predict, _ = dense._linear(memory_of(features, F.one_hot(labels).float(), labels))
+    assert torch.equal(predict(features[None])[0].argmax(-1), labels)
+
+
 def test_images_are_resized_to_whole_patches(tmp_path, monkeypatch):
     fast(monkeypatch, 5)
     seen = []
@@ -309,12 +340,55 @@ def test_images_are_resized_to_whole_patches(tmp_path, monkeypatch):
     assert torch.allclose(seen[1][0, :, 0, 0], expected, atol=1e-3)
 
 
+def test_sixteen_bits_are_seen_as_eight(tmp_path):
+    pixels = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(pixels).save(tmp_path / "8.png")
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    assert Image.open(tmp_path / "16.png").mode == "I;16"
+    for bits in (8, 16):
+        found = np.array(dense.open_image(tmp_path / f"{bits}.png"))
+        assert (found == pixels[..., None]).all()
+        assert found.shape == (16, 16, 3)
+    Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "32.tif")
+    with pytest.raises(ValueError, match="32.tif: its floating-point pixels have no known range"):
+        dense.open_image(tmp_path / "32.tif")
+
+
+@pytest.mark.parametrize("broken", [(0, "train/images/1.png"), (1, "val/images/0.png")])
+def test_features_that_are_not_finite_are_refused(broken, tmp_path, monkeypatch):
+    fast(monkeypatch, 5)
+    mask = stripes(0)
+    write(tmp_path, train=[mask, mask], val=[mask])
+    seen = []
+
+    class Broken(Colours):
+        def forward_features(self, images):
+            seen.append(images)
+            return super().forward_features(images) / (len(seen) != 2 + broken[0])
+
+    with pytest.raises(ValueError, match=f"{broken[1]}: expected finite features, got NaN or infinity"):
+        evaluate_segmentation(pretrained(Broken()), tmp_path, size=64)
+
+
 def test_a_vit_of_timm_is_evaluated(tmp_path, monkeypatch):
     fast(monkeypatch, 50)
     write(tmp_path, train=[stripes(i) for i in range(3)], val=[stripes(4)])
     found = evaluate_segmentation(pretrained(vit()), tmp_path, size=128)
     for protocol in ("knn", "linear"):
         assert 0.4 < found[protocol]["miou"] <= 1.0  # untrained; the colours tell
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    fast(monkeypatch, 5)
+    folder = write(tmp_path / "masks", train=[stripes(i) for i in range(3)], val=[stripes(4)])
+    config, _ = parse(["--recipe=digits", "--backbone=test_resnet", "--backbone_args={}"])
+    export_backbone(create_networks(config, torch.device("cpu"))[1], config, tmp_path)
+    weights, output = tmp_path / "backbone.safetensors", tmp_path / "found.json"
+    assert cli.main(["evaluate", str(weights), f"--segmentation={folder}", f"--output={output}"]) == 0
+    found = json.loads(output.read_text())["segmentation"]
+    expected = evaluate_segmentation(load_pretrained(weights, "cpu"), folder)
+    assert found == json.loads(json.dumps(expected))
+    assert f"mIoU {found['knn']['miou']:.2%} by nearest patches" in capsys.readouterr().out
 
 
 def test_what_is_wrong_with_a_folder_is_named(tmp_path, monkeypatch):

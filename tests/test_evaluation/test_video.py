@@ -1,6 +1,10 @@
 import gc
+import json
 import math
+import subprocess
+import sys
 import weakref
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,10 +16,13 @@ from scipy import ndimage
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bincomm.config import PretrainConfig
+from bincomm import cli
+from bincomm.config import PretrainConfig, parse
 from bincomm.evaluation import video
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.video import contour_accuracy, evaluate_davis, propagate, region_similarity
+from bincomm.models import create_networks
+from bincomm.pretrain import export_backbone
 
 STRIDE = 16
 COLOURS = np.array([[40, 40, 40], [230, 20, 20], [20, 20, 230], [20, 230, 20]], np.uint8)  # by object
@@ -163,6 +170,24 @@ def test_looks_twelve_patches_far(step, followed):
     centre = found[16 * (2 + step[0]) + 8, 16 * (2 + step[1]) + 8]
     assert bool(centre) == followed
     assert followed or not found.any()
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("width", [854, 910, 1152])  # DAVIS-2017's
+def test_first_labels_are_those_of_the_nearest_pixels(width, stride):
+    mask = np.random.default_rng(0).integers(0, 7, (480, width)).astype(np.uint8)
+    grid = 480 // stride, width // 64 * 64 // stride
+    expected = Image.fromarray(mask).resize(grid[::-1], Image.Resampling.NEAREST)
+    labels = video._shrink(torch.from_numpy(mask).long(), grid)
+    assert labels.shape == (*grid, 7)
+    assert (labels.argmax(-1).numpy() == np.array(expected)).all()
+
+
+def test_of_two_pixels_beside_a_centre_the_later_gives_the_first_label():
+    for width, patches in ((848, 52), (736, 44), (36, 3)):
+        places = [math.floor(Fraction((2 * patch + 1) * width, 2 * patches)) for patch in range(patches)]
+        mask = torch.arange(width)[None]
+        assert video._shrink(mask, (1, patches)).argmax(-1)[0].tolist() == places
 
 
 def reference(frames, first):
@@ -359,9 +384,10 @@ def test_pixels_that_are_not_annotated_are_background(tmp_path):
     assert found["j"] == pytest.approx(32 / 128, abs=0.01)
 
 
-def test_objects_are_those_of_the_first_frame(tmp_path):
+@pytest.mark.parametrize("missing", [1, 2])
+def test_objects_are_those_of_the_first_frame(missing, tmp_path):
     frames = two_objects()
-    frames[0] = (frames[0][0], np.where(frames[0][1] == 2, 0, frames[0][1]))
+    frames[0] = (frames[0][0], np.where(frames[0][1] == missing, 0, frames[0][1]))
     found = evaluate_davis(pretrained(), write_davis(tmp_path, {"a": frames}))
     assert found["objects"] == 1
     assert found["j"] > 0.95
@@ -409,6 +435,25 @@ def test_a_vit_of_timm_is_evaluated(tmp_path, monkeypatch):
     assert 0 < found["f"] <= 1
 
 
+def test_the_command_alone_and_on_two_ranks(tmp_path, capsys):
+    """Three sequences, of which one rank follows two."""
+    config, _ = parse(["--recipe=digits", "--backbone=test_resnet", "--backbone_args={}"])
+    export_backbone(create_networks(config, torch.device("cpu"))[1], config, tmp_path)
+    sequences = {"c": moving(3), "a": two_objects(4), "b": moving(4, 48)}
+    folder, output = write_davis(tmp_path / "davis", sequences), tmp_path / "found.json"
+    command = ["evaluate", str(tmp_path / "backbone.safetensors"), f"--davis={folder}", f"--output={output}"]
+    assert cli.main(command) == 0
+    alone = json.loads(output.read_text())
+    assert list(alone["davis"]["sequences"]) == ["c", "a", "b"]
+    assert f"DAVIS, 4 objects: J&F {alone['davis']['jf']:.2%}" in capsys.readouterr().out
+    output.unlink()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "bincomm.cli"]
+    text = subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=240)
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.count("DAVIS, 4 objects") == 1
+    assert json.loads(output.read_text()) == alone
+
+
 def test_what_is_missing_of_davis_is_named(tmp_path):
     folder = write_davis(tmp_path, {"a": moving(4), "b": moving(4)})
     frames, masks = (folder / kind / "480p" / "b" for kind in ("JPEGImages", "Annotations"))
@@ -450,6 +495,8 @@ def test_what_is_missing_of_davis_is_named(tmp_path):
         path.unlink()
     expect("JPEGImages/480p/b: expected at least 3 frames, got 0")
     (folder / "ImageSets" / "2017" / "val.txt").write_text("\n")
-    expect("val.txt: expected names of sequences")
+    expect("val.txt: expected names of sequences, got none")
+    (folder / "ImageSets" / "2017" / "val.txt").write_text("a\n", encoding="utf-16")
+    expect("val.txt: expected names of sequences in UTF-8, got .*byte 0xff")
     with pytest.raises(ValueError, match="nowhere/ImageSets/2017/val.txt: cannot be read"):
         evaluate_davis(pretrained(), folder / "nowhere")
