@@ -9,9 +9,12 @@ A file's schema has two keys, both JSON: `bincomm`, what the codes are of, the s
 FOLDER/part-*.parquet; a name that is no UTF-8 has \\udcXX for its odd bytes.
 """
 
+import errno
 import json
+import os
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bincomm.data.images import UnusableImageError, read
 from bincomm.data.sources import Source
 from bincomm.engine.ranks import ALONE, Ranks
 from bincomm.engine.run import open_run, write_json, write_whole
@@ -37,6 +41,7 @@ MADE = "encode.json"  # of what weights and images the codes are, and how the im
 KEY, UNUSABLE = b"bincomm", b"bincomm.unusable"  # in the schema of every file
 GROUP = 1 << 13  # rows of a Parquet row group: what is read to find one path
 WAIT = 0.2  # seconds between two looks for the parts of other ranks
+UNREAD = set(map(os.strerror, errno.errorcode))  # reasons of images that could not be read, and may be later
 
 
 class Encoded(NamedTuple):
@@ -65,20 +70,22 @@ def encode(
     *,
     features: bool = False,
     ranks: Ranks = ALONE,
-    rows: int = 1 << 16,
+    rows: int | None = None,
 ) -> Encoded:
     """Write the codes of all images, or of those that an earlier call with the same arguments left.
 
     File `part-00000.parquet` and its successors are of `rows` images each, in the source's order, and appear
     when they are whole. The missing ones are shared out to the ranks, however many there are by now; on one
     kind of device and with one batch size a part is always the same, byte for byte. Images that cannot be
-    used are left out and listed in `unusable.txt` once all parts are there.
+    used are left out and listed in `unusable.txt` once all parts are there. A later call makes a part anew
+    that lacks images which could not be read, for want of their disk for example, and now can be.
 
     Args:
         model: with a head, as from `load_pretrained`.
         output: the folder, seen by all ranks.
         features: write the backbone's features, too.
-        rows: images a part.
+        rows: images a part; None: a 64th of all, so that ranks share them and an interruption loses little,
+            but at least 4 096, for to begin a part takes a moment, and at most 65 536.
 
     Raises:
         ValueError: the weights have no head, or give NaN; the folder is of other weights, images or options,
@@ -92,6 +99,8 @@ def encode(
             f"weights: expected a head, the signs of whose logits are the code, got {model.name} without; "
             "a run's directory and a checkpoint have one"
         )
+    if rows is None:
+        rows = min(1 << 16, max(1 << 12, -(-len(source.images) // 64)))
     if rows < 1:
         raise ValueError(f"rows: expected at least 1, got {rows}")
     if not len(source.images):
@@ -102,6 +111,9 @@ def encode(
 
         def begin() -> tuple[dict[str, Any], list[int]]:
             made = _begin(folder, _describe(model, source, features, rows))
+            for start, path in zip(starts, paths, strict=True):
+                if path.exists() and _lacks(_open_part(path), _Range(source, start, rows)):
+                    path.unlink()
             return made, [number for number, path in enumerate(paths) if not path.exists()]
 
         made, missing = ranks.first(begin)
@@ -199,9 +211,9 @@ def open_parts(folder: str | Path) -> list[Part]:
     return parts
 
 
-def iterate_codes(folder: str | Path) -> Iterator[np.ndarray]:
-    """The codes of a folder in their order, (n, ⌈K/8⌉) uint8, at most 65536 at a time."""
-    for part in open_parts(folder):
+def iterate_codes(parts: Iterable[Part]) -> Iterator[np.ndarray]:
+    """The codes of files in their order, (n, ⌈K/8⌉) uint8, at most 65536 at a time."""
+    for part in parts:
         yield from _codes(part)
 
 
@@ -215,16 +227,15 @@ def read_codes(folder: str | Path) -> tuple[np.ndarray, int]:
     bits = parts[0].made["bits"]
     codes = np.empty((sum(part.rows for part in parts), -(-bits // 8)), np.uint8)
     first = 0
-    for part in parts:
-        for some in _codes(part):
-            codes[first : first + len(some)] = some
-            first += len(some)
+    for some in iterate_codes(parts):
+        codes[first : first + len(some)] = some
+        first += len(some)
     return codes, bits
 
 
-def read_rows(folder: str | Path, rows: Sequence[int] | np.ndarray) -> list[tuple[str, str | None]]:
-    """Path and label of some rows of a folder, numbered as in `read_codes`; reads little more than these."""
-    parts = open_parts(folder)
+def read_rows(parts: Sequence[Part], rows: Sequence[int] | np.ndarray) -> list[tuple[str, str | None]]:
+    """Path, as the system has it, and label of some rows of files, numbered through all of them as in
+    `read_codes`; reads little more than these."""
     ends = np.cumsum([part.rows for part in parts])
     wanted = sorted(set(map(int, rows)))
     if wanted and not 0 <= wanted[0] <= wanted[-1] < ends[-1]:
@@ -241,7 +252,8 @@ def read_rows(folder: str | Path, rows: Sequence[int] | np.ndarray) -> list[tupl
                 here = [row for row in inside if first <= row < last]
                 if here:
                     table = file.read_row_group(group, ["path", "label"]).take([row - first for row in here])
-                    found |= zip(here, zip(*table.to_pydict().values(), strict=True), strict=True)
+                    names, labels = table.to_pydict().values()
+                    found |= zip(here, zip(map(_as_named, names), labels, strict=True), strict=True)
                 first = last
     return [found[int(row)] for row in rows]
 
@@ -329,6 +341,19 @@ def _begin(folder: Path, made: dict[str, Any]) -> dict[str, Any]:
     return there
 
 
+def _lacks(part: Part, images: _Range) -> bool:
+    """Whether a file lacks an image that could not be read then, and now can be."""
+    unread = {name for name, why in part.unusable if why in UNREAD}
+    for number in range(len(images)) if unread else ():
+        if images.name(number) in unread:
+            try:
+                read(images, number)
+                return True
+            except UnusableImageError:
+                pass
+    return False
+
+
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     """In what two descriptions of codes differ, in words; the weights' names make no difference."""
     found = []
@@ -409,3 +434,8 @@ def _codes(part: Part) -> Iterator[np.ndarray]:
 def _utf8(name: str) -> str:
     """A name of any bytes as text: those that are no UTF-8 as \\udcXX."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _as_named(text: str) -> str:
+    """The name that `_utf8` made a text of."""
+    return re.sub(r"\\udc([89a-f][0-9a-f])", lambda byte: chr(0xDC00 + int(byte[1], 16)), text)

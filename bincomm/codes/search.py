@@ -33,6 +33,7 @@ TILE = 128  # pixels a side of an image in the sheet
 CAPTION = 34  # pixels below it, two lines of text
 GAP = 4
 COLUMNS = 7
+MOST = 20 * COLUMNS  # images in a sheet: more would be a picture that few programs open
 GREY = (200, 200, 200)
 
 
@@ -59,7 +60,12 @@ def search(folder: str | Path, codes: np.ndarray, k: int) -> tuple[np.ndarray, n
     Raises:
         ValueError: the folder cannot be read, or the codes are of another number of bits, or k does not fit.
     """
-    parts = open_parts(folder)
+    return _search(folder, open_parts(folder), codes, k)
+
+
+def _search(
+    folder: str | Path, parts: Sequence[Part], codes: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     bits, count = parts[0].made["bits"], sum(part.rows for part in parts)
     width = -(-bits // 8)
     if not isinstance(codes, np.ndarray) or codes.dtype != np.uint8 or codes.shape[1:] != (width,):
@@ -71,7 +77,7 @@ def search(folder: str | Path, codes: np.ndarray, k: int) -> tuple[np.ndarray, n
         raise ValueError(f"k: expected from 1 to the number of codes in {folder}, {count}, got {k}")
     queries, first = to_messages(codes), 0
     distances, rows = queries.new_empty(len(codes), 0), torch.empty(len(codes), 0, dtype=torch.int64)
-    for some in iterate_codes(folder):
+    for some in iterate_codes(parts):
         near, places = hamming_topk(queries, to_messages(some), min(k, len(some)))
         distances, rows = torch.cat([distances, near], 1), torch.cat([rows, places + first], 1)
         distances, order = distances.sort(dim=1, stable=True)  # of a tie the earlier rows come first already
@@ -98,7 +104,7 @@ def nearest(
     """
     from bincomm.evaluation.features import look
 
-    parts = open_parts(folder)
+    parts = open_parts(folder)  # once: what is encoded meanwhile would number the rows anew
     made = parts[0].made
     if model.head is None:
         raise ValueError(
@@ -132,18 +138,19 @@ def nearest(
     if not messages:
         return []
     k = min(k, sum(part.rows for part in parts))
-    distances, rows = search(folder, to_codes(torch.cat(messages), made["bits"]), k)
-    images = iter(read_rows(folder, rows.reshape(-1)))
+    distances, rows = _search(folder, parts, to_codes(torch.cat(messages), made["bits"]), k)
+    images = iter(read_rows(parts, rows.reshape(-1)))
     return [[Neighbour(*next(images), distance) for distance in some] for some in distances.tolist()]
 
 
 def contact_sheet(query: str | Path, results: Sequence[Neighbour]) -> Image.Image:
-    """The query and what is nearest to it, as a picture, with distance and label (or name) under each.
+    """The query and what is nearest to it, MOST images at most, as a picture, with distance and label (or
+    name) under each.
 
     An image that cannot be opened any more is a grey tile with its path.
     """
     tiles = [(str(query), ("query", os.path.basename(query)))]
-    for path, label, distance in results:
+    for path, label, distance in results[: MOST - 1]:
         tiles.append((path, (f"distance {distance}", os.path.basename(path) if label is None else label)))
     columns = min(COLUMNS, len(tiles))
     lines = -(-len(tiles) // columns)
@@ -186,7 +193,7 @@ def build_index(folder: str | Path) -> Path:
             "an index needs faiss; install it with: pip install 'bincomm[eval]'", name="faiss"
         ) from error
     index = faiss.IndexBinaryFlat(8 * -(-parts[0].made["bits"] // 8))
-    for some in iterate_codes(folder):
+    for some in iterate_codes(parts):
         index.add(some)
     beside.unlink(missing_ok=True)  # at no time does it tell of another index than that beside it
     write_whole(path, lambda file: faiss.write_index_binary(index, faiss.PyCallbackIOWriter(file.write)))
@@ -216,6 +223,8 @@ def _tile(path: str) -> Image.Image:
         if image.mode.startswith("I;16"):  # which Pillow would clip to eight bits
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         image = ImageOps.exif_transpose(image).convert("RGB")
+        scale = TILE / max(image.size)  # at least a pixel is left of the shorter side
+        image = image.resize([max(1, round(scale * side)) for side in image.size])
         return ImageOps.pad(image, (TILE, TILE), color="white")
     except Exception:  # of whatever reads it; the path is what there is to show
         tile = Image.new("RGB", (TILE, TILE), GREY)
@@ -230,7 +239,8 @@ def _tile(path: str) -> Image.Image:
 
 def _fitting(drawing: ImageDraw.ImageDraw, text: str) -> str:
     """As much of a text, in letters that every font has, as a tile is wide."""
-    text = text.encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
+    # No letter is less than a pixel wide.
+    text = text[:TILE].encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
     while drawing.textlength(text) > TILE - 4:
         text = text[:-1]
     return text

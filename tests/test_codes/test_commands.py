@@ -1,6 +1,8 @@
 """Encode, search and codes as commands, on a network that has hardly been trained."""
 
 import json
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,7 @@ for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors",
 from PIL import Image  # noqa: E402
 
 from bincomm import cli  # noqa: E402
+from bincomm.codes import encode as encoding  # noqa: E402
 from bincomm.config import parse  # noqa: E402
 from bincomm.data.sources import digits  # noqa: E402
 from bincomm.pretrain import pretrain  # noqa: E402
@@ -60,6 +63,7 @@ def test_an_image_of_the_folder_is_found(encoded, images, tmp_path, capsys):
     assert ["0", str(query), "(7)"] in found  # among those that have its code, too
     Image.open(sheet).verify()
     assert (encoded / "index.faiss").exists()
+    assert json.loads((encoded / "encode.json").read_text())["rows"] == 4096
 
 
 def test_encoding_again_does_nothing_and_other_weights_are_refused(run, encoded, images, capsys):
@@ -71,13 +75,67 @@ def test_encoding_again_does_nothing_and_other_weights_are_refused(run, encoded,
     assert "features" in capsys.readouterr().err
 
 
+def test_searching_a_folder_that_is_not_finished_says_so(run, encoded, images, tmp_path, monkeypatch, capsys):
+    made = json.loads((encoded / "encode.json").read_text())
+    part = encoding.open_parts(encoded)[0]
+    codes = encoding.read_codes(encoded)[0]
+    options = [f"--query={next(images.glob('7/*.png'))}", f"--sheet={tmp_path / 'sheet.png'}"]
+    names = [f"{number}.png" for number in range(len(codes))]
+    encoding.write_part(tmp_path / part.path.name, names, [None] * len(names), codes, {**made, "rows": 50})
+    assert cli.main(["search", str(tmp_path), *options]) == 0
+    assert "note: 1 of 3 files are there" in capsys.readouterr().out
+    assert cli.main(["search", str(encoded), *options]) == 0
+    assert "note" not in capsys.readouterr().out
+    other = tmp_path / "moved"
+    other.mkdir()
+    encoding.write_part(
+        other / part.path.name, names, [None] * len(names), codes, {**made, "weights": "runs/x"}
+    )
+    assert cli.main(["search", str(other), *options]) == 2
+    assert "were runs/x, which is not there; expected --weights" in capsys.readouterr().err
+    assert cli.main(["search", str(other), *options, f"--weights={run}"]) == 0
+    for sheet in (tmp_path / "none" / "sheet.png", tmp_path):
+        assert cli.main(["search", str(encoded), options[0], f"--sheet={sheet}"]) == 2
+        assert f"sheet: expected a file in a folder that exists, got {sheet}" in capsys.readouterr().err
+
+
+def test_searching_from_elsewhere_than_encoding(run, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(run.parent)
+    assert cli.main(["encode", run.name, f"--data={images}", f"--output={tmp_path / 'codes'}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["search", "codes", f"--query={next(images.glob('7/*.png'))}"]) == 0
+    assert (tmp_path / "nearest.png").exists()
+
+
+def test_what_was_not_taken_and_an_interruption_are_told(run, images, tmp_path, monkeypatch, capsys):
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        tar.add(images, "images")
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "whole.tar").read_bytes()[:30000])
+    options = [f"--data={tmp_path}/cut.tar", f"--output={tmp_path}/codes"]
+    assert cli.main(["encode", str(run), *options]) == 0
+    assert "cut.tar is " in capsys.readouterr().out
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoding, "_encode_part", interrupted)
+    assert cli.main(["encode", str(run), f"--data={images}", f"--output={tmp_path}/other"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def test_a_page_about_the_code(run, images, tmp_path, capsys):
-    output = tmp_path / "page"
-    options = [f"--data={images}", f"--output={output}", "--classes=3,8", "--bits=2,5"]
-    assert cli.main(["codes", str(run), *options, f"--other={run}"]) == 0
+    output, table = tmp_path / "page", tmp_path / "attributes.csv"
+    paths = sorted(map(str, images.glob("*/*.png")))
+    table.write_text("path,parity\n" + "".join(f"{path},{int(Path(path).parts[-2]) % 2}\n" for path in paths))
+    options = [f"--data={images}", f"--output={output}", "--classes=3, 8", "--bits=2,5"]
+    assert cli.main(["codes", str(run), *options, f"--other={run}", f"--attributes={table}"]) == 0
     assert "codes.html" in capsys.readouterr().out
-    assert json.loads((output / "codes.json").read_text())
-    assert "<html" in (output / "codes.html").read_text()
+    found = json.loads((output / "codes.json").read_text())
+    assert found["telling_apart"]["classes"] == ["3", "8"]
+    assert [one["bit"] for one in found["shown"]["bits"]] == [2, 5]
+    assert "parity" in found["attributes"]
+    assert found["other"]["weights"] == str(run)
+    assert "parity" in (output / "codes.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -208,13 +208,64 @@ def test_images_that_cannot_be_used_have_no_row(model, tmp_path):
     assert [line.split("\t")[0] for line in listed] == [name for name, _ in found.unusable]
     assert "the file is empty" in listed[1]
     assert [os.path.basename(path) for path in paths_in(tmp_path / "codes")] == ["a.png", "c.png", "d.png"]
-    assert read_rows(tmp_path / "codes", [2, 0]) == [
+    assert read_rows(open_parts(tmp_path / "codes"), [2, 0]) == [
         (f"{images}/y/d.png", "y"),
         (f"{images}/x/a.png", "x"),
     ]
     assert [part.rows for part in open_parts(tmp_path / "codes")] == [1, 2, 0]
     with pytest.raises(ValueError, match="data: none of 2 images can be used"):
         encode(model, source.select([4, 5]), tmp_path / "none")
+
+
+def test_images_that_could_not_be_read_are_looked_for_again(model, source, tmp_path, monkeypatch):
+    images, codes = tmp_path / "images", tmp_path / "codes"
+    images.mkdir()
+    for number in range(20):
+        data = open(source.images.name(number), "rb").read()  # noqa: SIM115
+        (images / f"{number:02}.png").write_bytes(data[:40] if number == 3 else data)
+    found = open_source(str(images))
+    encode(model, found, tmp_path / "whole", rows=5)
+    kept = [number for number in range(20) if number != 3]  # those behind it keep their own names and codes
+    assert [os.path.basename(path) for path in paths_in(tmp_path / "whole")] == [f"{n:02}.png" for n in kept]
+    logits = torch.cat([seen.logits for seen in look(model, source.select(kept))])
+    assert torch.equal(to_messages(read_codes(tmp_path / "whole")[0]), pack_signs(logits))
+    write = encoding.write_part
+
+    def write_and_vanish(path, *rest, **named):
+        write(path, *rest, **named)
+        if path.name == "part-00001.parquet":
+            images.rename(tmp_path / "elsewhere")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encoding, "write_part", write_and_vanish)
+        lost = encode(model, found, codes, rows=5)
+    assert (lost.codes, lost.parts, len(lost.unusable)) == (9, 4, 11)
+    before = times(codes)
+    (tmp_path / "elsewhere").rename(images)
+    mended = encode(model, found, codes, rows=5)
+    assert (mended.codes, mended.made) == (19, 2)  # a damaged image is no reason to make its part anew
+    assert contents(codes) == contents(tmp_path / "whole")
+    assert {name for name, time in times(codes).items() if before[name] == time} == {
+        "part-00000.parquet",
+        "part-00001.parquet",
+    }
+    assert encode(model, found, codes, rows=5).made == 0
+    (tmp_path / "list.txt").write_text("images/01.png\nimages/04.png\n")
+    listed = open_source(str(tmp_path / "list.txt"))
+    (images / "04.png").unlink()  # for good: what cannot be read now either is left as it is
+    assert encode(model, listed, tmp_path / "listed").unusable[0][1] == "No such file or directory"
+    assert encode(model, listed, tmp_path / "listed").made == 0
+
+
+def test_a_full_disk_costs_no_finished_part(model, source, small_disk):
+    (small_disk / "filling").write_bytes(bytes((2 << 20) - (24 << 10)))
+    with pytest.raises(OSError, match="No space left on device: .*part-0000"):
+        encode(model, source, small_disk / "codes", rows=10, features=True)
+    before = contents(small_disk / "codes")
+    assert 0 < len(before) < 9
+    (small_disk / "filling").unlink()
+    assert encode(model, source, small_disk / "codes", rows=10, features=True).made == 9 - len(before)
+    assert before.items() <= contents(small_disk / "codes").items()
 
 
 def test_shards_mixes_and_odd_names(model, source, tmp_path):
@@ -224,7 +275,7 @@ def test_shards_mixes_and_odd_names(model, source, tmp_path):
     assert paths_in(tmp_path / "of shards") == [
         f"{tmp_path}/shards/data-00000.tar/{number:09}.png" for number in range(12)
     ]
-    labels = [label for _, label in read_rows(tmp_path / "of shards", range(12))]
+    labels = [label for _, label in read_rows(open_parts(tmp_path / "of shards"), range(12))]
     assert labels == [shards.classes[label] for label in shards.labels]
     odd = tmp_path / "odd"
     odd.mkdir()
@@ -233,8 +284,8 @@ def test_shards_mixes_and_odd_names(model, source, tmp_path):
         copy.write(image.read())
     mix = Source(Mix([shards.images, open_source(str(odd)).images]), weights=(1.0, 1.0))
     encode(model, mix, tmp_path / "of both", rows=5)
-    assert read_rows(tmp_path / "of both", [12, 0]) == [
-        (f"{odd}/\\udcff.png", None),
+    assert read_rows(open_parts(tmp_path / "of both"), [12, 0]) == [
+        (f"{odd}/\udcff.png", None),
         (f"{tmp_path}/shards/data-00000.tar/000000000.png", None),
     ]
     codes, together = read_codes(tmp_path / "of shards")[0], read_codes(tmp_path / "of both")[0]
@@ -342,12 +393,12 @@ def test_rows_are_found_in_their_groups(tmp_path, monkeypatch):
         path = tmp_path / f"part-{part:05}.parquet"
         write_part(path, names[first:last], labels[first:last], codes[first:last], {"bits": 22})
     rows = [79, 0, 9, 10, 44, 45, 6, 7, 0, 33]
-    assert read_rows(tmp_path, rows) == [(names[row], labels[row]) for row in rows]
-    assert read_rows(tmp_path, np.array([], np.int64)) == []
+    assert read_rows(open_parts(tmp_path), rows) == [(names[row], labels[row]) for row in rows]
+    assert read_rows(open_parts(tmp_path), np.array([], np.int64)) == []
     assert (read_codes(tmp_path)[0] == codes).all()
-    assert [len(some) for some in encoding.iterate_codes(tmp_path)] == [10, 35, 35]
+    assert [len(some) for some in encoding.iterate_codes(open_parts(tmp_path))] == [10, 35, 35]
     with pytest.raises(ValueError, match="rows: expected from 0 to 79, got 3 to 80"):
-        read_rows(tmp_path, [80, 3])
+        read_rows(open_parts(tmp_path), [80, 3])
     # In the order of their numbers, also where these have outgrown five figures.
     for number in (100000, 99999):
         write_part(tmp_path / f"part-{number:05}.parquet", ["x"], [None], codes[:1], {"bits": 22})

@@ -2,6 +2,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,14 @@ for package in ("pyarrow", "timm", "nvidia.dali", "sklearn"):
     pytest.importorskip(package, reason="searching needs the packages of bincomm[eval]")
 
 from bincomm import hamming_distance, hamming_topk  # noqa: E402
-from bincomm.codes.encode import encode, read_codes, read_rows, to_messages, write_part  # noqa: E402
+from bincomm.codes import search as searching  # noqa: E402
+from bincomm.codes.encode import encode, open_parts, read_codes, read_rows, to_messages, write_part  # noqa: E402
 from bincomm.codes.search import (  # noqa: E402
     CAPTION,
     COLUMNS,
     GAP,
     GREY,
+    MOST,
     TILE,
     Neighbour,
     build_index,
@@ -128,7 +131,7 @@ def test_an_image_is_nearest_to_itself(encoded, source):
         assert Neighbour(path, label, 0) in neighbours
         expected, rows = every[number].sort(stable=True)
         assert [one.distance for one in neighbours] == expected[:20].tolist()
-        assert [(one.path, one.label) for one in neighbours] == read_rows(folder, rows[:20])
+        assert [(one.path, one.label) for one in neighbours] == read_rows(open_parts(folder), rows[:20])
     assert len(nearest(model, folder, [source.images.name(0)], 1000)[0]) == len(source.images)
     assert nearest(model, folder, []) == []
 
@@ -182,11 +185,33 @@ def test_searching_needs_neither_faiss_nor_what_training_needs(tmp_path, monkeyp
     program = f"""if True:
         import sys
         sys.modules.update(dict.fromkeys(("faiss", "timm", "nvidia.dali", "sklearn")))
-        from bincomm.codes.search import read_rows, search, iterate_codes
-        print(search({str(tmp_path)!r}, next(iterate_codes({str(tmp_path)!r}))[3:4], 1))"""
+        from bincomm.codes.search import open_parts, search, iterate_codes
+        print(search({str(tmp_path)!r}, next(iterate_codes(open_parts({str(tmp_path)!r})))[3:4], 1))"""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert found.stdout.startswith("(array([[0]], dtype=int32), array([[3]]"), found.stderr
+
+
+@pytest.mark.parametrize("moment", ["weights_identity", "hamming_topk"])
+def test_files_that_come_meanwhile_do_not_shift_the_rows(encoded, source, tmp_path, monkeypatch, moment):
+    model, folder = encoded
+    query, late = source.images.name(45), tmp_path / "part-00000.parquet"
+    for path in sorted(folder.glob("part-*.parquet"))[1:]:  # the first is still being made
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    function = getattr(searching, moment)
+
+    def slowly(*arguments):
+        late.write_bytes((folder / late.name).read_bytes())
+        return function(*arguments)
+
+    monkeypatch.setattr(searching, moment, slowly)
+    ((nearest_one,),) = nearest(model, tmp_path, [query], 1)
+    assert late.exists()
+    every = [path for path, _ in read_rows(open_parts(folder), range(30, len(source.images)))]
+    assert nearest_one.distance == 0
+    codes = read_codes(folder)[0]
+    same = [path for path, code in zip(every, codes[30:], strict=True) if (code == codes[45]).all()]
+    assert nearest_one.path == same[0]
 
 
 def test_the_sheet_shows_the_query_and_what_was_found(encoded, source):
@@ -230,6 +255,31 @@ def test_the_sheet_shows_images_of_shards_and_none_that_are_gone(source, tmp_pat
         tile = picture_of(sheet, number)
         assert (tile[0, 0] == GREY).all()
         assert (tile < 100).any()
+
+
+def test_the_sheet_copes_with_what_is_extreme(tmp_path):
+    for size in ((1, 300), (9000, 2)):
+        Image.new("RGB", size, (200, 0, 0)).save(tmp_path / "line.png")
+        tile = picture_of(contact_sheet(tmp_path / "line.png", []), 0)
+        assert (tile == (200, 0, 0)).all(-1).sum() == TILE
+    started = time.perf_counter()
+    contact_sheet(tmp_path / "line.png", [Neighbour(f"/{'x' * 4000}.png", None, 3)])
+    assert time.perf_counter() - started < 5
+    many = [Neighbour("gone.png", None, 3)] * 10000
+    assert contact_sheet(tmp_path / "line.png", many).height == MOST // COLUMNS * (TILE + CAPTION + GAP) + GAP
+
+
+def test_names_of_any_bytes_are_found(encoded, source, tmp_path):
+    model, _ = encoded
+    name = os.path.join(os.fsencode(tmp_path), b"\xff \xc3\xa4.png")
+    with open(source.images.name(3), "rb") as image, open(name, "wb") as copy:
+        copy.write(image.read())
+    encode(model, open_source(str(tmp_path)), tmp_path / "codes")
+    ((found,),) = nearest(model, tmp_path / "codes", [os.fsdecode(name)], 5)
+    assert (os.fsencode(found.path), found.distance) == (name, 0)
+    sheet = contact_sheet(os.fsdecode(name), [found])
+    assert (picture_of(sheet, 0) == picture_of(sheet, 1)).all()
+    assert (picture_of(sheet, 1)[0, 0] != GREY).any()
 
 
 def test_what_is_wrong_is_named(encoded, source, tmp_path):
