@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import nvidia.dali
+import PIL
 import safetensors
 import safetensors.torch
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+import bincomm
 from bincomm.data.cache import cache_folder
 from bincomm.data.loader import eval_batches
 from bincomm.data.sources import Source
@@ -24,6 +28,8 @@ from bincomm.evaluation.pretrained import Pretrained
 
 PIXELS = 16  # a million images of more would not fit in memory, and k-NN on pixels gains nothing from it
 Report = Callable[[int, str], None]
+Kept = tuple[dict[str, Tensor], list[tuple[int, str]]]  # of images, and those left out with the reason
+VERSIONS = tuple(package.__version__ for package in (bincomm, torch, timm, nvidia.dali, PIL))
 
 
 class Seen(NamedTuple):
@@ -96,41 +102,60 @@ def extract(
 def extract_cached(
     model: Pretrained, source: Source, report: Report = lambda image, why: None, *, ranks: Ranks = ALONE
 ) -> dict[str, Tensor]:
-    """`extract`, from bincomm's cache where the same weights saw the same files in the same way before."""
-    path = cache_folder() / "features" / f"{identity(model, source)}.safetensors"
-    found = ranks.first(lambda: _read(path))
-    if found is None:
+    """`extract`, from bincomm's cache where the same weights saw the same files in the same way before; rank
+    0 alone gets what it found, and the others {}."""
+    found: list[Kept] = []
+    path = Path()
+
+    def look_up() -> bool:
+        nonlocal path
+        path = cache_folder() / "features" / f"{identity(model, source)}.safetensors"
+        found.extend(_read(path))
+        return bool(found)
+
+    if not ranks.first(look_up):
         left_out: list[tuple[int, str]] = []
         values = extract(model, source, lambda image, why: left_out.append((image, why)), ranks=ranks)
-        every = sorted(one for some in ranks.gather(left_out) for one in some)
-        found = values, every
+        found.append((values, sorted(one for some in ranks.gather(left_out) for one in some)))
         if ranks.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data = safetensors.torch.save(
-                {name: value.contiguous() for name, value in values.items()},
-                metadata={"left_out": json.dumps(every)},
-            )
-            write_whole(path, lambda file: file.write(data))
-    values, every = found
-    if ranks.rank == 0:
-        for image, why in every:
-            report(image, why)
+            _write(path, *found[0])
+    if ranks.rank:
+        return {}
+    ((values, every),) = found
+    for image, why in every:
+        report(image, why)
     return values
 
 
 def identity(model: Pretrained, source: Source) -> str:
-    """A name for what a network sees of images: of its weights, of how they are shown, and of the files."""
+    """A name for what a network sees of images: of its weights, of how they are shown, of the files, and of
+    the software that all of this goes through."""
     config = model.config
     shown = (config.global_size, config.eval_crop, config.mean, config.std, model.device.type)
-    seen = (weights_identity(model), images_identity(source), shown)
+    seen = (weights_identity(model), images_identity(source, closely=True), shown, VERSIONS)
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:32]
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], list[tuple[int, str]]] | None:
+def _read(path: Path) -> list[Kept]:
+    """What is kept in a file, or nothing where it is not whole."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             left_out = json.loads(file.metadata()["left_out"])
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, [tuple(one) for one in left_out]
+            values = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return None
+        return []
+    if "signs" in values:
+        values["signs"] = values["signs"].float()
+    return [(values, [tuple(one) for one in left_out])]
+
+
+def _write(path: Path, values: dict[str, Tensor], left_out: list[tuple[int, str]]) -> None:
+    """Keep what was seen; where that is not possible the images are looked at again the next time."""
+    kept = {name: (value.char() if name == "signs" else value).contiguous() for name, value in values.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = safetensors.torch.save(kept, metadata={"left_out": json.dumps(left_out)})
+        write_whole(path, lambda file: file.write(data))
+    except OSError:
+        pass

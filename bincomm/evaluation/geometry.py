@@ -36,6 +36,16 @@ def effective_dimensions(features: Tensor) -> Dimensions:
         raise ValueError(f"features: expected shape (N ≥ 1, D ≥ 1), got {tuple(features.shape)}")
     if not features.isfinite().all():
         raise ValueError("features: expected finite values, got NaN or infinity")
+    _, covariance = moments(features)
+    spectrum = torch.linalg.eigvalsh(covariance).clamp(min=0)  # below 0 by rounding alone
+    if spectrum.sum() == 0:
+        return Dimensions(0.0, 0.0)
+    shares = spectrum / spectrum.sum()
+    return Dimensions(float(1 / shares.square().sum()), float(torch.special.entr(shares).sum().exp()))
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of features (N, D), in fp64."""
     blocks = features.split(max(1, BLOCK // features.shape[1]))
     # Relative to the first image first: features that do not vary are then exactly 0, whatever their mean.
     first = features[0].double()
@@ -43,9 +53,5 @@ def effective_dimensions(features: Tensor) -> Dimensions:
     covariance = torch.zeros(len(first), len(first), dtype=torch.float64, device=features.device)
     for block in blocks:
         centred = block.double() - first - mean
-        covariance += centred.T @ centred
-    spectrum = torch.linalg.eigvalsh(covariance).clamp(min=0)  # below 0 by rounding alone
-    if spectrum.sum() == 0:
-        return Dimensions(0.0, 0.0)
-    shares = spectrum / spectrum.sum()
-    return Dimensions(float(1 / shares.square().sum()), float(torch.special.entr(shares).sum().exp()))
+        covariance += centred.T @ centred / len(features)
+    return first + mean, covariance

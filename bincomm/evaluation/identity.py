@@ -25,8 +25,10 @@ def weights_identity(model: "Pretrained") -> str:
     return digest.hexdigest()[:32]
 
 
-def images_identity(source: Source) -> str:
-    """A name for images as they are now: of their names, their labels, and their files' sizes and times."""
+def images_identity(source: Source, *, closely: bool = False) -> str:
+    """A name for images as they are now: of their names, their labels, and their files' sizes and times;
+    closely also of the times that nobody can set, by which a file is known to be changed whose own time was
+    put back, but which differ for each copy of the files."""
     digest, images = hashlib.sha256(), source.images
     for name in images.names():
         digest.update(os.fsencode(name) + b"\0")
@@ -40,7 +42,8 @@ def images_identity(source: Source) -> str:
     ):
         try:
             stat = os.stat(file)
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}\0".encode())
+            changed = f" {stat.st_ctime_ns}" if closely else ""
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}{changed}\0".encode())
         except OSError:  # one that is gone is told when it is read
             digest.update(b"gone\0")
     return digest.hexdigest()[:32]

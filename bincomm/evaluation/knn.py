@@ -1,10 +1,11 @@
 """Weighted k-nearest-neighbour classification, the protocol of DINO (arXiv 2104.14294)."""
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bincomm.evaluation.labelled import RESOLUTION, check_alike, check_labelled
+from bincomm.evaluation.labelled import RESOLUTION, check_alike, check_labelled, unit
 
 SIMILARITIES = 1 << 24  # held at once, in fp64
 
@@ -34,25 +35,45 @@ def knn_accuracy(
         ValueError: no gallery or query images, different numbers of features and labels or of features per
             image, values that are not finite, or k < 1.
     """
+    parts = gallery, gallery_labels, queries, query_labels
+    return knn_accuracies(*parts, neighbours=[k], temperature=temperature)[0]
+
+
+def knn_accuracies(
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    neighbours: Sequence[int],
+    temperature: float = 0.07,
+) -> list[float]:
+    """`knn_accuracy` for several k, whose similarities are computed once."""
     check_labelled("gallery", gallery, gallery_labels)
     check_labelled("queries", queries, query_labels)
     check_alike(gallery, queries)
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
+    if min(neighbours) < 1:
+        raise ValueError(f"k: expected at least 1, got {min(neighbours)}")
     classes, targets = gallery_labels.unique(return_inverse=True)
-    gallery, queries = (F.normalize(x.double(), dim=-1) for x in (gallery, queries))
-    correct, block = 0, max(1, SIMILARITIES // len(gallery))
+    gallery, queries = unit(gallery), unit(queries)
+    sizes = [min(k, len(gallery)) for k in neighbours]
+    correct, block = [0] * len(sizes), max(1, SIMILARITIES // len(gallery))
     for some, labels in zip(queries.split(block), query_labels.split(block), strict=True):
-        similarity = (some @ gallery.T * RESOLUTION).round()
-        last = similarity.topk(min(k, len(gallery)), dim=-1).values[:, -1:]
-        above, tied = (similarity > last).sum(-1), (similarity == last).sum(-1)
-        query, image = (similarity >= last).nonzero(as_tuple=True)
+        similarity = (some @ gallery.T).mul_(RESOLUTION).round_()
+        nearest = similarity.topk(max(sizes), dim=-1).values
+        query, image = (similarity >= nearest[:, -1:]).nonzero(as_tuple=True)
         near = similarity[query, image]
-        share = torch.where(near > last[query, 0], 1.0, ((min(k, len(gallery)) - above) / tied)[query])
-        votes = torch.zeros(len(some), len(classes), dtype=torch.float64, device=some.device)
-        weights = share * (near / RESOLUTION / temperature).exp()
-        votes.view(-1).index_add_(0, query * len(classes) + targets[image], weights)
-        # Equal votes are told from what the order of adding does to their last digits.
-        votes = (votes / votes.amax(-1, keepdim=True) * RESOLUTION).round()
-        correct += int((classes[votes.argmax(-1)] == labels).sum())
-    return correct / len(queries)
+        place, weights = query * len(classes) + targets[image], (near / RESOLUTION / temperature).exp()
+        for number, k in enumerate(sizes):
+            last = nearest[:, k - 1]
+            above = (nearest > last[:, None]).sum(-1)
+            tied = query[near == last[query]].bincount(minlength=len(some))
+            share = torch.where(
+                near == last[query], ((k - above) / tied)[query], (near > last[query]).double()
+            )
+            votes = torch.zeros(len(some), len(classes), dtype=torch.float64, device=some.device)
+            votes.view(-1).index_add_(0, place, share * weights)
+            # Equal votes are told from what the order of adding does to their last digits.
+            votes = (votes / votes.amax(-1, keepdim=True) * RESOLUTION).round()
+            correct[number] += int((classes[votes.argmax(-1)] == labels).sum())
+    return [hits / len(queries) for hits in correct]

@@ -1,5 +1,6 @@
 """Features and the classes that belong to them."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 # Cosines are told apart to 2⁻³⁰: coarser than fp64's rounding, which depends on where an item stands among
@@ -21,3 +22,8 @@ def check_alike(gallery: Tensor, queries: Tensor) -> None:
     """Raise ValueError unless queries have as many columns as what they are compared with."""
     if queries.shape[1:] != gallery.shape[1:]:
         raise ValueError(f"queries: expected {gallery.shape[1]} columns each, got {queries.shape[1]}")
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features (n, D), however small, at length 1, in fp64; one of zeros stays as it is."""
+    return F.normalize(features.double(), dim=-1, eps=1e-150)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bincomm.evaluation.geometry import moments
 from bincomm.evaluation.labelled import check_alike, check_labelled
 
 # For features of mean 0 whose largest variance in any direction is 1, beside a bias of 1: the loss then has a
@@ -87,11 +88,9 @@ def scaling(gallery: Tensor) -> Callable[[Tensor], Tensor]:
     """What is done to features (n, D) before they are classified: of the gallery they get mean 0 and a
     largest variance of 1 in any direction; and a last feature is added that is always 1, whose weight is the
     bias."""
-    mean = gallery.mean(0, dtype=torch.float64)
-    centred = (gallery - mean).float()
-    covariance = (centred.T @ centred).double() / len(gallery)
+    mean, covariance = moments(gallery)
     scale = float(torch.linalg.eigvalsh(covariance)[-1].clamp(min=0).sqrt()) or 1.0
-    return lambda x: F.pad((x - mean).float() / scale, (0, 1), value=1.0)
+    return lambda x: F.pad(((x - mean) / scale).float(), (0, 1), value=1.0)
 
 
 def hold_out(targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

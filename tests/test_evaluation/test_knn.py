@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
 
 from bincomm.evaluation import knn  # noqa: E402
-from bincomm.evaluation.knn import knn_accuracy  # noqa: E402
+from bincomm.evaluation.knn import knn_accuracies, knn_accuracy  # noqa: E402
 
 
 def parts(images, labels, gallery=1200):
@@ -25,9 +25,22 @@ def test_agrees_with_scikit_learn(monkeypatch):
     images, labels = load_digits(return_X_y=True)
     gallery, y, queries, z = parts(images, labels)
     votes = KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
-    expected = (votes.fit(gallery, y).predict(queries) == z.numpy()).mean()
-    assert knn_accuracy(gallery, y, queries, z) == pytest.approx(expected, abs=1e-9)
-    assert expected > 0.8
+    votes.fit(gallery, y)
+    expected = [votes.set_params(n_neighbors=k).score(queries, z) for k in (20, 1, 200, 1200)]
+    assert len(set(expected)) == 4
+    assert expected[0] > 0.8
+    found = knn_accuracies(gallery, y, queries, z, neighbours=(20, 1, 200, 5000))  # of 1200 there are
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert knn_accuracy(gallery, y, queries, z) == found[0]
+    assert knn_accuracy(gallery * 1e-30, y, queries * 1e-25, z) == found[0]
+
+
+def test_each_of_several_k_has_its_own_ties():
+    images, labels = load_digits(return_X_y=True)
+    parts_of_codes = parts(codes_of(images, 12), labels)
+    found = knn_accuracies(*parts_of_codes, neighbours=(5, 50, 500))
+    assert found == [knn_accuracy(*parts_of_codes, k=k) for k in (5, 50, 500)]
+    assert len(set(found)) == 3
 
 
 def test_codes_equally_near_share_the_last_votes():

@@ -122,6 +122,25 @@ def test_other_dtypes_are_read_as_features(dtype):
     assert mean_average_precision(database.to(dtype), labels, queries.to(dtype), query_labels) == expected
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_the_length_of_features_makes_no_difference(factor):
+    database, queries = torch.randn(60, 8), torch.randn(20, 8)
+    labels, query_labels = torch.randint(4, (60,)), torch.randint(4, (20,))
+    expected = mean_average_precision(database, labels, queries, query_labels)
+    found = mean_average_precision(database * factor, labels, queries * factor, query_labels)
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_many_ties_in_a_large_database():
+    """Against the sum over places, of which the harmonic numbers are a short form."""
+    relevant, n = 3000, 200_000
+    labels = (torch.arange(n) < relevant).long()
+    found = mean_average_precision(torch.ones(n, 1), labels, torch.ones(1, 1), torch.ones(1))
+    places = np.arange(n)
+    expected = np.mean((1 + places * (relevant - 1) / (n - 1)) / (places + 1))
+    assert found == pytest.approx(expected, abs=1e-10)
+
+
 def test_what_is_wrong_is_named():
     x, y = torch.eye(3), torch.arange(3)
     with pytest.raises(ValueError, match="queries: .*got 1 and 2"):
