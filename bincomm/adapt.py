@@ -1,23 +1,20 @@
 """Domain adaptation: a pretrained backbone learns on, by the same objective, from images of a target."""
 
 import argparse
-import difflib
 import json
 import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import yaml
-from safetensors import SafetensorError
 
 from bincomm.config import PretrainConfig, parse, read_config, recipe_path
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.run import write_json
 from bincomm.evaluation.measure import classify, device_of, look_at
 from bincomm.evaluation.pretrained import Pretrained
-from bincomm.models import create_networks, made_with, normalisation_of
+from bincomm.models import create_networks, keys_of
 from bincomm.pretrain import pretrain
 
 # What is not taken over from the run that a backbone comes from, besides what the recipe says.
@@ -45,7 +42,7 @@ def configure(source: str, arguments: list[str]) -> PretrainConfig:
     known, _ = parser.parse_known_args(arguments)
     if known.init_from is not None:
         raise ValueError("init_from: adapt begins with the backbone that --from names")
-    theirs = keys_of(source)
+    theirs = keys_taken(source)
     if not theirs and known.backbone is None:
         raise ValueError(f"from: {source} does not say of which backbone it is; say --backbone")
     said = yaml.safe_load(recipe_path(known.recipe).read_text()) or {}
@@ -55,32 +52,13 @@ def configure(source: str, arguments: list[str]) -> PretrainConfig:
     return parse(given)[0]
 
 
-def keys_of(source: str) -> dict[str, Any]:
-    """What a source says of its configuration: a run all of it but `OWN`, a file of ours and timm's models
-    the backbone and its mean and std, other files nothing.
-
-    Raises:
-        ValueError: there is no such source, or it cannot be read.
-    """
-    path = Path(os.path.expanduser(source))
-    if path.is_dir():
-        theirs = read_config(path, "from")
-        if not (path / "backbone.safetensors").exists():
-            raise ValueError(f"from: the run in {source} is not finished (there is no backbone.safetensors)")
-        keys = [f.name for f in fields(PretrainConfig) if f.name not in OWN]
-        return {key: theirs[key] for key in keys if key in theirs}
-    if path.exists():
-        try:
-            return made_with(source)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"from: {source} cannot be read as safetensors: {error}") from error
-    if timm.is_model(source):
-        return {"backbone": source, "backbone_args": {}, **normalisation_of(source)}
-    near = difflib.get_close_matches(source, timm.list_models(), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(
-        f"from: expected a run's directory, a .safetensors file or a timm model, got {source!r}{hint}"
-    )
+def keys_taken(source: str) -> dict[str, Any]:
+    """What an adaptation takes over from its source: of a run all keys but `OWN`, else `SOURCES`."""
+    theirs, kept = keys_of(source, "from"), list(SOURCES)
+    if os.path.isdir(os.path.expanduser(source)):
+        theirs |= read_config(Path(source).expanduser(), "from")
+        kept = [f.name for f in fields(PretrainConfig) if f.name not in OWN]
+    return {key: theirs[key] for key in kept if key in theirs}
 
 
 def adapt(config: PretrainConfig) -> dict[str, Any] | None:

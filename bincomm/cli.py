@@ -10,11 +10,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 SAVED = 75  # status of a run that a signal ended once it was saved (EX_TEMPFAIL: the same command goes on)
 NEEDS_MORE = "training needs more packages ({}): pip install 'bincomm[train]'"
+WEIGHTS = "a run's directory, a checkpoint, a .safetensors file, or a timm model with pretrained weights"
+MEASURING_NEEDS_MORE = "what was learned needs more packages ({}): pip install 'bincomm[eval]'"
 
 USAGE = """usage: bincomm COMMAND [OPTIONS]
 
@@ -52,9 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     }
     try:
         status = dispatch(arguments, commands, USAGE)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was saved", file=sys.stderr)
         status = 128 + signal.SIGINT
+    except BrokenPipeError:  # what read the output, head for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
     except Exception:
         if ranks() == 1:
             raise
@@ -160,7 +167,7 @@ def run_compare(arguments: list[str]) -> int:
     )
     parser.add_argument(
         "--methods",
-        type=lambda text: text.split(","),
+        type=names,
         default=list(DEFAULT_METHODS),
         metavar="NAMES",
         help=f"of {', '.join(METHODS)}; default {','.join(DEFAULT_METHODS)}",
@@ -201,6 +208,7 @@ def run_compare(arguments: list[str]) -> int:
 def run_evaluate(arguments: list[str]) -> int:
     """`bincomm evaluate`."""
     try:
+        from bincomm.config import parse_data
         from bincomm.data.sources import evaluation_sources, open_source
         from bincomm.engine.ranks import join_ranks
         from bincomm.engine.run import write_json
@@ -209,16 +217,17 @@ def run_evaluate(arguments: list[str]) -> int:
         from bincomm.evaluation.protocols import PROTOCOLS, describe, evaluate_images
         from bincomm.evaluation.video import evaluate_davis
     except ImportError as error:
-        return fail(NEEDS_MORE.format(error), status=1)
+        return fail(MEASURING_NEEDS_MORE.format(error), status=1)
     parser = weights_parser(
         "evaluate",
         "Measure what was pretrained: on labelled images k-NN, linear probes, retrieval by features and by "
         "codes, dimensions and bits in use; on DAVIS the following of objects; on masks segmentation.",
+        head=False,
     )
-    parser.add_argument("--data", help="labelled images, as in `bincomm pretrain`")
+    parser.add_argument("--data", type=given, help="labelled images, as in `bincomm pretrain`")
     parser.add_argument(
         "--protocols",
-        type=lambda text: text.split(","),
+        type=names,
         metavar="NAMES",
         help=f"on these, of {', '.join(PROTOCOLS)}; default all that it can be asked",
     )
@@ -226,35 +235,53 @@ def run_evaluate(arguments: list[str]) -> int:
     parser.add_argument(
         "--segmentation", metavar="FOLDER", help="with train/images, train/masks, val/images and val/masks"
     )
-    parser.add_argument("--output", metavar="FILE", help="JSON file to write")
+    parser.add_argument("--output", type=given, metavar="FILE", help="JSON file to write")
     options = parser.parse_args(arguments)
     if not (options.data or options.davis or options.segmentation):
         return fail("evaluate: expected at least one of --data, --davis and --segmentation", once=True)
+    if options.protocols and not options.data:
+        return fail("protocols: they measure on --data, got none", once=True)
+    for name in ("davis", "segmentation"):
+        folder = getattr(options, name)
+        if folder and not Path(folder).expanduser().is_dir():
+            return fail(f"{name}: expected a folder, got {folder}", once=True)
+    if options.output and (Path(options.output).is_dir() or not Path(options.output).parent.is_dir()):
+        return fail(f"output: expected a file in a folder that exists, got {options.output}", once=True)
 
-    def run() -> str | None:
+    def run() -> None:
         with join_ranks(options.device) as ranks:
             model = load_pretrained(options.weights, ranks.device, **shown(options))
             found: dict[str, Any] = {"weights": options.weights}
-            if options.data:
-                source = ranks.leaders_first(lambda: open_source(options.data))
-                sources = ranks.leaders_first(lambda: evaluation_sources(options.data, source))
-                if sources is None:
-                    raise ValueError(
-                        "data: expected images with labels (folders named after classes), got none in "
-                        f"{options.data}"
-                    )
-                measured = evaluate_images(model, *sources[:2], options.protocols, ranks=ranks)
-                found |= {"data": options.data, **measured}
-            ranks.leave()
-            if ranks.rank:
-                return None
+
+            def tell(part: dict[str, Any]) -> None:  # at once, for what comes after it may fail
+                found.update(part)
+                print(describe(part), flush=True)
+                if options.output:
+                    write_json(Path(options.output), found)
+
+            # First, as all ranks work at it; what follows is measured by one.
             if options.davis:
-                found["davis"] = evaluate_davis(model, options.davis)
-            if options.segmentation:
-                found["segmentation"] = evaluate_segmentation(model, options.segmentation)
-            if options.output:
-                write_json(Path(options.output), found)
-            return describe(found)
+                followed = evaluate_davis(model, options.davis, ranks=ranks)
+                if ranks.rank == 0:
+                    tell({"davis": followed})
+            if options.data:
+                data = parse_data(options.data)
+                source = ranks.leaders_first(lambda: open_source(data))
+                sources = ranks.leaders_first(lambda: evaluation_sources(data, source))
+                if sources is None:
+                    expected = (
+                        "images with labels (folders named after two classes or more), got none"
+                        if source.labels is None
+                        else "folders train and val, or five images of a class at least, got fewer"
+                    )
+                    raise ValueError(f"data: expected {expected} in {options.data}")
+                gallery, queries, held_out = sources
+                measured = evaluate_images(model, gallery, queries, options.protocols, ranks=ranks)
+                if ranks.rank == 0:
+                    tell({"data": options.data, "queries_held_out": held_out, **measured})
+            ranks.leave()
+            if ranks.rank == 0 and options.segmentation:
+                tell({"segmentation": evaluate_segmentation(model, options.segmentation)})
 
     return attempt(run)
 
@@ -269,22 +296,31 @@ def run_encode(arguments: list[str]) -> int:
         from bincomm.engine.ranks import join_ranks
         from bincomm.evaluation.pretrained import load_pretrained
     except ImportError as error:
-        return fail(NEEDS_MORE.format(error), status=1)
+        return fail(MEASURING_NEEDS_MORE.format(error), status=1)
     parser = weights_parser(
         "encode",
         "Write the codes of images into a folder of Parquet files. The same command goes on with what is "
         "unfinished, also under torchrun.",
     )
-    parser.add_argument("--data", required=True, help="images, as in `bincomm pretrain`")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="for part-00000.parquet, ...")
+    parser.add_argument("--data", required=True, type=given, help="images, as in `bincomm pretrain`")
+    parser.add_argument(
+        "--output", required=True, type=given, metavar="FOLDER", help="for part-00000.parquet, ..."
+    )
     parser.add_argument("--features", action="store_true", help="write the backbone's features, too")
     parser.add_argument("--index", action="store_true", help="write index.faiss, a flat binary index, too")
     options = parser.parse_args(arguments)
+    if options.index and not find_spec("faiss"):
+        return fail(MEASURING_NEEDS_MORE.format("no module named 'faiss'"), status=1)
 
     def run() -> str | None:
         with join_ranks(options.device) as ranks:
-            model = load_pretrained(options.weights, ranks.device, **shown(options))
+            weights = os.path.expanduser(options.weights)
+            if os.path.exists(weights):  # for `bincomm search` from anywhere
+                weights = os.path.abspath(weights)
+            model = load_pretrained(weights, ranks.device, **shown(options))
             source = ranks.leaders_first(lambda: open_source(parse_data(options.data)))
+            for note in source.notes if ranks.rank == 0 else ():
+                print(f"note: {note}", flush=True)
             found = encode(model, source, options.output, features=options.features, ranks=ranks)
             if ranks.rank:
                 return None
@@ -295,20 +331,26 @@ def run_encode(arguments: list[str]) -> int:
                 lines.append(f"index: {build_index(options.output)}")
             return "\n".join(lines)
 
-    return attempt(run)
+    try:
+        return attempt(run)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on with the files that are missing", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def run_search(arguments: list[str]) -> int:
     """`bincomm search`."""
+    if ranks() > 1:
+        return fail("search: expected one process; start it without torchrun", once=True)
     try:
         import torch
 
         from bincomm.codes.encode import open_parts
-        from bincomm.codes.search import contact_sheet, nearest
+        from bincomm.codes.search import MOST, contact_sheet, nearest
         from bincomm.engine.run import write_whole
         from bincomm.evaluation.pretrained import load_pretrained
     except ImportError as error:
-        return fail(NEEDS_MORE.format(error), status=1)
+        return fail(MEASURING_NEEDS_MORE.format(error), status=1)
     parser = argparse.ArgumentParser(
         prog="bincomm search",
         allow_abbrev=False,
@@ -322,15 +364,28 @@ def run_search(arguments: list[str]) -> int:
         "--sheet", default="nearest.png", metavar="FILE", help="PNG to write, default nearest.png"
     )
     options = parser.parse_args(arguments)
+    if Path(options.sheet).is_dir() or not Path(options.sheet).parent.is_dir():
+        return fail(f"sheet: expected a file in a folder that exists, got {options.sheet}")
 
     def run() -> str:
-        weights = options.weights or open_parts(options.folder)[0].made["weights"]
+        parts = open_parts(options.folder)
+        made = parts[0].made
+        weights = options.weights or made.get("weights", "")
+        if not options.weights and not os.path.exists(weights):
+            raise ValueError(
+                f"weights: those of the codes in {options.folder} were {weights or 'not noted'}, which is "
+                "not there; expected --weights to say where they are"
+            )
         model = load_pretrained(weights, torch.device("cpu"))
         (found,) = nearest(model, options.folder, [options.query], options.k)
         sheet = contact_sheet(options.query, found)
         write_whole(Path(options.sheet), lambda file: sheet.save(file, format="png"))
         lines = [f"{n.distance:5}  {n.path}" + (f"  ({n.label})" if n.label else "") for n in found]
-        return "\n".join([" bits  image", *lines, f"in {options.sheet}: the query and these"])
+        lines.append(f"in {options.sheet}: the query and " + ("these" if len(found) < MOST else "the first"))
+        whole = -(-made.get("images", 0) // made.get("rows", 1))
+        if len(parts) < whole:
+            lines.append(f"note: {len(parts)} of {whole} files are there; `bincomm encode` makes the others")
+        return "\n".join([" bits  image", *lines])
 
     return attempt(run)
 
@@ -346,12 +401,13 @@ def run_codes(arguments: list[str]) -> int:
         from bincomm.engine.ranks import join_ranks
         from bincomm.evaluation.pretrained import load_pretrained
     except ImportError as error:
-        return fail(NEEDS_MORE.format(error), status=1)
+        return fail(MEASURING_NEEDS_MORE.format(error), status=1)
     parser = weights_parser("codes", "A page about the code: what its bits carry, and images that show it.")
-    parser.add_argument("--data", required=True, help="images, as in `bincomm pretrain`")
+    parser.add_argument("--data", required=True, type=given, help="images, as in `bincomm pretrain`")
     parser.add_argument(
         "--output",
         required=True,
+        type=given,
         metavar="FOLDER",
         help="for codes.html, which a browser opens, and codes.json",
     )
@@ -390,38 +446,52 @@ def run_codes(arguments: list[str]) -> int:
 
 def attempt(run: Callable[[], str | None]) -> int:
     """Carry out a command that trains nothing, print what it returns, and put into words what ended it."""
+    from torch import OutOfMemoryError
+
     from bincomm.engine.ranks import ToldByAnotherRank
 
     try:
         text = run()
+        if text is not None:
+            print(text, flush=True)
     except ToldByAnotherRank:
         return 1
-    except (ImportError, OSError) as error:
+    except BrokenPipeError:
+        raise
+    except (ImportError, OSError, OutOfMemoryError) as error:
         return fail(str(error), status=1)
     except ValueError as error:
         return fail(str(error), once=True)
-    if text is not None:
-        print(text)
     return 0
+
+
+def given(text: str) -> str:
+    """What is not empty, as an unset variable of a shell would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path or a name, got an empty string")
+    return text
+
+
+def names(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in text.split(",")]
 
 
 def two_names(text: str) -> tuple[str, str]:
     """Two names with a comma between."""
-    names = text.split(",")
-    if len(names) != 2:
+    found = names(text)
+    if len(found) != 2:
         raise argparse.ArgumentTypeError(f"expected two names with a comma between, got {text!r}")
-    return names[0], names[1]
+    return found[0], found[1]
 
 
-def weights_parser(command: str, description: str) -> argparse.ArgumentParser:
-    """Options of a command that shows images to what was pretrained; see `shown`."""
+def weights_parser(command: str, description: str, head: bool = True) -> argparse.ArgumentParser:
+    """Options of a command that shows images to what was pretrained, a head with it or not; see `shown`."""
     parser = argparse.ArgumentParser(prog=f"bincomm {command}", allow_abbrev=False, description=description)
-    parser.add_argument(
-        "weights",
-        metavar="WEIGHTS",
-        help="a run's directory, a checkpoint, a .safetensors file, or a timm model with pretrained weights",
-    )
-    parser.add_argument("--backbone", help="timm's name of it, for a .safetensors file that does not say")
+    of = "a run's directory, or a checkpoint" if head else WEIGHTS
+    parser.add_argument("weights", metavar="WEIGHTS", type=given, help=of)
+    if not head:
+        parser.add_argument("--backbone", help="timm's name of it, for a .safetensors file that does not say")
     parser.add_argument("--global_size", type=positive, metavar="PIXELS", help="side of the centre crop")
     parser.add_argument("--eval_crop", type=float, metavar="SHARE", help="of the resized image's side")
     parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time")
@@ -435,7 +505,7 @@ def weights_parser(command: str, description: str) -> argparse.ArgumentParser:
 def shown(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `load_pretrained` that a command line has, the others as in training."""
     keys = ("backbone", "global_size", "eval_crop", "batch_size", "threads")
-    return {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
+    return {key: value for key in keys if (value := getattr(options, key, None)) is not None}
 
 
 def run_profile(arguments: list[str]) -> int:
@@ -632,8 +702,8 @@ def data_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 

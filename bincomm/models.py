@@ -1,5 +1,6 @@
 """From a configuration to the networks and the objective, as they are before the first step."""
 
+import difflib
 import json
 import os
 from pathlib import Path
@@ -38,11 +39,12 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
         head = Head(width, config.hidden, config.bits, config.head_std)
     if config.init_from is not None:
         load_weights(backbone, config.init_from)
-        for key, theirs in normalisation_of(config.init_from).items():
-            if list(getattr(config, key)) != theirs:
+        known = keys_of(config.init_from)
+        for key in ("mean", "std"):
+            ours = list(getattr(config, key))
+            if known.get(key, ours) != ours:
                 raise ValueError(
-                    f"{key}: expected {theirs}, with which {config.init_from} was trained, got "
-                    f"{list(getattr(config, key))}"
+                    f"{key}: expected {known[key]}, with which {config.init_from} was trained, got {ours}"
                 )
     if config.checkpoint_activations:
         if not hasattr(backbone, "set_grad_checkpointing"):
@@ -91,15 +93,16 @@ def hash_seed(seed: int, number: int) -> int:
     return (seed * 1_000_003 + number) % 2**63
 
 
-def load_weights(backbone: nn.Module, source: str) -> None:
+def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") -> None:
     """Fill a backbone from a run's directory, a .safetensors file, or timm's pretrained weights by name.
 
     Position embeddings are resampled to the backbone's size; weights of a classifier are left out.
 
     Raises:
-        ValueError: there are no such weights, or they are of another backbone.
+        ValueError: there are no such weights, or they are of another backbone; the message begins with
+            `argument`, which the source was named by.
     """
-    weights = read_weights(source)
+    weights = read_weights(source, argument)
     ours = backbone.state_dict()
     positions = [state.get("pos_embed", torch.empty(0, 0)).shape[1] for state in (weights, ours)]
     if all(positions) and positions[0] != positions[1]:
@@ -111,61 +114,75 @@ def load_weights(backbone: nn.Module, source: str) -> None:
     if missing or other:
         name, what = (missing[0], "is missing") if missing else (other[0], "has another shape")
         raise ValueError(
-            f"init_from: {source} holds weights of another backbone: {name} {what} there "
+            f"{argument}: {source} holds weights of another backbone: {name} {what} there "
             f"({len(missing)} missing, {len(other)} of another shape)"
         )
     backbone.load_state_dict({name: weights[name] for name in ours})
 
 
-def read_weights(source: str) -> dict[str, Tensor]:
+def read_weights(source: str, argument: str) -> dict[str, Tensor]:
     """A backbone's weights by name; see `load_weights`."""
-    path = Path(os.path.expanduser(source))
-    if path.is_dir():
-        path = path / "backbone.safetensors"
-        if not path.exists():
-            raise ValueError(f"init_from: {source} holds no finished run (there is no {path.name})")
-    if path.exists():
+    file = weights_file(source, argument)
+    if file is not None:
         try:
-            return safetensors.torch.load_file(path)
+            return safetensors.torch.load_file(file)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"init_from: {path} cannot be read as safetensors: {error}") from error
-    if not timm.is_model(source):
-        raise ValueError(
-            f"init_from: expected a run's directory, a .safetensors file or a timm model, got {source!r}"
-        )
+            raise ValueError(f"{argument}: {file} cannot be read as safetensors: {error}") from error
     try:
         return timm.create_model(source, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # of whatever library timm fetches them with
-        raise ValueError(f"init_from: timm has no weights of {source} here: {error}") from error
+        raise ValueError(f"{argument}: timm has no weights of {source} here: {error}") from error
 
 
-def normalisation_of(source: str) -> dict[str, list[float]]:
-    """The keys mean and std that weights were trained with, as far as that is known: of timm's, and ours."""
-    made = made_with(source)
-    if made:
-        return {key: made[key] for key in ("mean", "std") if key in made}
-    if not Path(os.path.expanduser(source)).exists() and timm.is_model(source):
-        theirs = timm.get_pretrained_cfg(source)
-        return {"mean": list(theirs.mean), "std": list(theirs.std)}
-    return {}
-
-
-def made_with(source: str) -> dict[str, Any]:
-    """The keys backbone, backbone_args, mean and std of the weights in a run or a file of ours; {} for
-    others."""
+def weights_file(source: str, argument: str) -> Path | None:
+    """The file of a backbone's weights, given it or a run's directory; None for those of timm."""
     path = Path(os.path.expanduser(source))
-    path = path / "backbone.safetensors" if path.is_dir() else path
-    if not path.exists():
-        return {}
-    with safetensors.safe_open(path, "pt") as file:
-        created = (file.metadata() or {}).get("create_model")
+    if path.is_dir():
+        if not (path / "backbone.safetensors").exists():
+            raise ValueError(f"{argument}: {source} holds no finished run (there is no backbone.safetensors)")
+        return path / "backbone.safetensors"
+    if path.exists():
+        return path
+    if timm.is_model(source):
+        return None
+    near = difflib.get_close_matches(source, timm.list_models(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"{argument}: expected a run's directory, a .safetensors file or a timm model, got {source!r}{hint}"
+    )
+
+
+def keys_of(source: str, argument: str = "init_from") -> dict[str, Any]:
+    """The keys of a configuration that weights know: backbone, backbone_args, mean, std, and the global_size
+    and eval_crop at which they were evaluated; of timm's all but the last, of a file that is not ours none.
+
+    Raises:
+        ValueError: there is no such source, or it cannot be read; see `load_weights`.
+    """
+    file = weights_file(source, argument)
+    if file is None:
+        try:
+            theirs = timm.get_pretrained_cfg(source)
+        except RuntimeError as error:  # it has the model, but no such weights
+            raise ValueError(f"{argument}: {error}") from error
+        named = {"backbone": source, "backbone_args": {}, "global_size": theirs.input_size[-1]}
+        return {**named, "mean": list(theirs.mean), "std": list(theirs.std)}
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            created = (opened.metadata() or {}).get("create_model")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{argument}: {file} cannot be read as safetensors: {error}") from error
     if created is None:
         return {}
     arguments = json.loads(created)
     for key in ("num_classes", "img_size", "dynamic_img_size"):
         arguments.pop(key, None)
-    colours = arguments.pop("pretrained_cfg_overlay", {})
-    return {"backbone": arguments.pop("model_name"), "backbone_args": arguments, **colours}
+    shown = arguments.pop("pretrained_cfg_overlay", {})
+    known = {"backbone": arguments.pop("model_name"), "backbone_args": arguments}
+    known |= {key: shown[key] for key in ("mean", "std") if key in shown}
+    if "input_size" in shown:
+        known |= {"global_size": shown["input_size"][-1], "eval_crop": shown["crop_pct"]}
+    return known
 
 
 def place(network: nn.Module, state: dict[str, Tensor]) -> None:

@@ -417,10 +417,15 @@ def tell_unusable(loader: Loader, named: int, run: Path, log: Log, ranks: Ranks)
 
 def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None:
     """The teacher's backbone as timm loads it; its metadata holds the arguments of `timm.create_model`, by
-    which timm also knows mean and std."""
+    which timm also knows how it was evaluated: size, crop, mean and std."""
     weights = {name: value.contiguous().cpu() for name, value in teacher.backbone.state_dict().items()}
     _, arguments = create_backbone(config.backbone, config.global_size, **config.backbone_args)
-    arguments["pretrained_cfg_overlay"] = {"mean": list(config.mean), "std": list(config.std)}
+    arguments["pretrained_cfg_overlay"] = {
+        "input_size": [3, config.global_size, config.global_size],
+        "crop_pct": config.eval_crop,
+        "mean": list(config.mean),
+        "std": list(config.std),
+    }
     # One key: safetensors writes several in random order, and two equal runs leave equal files.
     data = safetensors.torch.save(weights, metadata={"create_model": json.dumps(arguments)})
     write_whole(run / "backbone.safetensors", lambda file: file.write(data))

@@ -2,6 +2,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import bincomm
 from bincomm import cli
 
@@ -34,3 +36,20 @@ def test_help_of_pretrain_explains_every_key():
     assert found.returncode == 0
     assert "--reset_every" in found.stdout
     assert "draw the head anew every so many epochs" in found.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m bincomm.cli doctor | true; echo ${{PIPESTATUS[0]}}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert found.stdout.split() == ["141"]
+    assert found.stderr == ""
+
+
+def test_numbers_and_names_that_are_none(capsys):
+    for arguments in (["search", "codes", "--query=a", "--k=1.5"], ["evaluate", "runs/x", "--threads=0"]):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert "expected a whole number of at least 1, got" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "", "--data=digits"])
+    assert "expected a path or a name, got an empty string" in capsys.readouterr().err

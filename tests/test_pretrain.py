@@ -125,6 +125,8 @@ def test_the_backbone_loads_in_timm(finished):
     with safetensors.safe_open(output / "backbone.safetensors", "pt") as file:
         create = json.loads(file.metadata()["create_model"])
     backbone = timm.create_model(**create)
+    shown = timm.data.resolve_model_data_config(backbone)
+    assert (shown["input_size"], shown["crop_pct"]) == ([3, 16, 16], 1.0)
     backbone.load_state_dict(safetensors.torch.load_file(output / "backbone.safetensors"), strict=True)
     state = newest(output)["teacher"]
     _, teacher = create_networks(configuration(output), torch.device("cpu"))

@@ -128,9 +128,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         if not pulse.ended.is_set():  # else it has left, and what happens to it is nothing to the others
             pulse.stop(f"rank {rank} ended: {error or type(error).__name__}")
         if isinstance(error, ToldByAnotherRank):
-            time.sleep(
-                BEAT
-            )  # torchrun ends all ranks once one has ended, and rank 0 is to have told it by then
+            # torchrun ends all ranks once one has ended, and rank 0 is to have told it by then.
+            time.sleep(BEAT)
         raise
     leave()
 

@@ -5,15 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from bincomm.config import PretrainConfig, read_config
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
-from bincomm.models import create_networks, load_weights, made_with, normalisation_of
-from bincomm.networks import Head, Network, PrototypeHead, create_backbone
+from bincomm.models import create_networks, keys_of, load_weights
+from bincomm.networks import Head, Network, PrototypeHead, create_backbone, feature_width
 
 
 @dataclass(frozen=True)
@@ -38,70 +36,73 @@ class Pretrained:
 
 
 def load_pretrained(
-    weights: str, device: torch.device, *, backbone: str | None = None, **shown: Any
+    weights: str | Path, device: torch.device | str, *, backbone: str | None = None, **shown: Any
 ) -> Pretrained:
     """Load what was pretrained.
 
     Args:
         weights: a run's directory (its newest checkpoint, else its backbone alone), a checkpoint, a
             .safetensors file or a timm model with pretrained weights, by name; the last two have no head.
+        device: where the networks shall be.
         backbone: timm's name of it, for a .safetensors file that does not say.
         shown: keys of `PretrainConfig` that tell how images are shown, where not as in training.
 
     Raises:
         ValueError: there are no such weights, or they do not fit.
     """
+    found = _load(os.fspath(weights), torch.device(device), backbone, shown)
+    if backbone not in (None, found.config.backbone):
+        raise ValueError(f"backbone: expected {found.config.backbone}, as {weights} says, got {backbone}")
+    return found
+
+
+def _load(weights: str, device: torch.device, backbone: str | None, shown: dict[str, Any]) -> Pretrained:
     path = Path(os.path.expanduser(weights))
-    if path.is_dir():
-        return _of_run(path, weights, device, shown)
     if path.suffix == ".ckpt":
+        if not path.exists():
+            raise ValueError(f"weights: expected a checkpoint, got {weights}, which does not exist")
         return _of_state(load_checkpoint(path), weights, device, shown)
-    if path.exists():
-        try:
-            keys = made_with(weights)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"weights: {weights} cannot be read as safetensors: {error}") from error
-        if not keys and backbone is None:
-            raise ValueError(f"weights: {weights} does not say of which backbone it is; say --backbone")
-        keys = keys or {"backbone": backbone}
-        return _of_backbone(PretrainConfig(**_tuples({**keys, "init_from": weights})), weights, device, shown)
-    if timm.is_model(weights):
-        size = timm.get_pretrained_cfg(weights).input_size[-1]
-        keys = {"backbone": weights, "global_size": size, "init_from": weights, **normalisation_of(weights)}
-        return _of_backbone(PretrainConfig(**_tuples(keys)), weights, device, shown)
-    raise ValueError(
-        "weights: expected a run's directory, a checkpoint, a .safetensors file or a timm model, got "
-        f"{weights!r}"
-    )
+    keys: dict[str, Any] = {}
+    if path.is_dir():
+        checkpoint = Checkpoints(path / "checkpoints", 1, print).load()
+        if checkpoint is not None:
+            return _of_state(checkpoint, weights, device, shown)
+        keys = read_config(path, "weights")
+    keys = {**keys_of(weights, "weights"), **keys}
+    if not keys.setdefault("backbone", backbone):
+        raise ValueError(f"weights: {weights} does not say of which backbone it is; say --backbone")
+    # Made for the size that is shown: position embeddings are then resampled to it, and once.
+    config = _config({**keys, **shown}, weights)
+    network, _ = create_backbone(config.backbone, config.global_size, **config.backbone_args)
+    load_weights(network, weights, "weights")
+    feature_width(network, [config.global_size])
+    network.eval().requires_grad_(False)
+    return Pretrained(weights, network.to(device), None, config, device)
 
 
-def _of_run(run: Path, weights: str, device: torch.device, shown: dict[str, Any]) -> Pretrained:
-    checkpoint = Checkpoints(run / "checkpoints", 1, print).load()
-    if checkpoint is not None:
-        return _of_state(checkpoint, weights, device, shown)
-    keys = read_config(run, "weights")
-    return _of_backbone(PretrainConfig(**_tuples({**keys, "init_from": weights})), weights, device, shown)
-
-
-def _of_state(state: dict[str, Any], weights: str, device: torch.device, shown: dict[str, Any]) -> Pretrained:
-    if "config" not in state or "teacher" not in state:
+def _of_state(state: Any, weights: str, device: torch.device, shown: dict[str, Any]) -> Pretrained:
+    if not (isinstance(state, dict) and {"config", "teacher"} <= state.keys()):
         raise ValueError(f"weights: {weights} is no checkpoint of a run")
-    config = PretrainConfig(**_tuples({**state["config"], "init_from": None, "fsdp": False}))
+    config = _config(state["config"], weights)
     _, teacher = create_networks(config, device)
-    teacher.load_state_dict(state["teacher"])
+    try:
+        teacher.load_state_dict(state["teacher"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"weights: {weights} does not fit the network of its config: {reason}") from error
     found = Pretrained.of(teacher, config, device)
-    return replace(found, name=weights, config=replace(config, **_tuples(shown)))
+    if "global_size" in shown:
+        feature_width(found.backbone.cpu(), [shown["global_size"]])
+        found.backbone.to(device)
+    return replace(found, name=weights, config=replace(config, **shown))
 
 
-def _of_backbone(
-    config: PretrainConfig, weights: str, device: torch.device, shown: dict[str, Any]
-) -> Pretrained:
-    backbone, _ = create_backbone(config.backbone, config.global_size, **config.backbone_args)
-    load_weights(backbone, weights)
-    backbone.eval().requires_grad_(False)
-    return Pretrained(weights, backbone.to(device), None, replace(config, **_tuples(shown)), device)
-
-
-def _tuples(keys: dict[str, Any]) -> dict[str, Any]:
-    """As the command line gives them: what YAML and JSON have as lists are tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+def _config(keys: dict[str, Any], weights: str) -> PretrainConfig:
+    """Of keys as YAML and JSON give them; those that only training goes by and that could stand in the way of
+    others are left out."""
+    training = {"init_from": None, "fsdp": False, "accumulate": 1}
+    keys = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
+    try:
+        return PretrainConfig(**{**keys, **training})
+    except TypeError as error:
+        raise ValueError(f"weights: {weights} is of another version of bincomm: {error}") from error

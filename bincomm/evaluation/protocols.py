@@ -13,7 +13,7 @@ from bincomm.engine.ranks import ALONE, Ranks
 from bincomm.evaluation.augmented import augmented_probe
 from bincomm.evaluation.features import extract_cached
 from bincomm.evaluation.geometry import effective_dimensions
-from bincomm.evaluation.knn import knn_accuracy
+from bincomm.evaluation.knn import knn_accuracies
 from bincomm.evaluation.linear import linear_probe
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.retrieval import mean_average_precision, precision_within
@@ -40,16 +40,16 @@ def evaluate_images(
         model: what was pretrained.
         gallery, queries: labelled sources, one centre crop of each image.
         protocols: of `PROTOCOLS`; None: all that the model can be asked, without those of codes where it has
-            no head. "knn" by cosine and "knn_codes" by Hamming distance for k in `NEIGHBOURS`; "linear", the
-            probe on features, and "augmented" on random crops; "map" and "map_codes", mAP@ALL; "lookup", the
-            precision within Hamming radius 2; "geometry", effective dimensions; "bits", use of the bits of
-            the queries' codes.
+            no head. "knn" by cosine and "knn_codes" by Hamming distance for k in `NEIGHBOURS`, as far as the
+            gallery goes; "linear", the probe on features, and "augmented" on random crops; "map" and
+            "map_codes", mAP@ALL; "lookup", the precision within Hamming radius 2; "geometry", effective
+            dimensions; "bits", use of the bits of the queries' codes.
         ranks: look at a share of the images each; all call, rank 0 measures, and the others get {}.
         report: told which images are left out, and why.
 
     Returns:
         A figure or a dict of them by protocol, shares from 0 to 1 and entropies in bits, with the numbers of
-        images and the seconds each took.
+        images, how they were shown, and the seconds each took.
 
     Raises:
         ValueError: an unknown protocol, no labels, a protocol of codes without a head, no usable images.
@@ -65,16 +65,17 @@ def evaluate_images(
         def tell(image: int, why: str, name: str = name, source: Source = source) -> None:
             report(f"left out of the {name}: {source.images.name(image)}: {why}")
 
-        values = extract_cached(model, source, tell, ranks=ranks)
-        if len(values["images"]) == 0:
-            raise ValueError(f"{name}: none of the {len(source.images)} images can be used")
-        seen.append(values)
-        labels.append(torch.from_numpy(source.labels)[values["images"]])
-        found[f"{name}_images"] = len(values["images"])
-    found["classes"] = len(torch.cat(labels).unique())
-    found["seconds"]["looking"] = time.perf_counter() - started
+        seen.append(extract_cached(model, source, tell, ranks=ranks))
     if ranks.rank:
         return {}
+    for name, source, values in zip(("gallery", "queries"), (gallery, queries), seen, strict=True):
+        if len(values["images"]) == 0:
+            raise ValueError(f"{name}: none of the {len(source.images)} images can be used")
+        labels.append(torch.from_numpy(source.labels)[values["images"]])
+        found[{"gallery": "gallery_images", "queries": "query_images"}[name]] = len(values["images"])
+    found["classes"] = len(torch.cat(labels).unique())
+    found["shown"] = {"global_size": model.config.global_size, "eval_crop": model.config.eval_crop}
+    found["seconds"]["looking"] = time.perf_counter() - started
 
     device = model.device
     features = [side["features"].to(device) for side in seen]
@@ -90,7 +91,9 @@ def evaluate_images(
         return augmented_probe(model, gallery, images, *held, labels[1])._asdict()
 
     def of_neighbours(values: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, float]:
-        return {str(k): knn_accuracy(*values, k=k) for k in NEIGHBOURS}
+        neighbours = sorted({min(k, len(values[0])) for k in NEIGHBOURS})
+        shares = knn_accuracies(*values, neighbours=neighbours)
+        return {str(k): share for k, share in zip(neighbours, shares, strict=True)}
 
     measures: dict[str, Callable[[], Any]] = {
         "knn": lambda: of_neighbours(labelled),
@@ -133,8 +136,10 @@ def describe(found: dict[str, Any]) -> str:
     """What was measured, a line each, for a terminal."""
     lines = []
     if "classes" in found:
-        sizes = f"{found['queries_images']} queries in {found['gallery_images']} images"
+        sizes = f"{found['query_images']} queries in {found['gallery_images']} images"
         lines.append(f"{sizes} of {found['classes']} classes")
+        if not found.get("queries_held_out", True):
+            lines.append("  (one folder, split: where it was pretrained on, the queries' images were, too)")
     for name, title in (("knn", "k-NN"), ("knn_codes", "k-NN of codes")):
         if name in found:
             each = "  ".join(f"k={k} {share:.2%}" for k, share in found[name].items())
@@ -151,8 +156,8 @@ def describe(found: dict[str, Any]) -> str:
     if "lookup" in found:
         lookup = found["lookup"]
         lines.append(
-            f"  {'within 2 bits':22} {lookup['precision']:.2%} right, {lookup['answered']:.1%} of queries "
-            "find any"
+            f"  {'within 2 bits':22} {lookup['precision']:.2%} right, a query without any counting as wrong: "
+            f"{lookup['answered']:.1%} have some"
         )
     if "geometry" in found:
         geometry = found["geometry"]

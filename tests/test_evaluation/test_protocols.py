@@ -19,14 +19,16 @@ from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
 
 from bincomm import cli  # noqa: E402
 from bincomm.config import parse  # noqa: E402
-from bincomm.data.sources import evaluation_sources, open_source  # noqa: E402
-from bincomm.engine.ranks import ALONE  # noqa: E402
+from bincomm.data.sources import digits, evaluation_sources, open_source  # noqa: E402
+from bincomm.engine.checkpoints import save_checkpoint  # noqa: E402
+from bincomm.engine.ranks import ALONE, Ranks  # noqa: E402
 from bincomm.evaluation import features as module  # noqa: E402
 from bincomm.evaluation.augmented import augmented_probe  # noqa: E402
 from bincomm.evaluation.features import extract, extract_cached, identity  # noqa: E402
-from bincomm.evaluation.pretrained import load_pretrained  # noqa: E402
+from bincomm.evaluation.pretrained import Pretrained, load_pretrained  # noqa: E402
 from bincomm.evaluation.protocols import PROTOCOLS, evaluate_images  # noqa: E402
-from bincomm.pretrain import pretrain  # noqa: E402
+from bincomm.models import create_networks  # noqa: E402
+from bincomm.pretrain import export_backbone, pretrain  # noqa: E402
 
 CPU = torch.device("cpu")
 OPTIONS = {
@@ -66,10 +68,7 @@ def measured(run, halves):
 
 def test_every_way_to_name_it_is_the_same_network(run, halves):
     files = [run, run / "checkpoints/step-000000030.ckpt", run / "backbone.safetensors"]
-    shown = {"global_size": 16, "eval_crop": 1}
-    models = [
-        load_pretrained(str(file), CPU, **(shown if file.suffix == ".safetensors" else {})) for file in files
-    ]
+    models = [load_pretrained(str(file), CPU) for file in files]
     found = [extract(model, halves[1]) for model in models]
     for other in found[1:]:
         assert torch.equal(other["features"], found[0]["features"])
@@ -91,11 +90,15 @@ def test_a_run_whose_checkpoints_are_gone_has_a_backbone_alone(run, halves, tmp_
 @pytest.mark.parametrize(
     "weights, words",
     [
-        ("nowhere", "weights: expected a run's directory, a checkpoint, .* got 'nowhere'"),
+        ("nowhere", "weights: expected a run's directory, .* got 'nowhere'"),
         ("garbage.safetensors", "weights: .* cannot be read as safetensors"),
         ("unknown.safetensors", "does not say of which backbone it is; say --backbone"),
         ("garbage.ckpt", "cannot be read as a checkpoint"),
         ("empty", "weights: .* holds no run whose config.yaml can be read"),
+        ("gone.ckpt", "weights: expected a checkpoint, got .*gone.ckpt, which does not exist"),
+        ("list.ckpt", "weights: .*list.ckpt is no checkpoint of a run"),
+        ("other.safetensors", "weights: .*other.safetensors holds weights of another backbone"),
+        ("vit_tiny_patch16_224.none", "weights: Invalid pretrained tag"),
     ],
 )
 def test_weights_that_are_none_are_told(tmp_path, weights, words):
@@ -103,14 +106,62 @@ def test_weights_that_are_none_are_told(tmp_path, weights, words):
     (tmp_path / "garbage.safetensors").write_bytes(b"garbage" * 9)
     (tmp_path / "garbage.ckpt").write_bytes(b"garbage" * 9)
     safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "unknown.safetensors")
+    created = {"create_model": '{"model_name": "resnet18"}'}
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors", created)
+    torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match=words):
-        load_pretrained(weights if weights == "nowhere" else str(tmp_path / weights), CPU)
+        load_pretrained(weights if weights.startswith(("nowhere", "vit")) else str(tmp_path / weights), CPU)
+
+
+@pytest.fixture
+def transformer(tmp_path, halves):
+    """A small ViT for 32 pixels as a checkpoint and as a backbone, and some images."""
+    small = '{"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}'
+    keys = OPTIONS | {"backbone": "vit_tiny_patch16_224", "backbone_args": small, "global_size": 32}
+    config, _ = parse([f"--{key}={value}" for key, value in (keys | {"local_size": 16}).items()])
+    _, teacher = create_networks(config, CPU)
+    state = {"config": config.as_dict(), "teacher": teacher.state_dict()}
+    export_backbone(teacher, config, tmp_path)
+    return state, tmp_path / "backbone.safetensors", halves[1].select(range(20))
+
+
+def test_position_embeddings_are_those_of_the_size_that_is_shown(transformer, tmp_path):
+    state, file, source = transformer
+    save_checkpoint(tmp_path / "some.ckpt", state)
+    for shown in ({}, {"global_size": 48}):
+        models = [
+            load_pretrained(str(path), CPU, eval_crop=1, **shown) for path in (tmp_path / "some.ckpt", file)
+        ]
+        assert [model.config.global_size for model in models] == [shown.get("global_size", 32)] * 2
+        found = [extract(model, source)["features"] for model in models]
+        assert torch.equal(*found)
+
+
+def test_what_does_not_fit_a_checkpoint_is_told(transformer, tmp_path):
+    state, file, _ = transformer
+    path = str(tmp_path / "some.ckpt")
+
+    def load(changed, **shown):
+        save_checkpoint(tmp_path / "some.ckpt", changed)
+        return load_pretrained(path, CPU, **shown)
+
+    accumulating = state | {"config": state["config"] | {"batch_size": 64, "accumulate": 4}}
+    assert load(accumulating, batch_size=7).config.batch_size == 7
+    for wanted in (path, str(file)):
+        with pytest.raises(ValueError, match=r"cannot take crops of 30 pixels"):
+            load_pretrained(wanted, CPU, global_size=30)
+    with pytest.raises(ValueError, match="weights: .* of another version of bincomm: .*'unheard_of'"):
+        load(state | {"config": state["config"] | {"unheard_of": 1}})
+    with pytest.raises(ValueError, match="weights: .* does not fit the network of its config: .*[Mm]issing"):
+        load(state | {"teacher": {}})
+    with pytest.raises(ValueError, match="backbone: expected vit_tiny_patch16_224, .*, got resnet18"):
+        load(state, backbone="resnet18")
 
 
 def test_figures_are_those_of_independent_implementations(measured):
     _, seen, labels, found = measured
     (x, u), (y, v) = [side["features"].numpy() for side in seen], [side.numpy() for side in labels]
-    assert (found["gallery_images"], found["queries_images"], found["classes"]) == (1437, 360, 10)
+    assert (found["gallery_images"], found["query_images"], found["classes"]) == (1437, 360, 10)
     for k in (10, 20, 100, 200):
         votes = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
         assert found["knn"][str(k)] == pytest.approx(votes.fit(x, y).score(u, v), abs=1e-9)
@@ -196,6 +247,11 @@ def test_what_was_seen_is_kept_until_something_changes(run, halves, tmp_path, mo
     again = extract_cached(model, source, lambda image, why: told.append((image, why)))
     assert len(calls) == 1
     assert all(torch.equal(first[name], again[name]) for name in first)
+    assert {name: value.dtype for name, value in again.items()} == {
+        "images": torch.int64,
+        "features": torch.float32,
+        "signs": torch.float32,
+    }
     assert told[0] == told[1]  # what is left out is told every time
     assert first["images"].tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12]
     names = {identity(model, source)}
@@ -203,15 +259,31 @@ def test_what_was_seen_is_kept_until_something_changes(run, halves, tmp_path, mo
         load_pretrained(str(run / "checkpoints/step-000000015.ckpt"), CPU),
         load_pretrained(str(run), CPU, global_size=20),
         load_pretrained(str(run), CPU, eval_crop=0.5),
+        load_pretrained(str(run), CPU, mean=(0.1, 0.2, 0.3)),
+        load_pretrained(str(run), CPU, std=(0.1, 0.2, 0.3)),
+        replace(model, head=None),
     ):
         names.add(identity(changed, source))
-    Image.new("RGB", (20, 20), (0, 9, 0)).save(folder / "a" / "0.png")
+    changed, status = folder / "a" / "0.png", (folder / "a" / "0.png").stat()
+    Image.new("RGB", (20, 20), (0, 9, 0)).save(changed)
     names.add(identity(model, source))
-    assert len(names) == 5
+    os.truncate(changed, status.st_size)
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))  # as large and as old as it was
+    names.add(identity(model, source))
+    monkeypatch.setattr(module, "VERSIONS", ("another",))
+    names.add(identity(model, source))
+    assert len(names) == 10
+    monkeypatch.undo()
+    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "look", lambda *args: calls.append(1) or look(*args))
+    Image.new("RGB", (20, 20), (0, 9, 0)).save(changed)
     (file,) = (tmp_path / "cache" / "features").iterdir()
     file.write_bytes(b"cut")
     extract_cached(model, source)  # is looked at anew
     assert len(calls) == 2
+    monkeypatch.setenv("BINCOMM_CACHE", str(file))  # no folder: nothing can be kept
+    assert torch.equal(extract_cached(model, source)["signs"][1:], first["signs"][1:])
+    assert len(calls) == 3
 
 
 def test_ranks_see_all_images_together(run, tmp_path):
@@ -221,21 +293,23 @@ def test_ranks_see_all_images_together(run, tmp_path):
 def look_together(rank, world, folder):
     import torch.distributed as dist
 
-    from bincomm.engine.ranks import Ranks
-
     os.environ["BINCOMM_CACHE"] = f"{folder}/cache{rank}"
     source = open_source("digits").select(range(101))
     config, _ = parse([f"--{key}={value}" for key, value in OPTIONS.items()])
-    from bincomm.evaluation.pretrained import Pretrained
-    from bincomm.models import create_networks
-
     model = Pretrained.of(create_networks(config, CPU)[1], config, CPU)
     assert dist.get_world_size() == world
-    together = extract(model, source, ranks=Ranks(rank, world, rank, CPU))
+    ranks = Ranks(rank, world, rank, CPU)
+    together = extract(model, source, ranks=ranks)
     alone = extract(model, source, ranks=ALONE)
     for name, value in alone.items():
         torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5)
     assert together["images"].tolist() == list(range(101))
+    for _ in range(2):  # looked at, then from the cache
+        kept = extract_cached(model, source, ranks=ranks)
+        assert kept.keys() == ({} if rank else together).keys()
+        assert all(torch.equal(value, together[name]) for name, value in kept.items())
+    one = extract_cached(model, source.select([4]), ranks=ranks)  # nothing to look at for the other rank
+    assert rank or one["images"].tolist() == [0]
 
 
 def test_small_sets_are_no_special_case(run, tmp_path):
@@ -253,7 +327,9 @@ def test_small_sets_are_no_special_case(run, tmp_path):
     found = evaluate_images(model, gallery, queries)
     assert found.keys() >= set(PROTOCOLS)
     one = evaluate_images(model, gallery.select(range(5)), queries)
-    assert one["knn"]["20"] == one["map"] == one["linear"]["accuracy"] == 1.0
+    assert list(found["knn"]) == ["10"]
+    assert one["knn"] == {"5": 1.0}
+    assert one["map"] == one["linear"]["accuracy"] == 1.0
 
 
 def test_the_command(run, tmp_path, capsys):
@@ -265,12 +341,41 @@ def test_the_command(run, tmp_path, capsys):
     assert f"k=20 {found['knn']['20']:.2%}" in text
     assert f"{found['map_codes']:.2%}" in text
     assert "linear" not in found
+    assert found["queries_held_out"]
+    assert found["shown"] == {"global_size": 16, "eval_crop": 1.0}
+    folder = tmp_path / "whole"
+    folder.symlink_to(digits() / "train")
+    again = ["evaluate", str(run), f"--data={folder}", "--protocols=knn", f"--output={output}"]
+    assert cli.main([*again, "--global_size=12", "--eval_crop=0.5"]) == 0
+    assert "one folder, split" in capsys.readouterr().out
+    found = json.loads(output.read_text())
+    assert not found["queries_held_out"]
+    assert found["shown"] == {"global_size": 12, "eval_crop": 0.5}
+
+
+def test_what_was_measured_is_told_though_what_follows_fails(run, tmp_path, capsys):
+    output = tmp_path / "found.json"
+    arguments = ["evaluate", str(run), '--data={"digits": 1}', "--protocols=knn", f"--output={output}"]
+    assert cli.main([*arguments, f"--segmentation={tmp_path}"]) == 2
+    told = capsys.readouterr()
+    found = json.loads(output.read_text())
+    assert f"k=20 {found['knn']['20']:.2%}" in told.out
+    assert found["shown"] == {"global_size": 16, "eval_crop": 1.0}
+    assert str(tmp_path) in told.err
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--protocols=knn,mpa"], "protocols: there is none named 'mpa'"),
+        (["--davis=unlabelled", "--protocols=knn"], "protocols: they measure on --data, got none"),
+        (["--output=nowhere/found.json"], "output: expected a file in a folder that exists"),
+        (["--output=unlabelled"], "output: expected a file in a folder that exists"),
+        (["--protocols=knn, mpa"], "protocols: there is none named 'mpa'"),
+        (["--davis=nowhere"], "davis: expected a folder, got nowhere"),
+        (["--segmentation=nowhere"], "segmentation: expected a folder, got nowhere"),
+        (["--davis=unlabelled"], "unlabelled/ImageSets/2017/val.txt: cannot be read"),
+        (["--data=two"], "data: expected folders train and val, or five images of a class at least"),
+        (["--backbone=resnet18"], "backbone: expected resnetv2_18, as "),
         (["--data=unlabelled"], "data: expected images with labels"),
         (["--data=nowhere"], "data: 'nowhere' does not exist"),
     ],
@@ -279,7 +384,11 @@ def test_what_is_wrong_is_told_in_one_line(run, tmp_path, capsys, monkeypatch, o
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unlabelled").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "unlabelled" / "1.png")
-    assert cli.main(["evaluate", str(run), "--data=digits", *options]) == 2
+    for name in "ab":
+        (tmp_path / "two" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "two" / name / "1.png")
+    data = [] if "--protocols=knn" in options else ["--data=digits"]
+    assert cli.main(["evaluate", str(run), *data, *options]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert len(error.strip().splitlines()) == 1
