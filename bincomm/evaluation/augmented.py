@@ -11,7 +11,7 @@ from bincomm.evaluation.linear import (
     Descent,
     LinearProbe,
     accuracy,
-    choose,
+    cross_entropy,
     hold_out,
     scaling,
 )
@@ -58,8 +58,8 @@ def augmented_probe(
     check_labelled("queries", queries, query_labels)
     check_alike(gallery, queries)
     classes, targets = labels.unique(return_inverse=True)
-    order, held_out = hold_out(targets, torch.Generator().manual_seed(seed))
-    chosen, rest = order[held_out], order[~held_out]
+    order, tenth = hold_out(targets, torch.Generator().manual_seed(seed))
+    chosen, rest = order[tenth == 0], order[tenth > 0]
     if len(rest) == 0:
         raise ValueError(f"source: expected images beside those held out, got {len(images)} in all")
     config, device = model.config, model.device
@@ -92,7 +92,8 @@ def augmented_probe(
             features = model.backbone(views.flatten(0, 1))
         seen = targets[rest[loader.indices]].repeat_interleave(views.shape[1])
         descent.step(show(features.float()), seen.to(device))
-    best = choose(descent.weights, show(gallery[chosen].to(device)), targets[chosen].to(device), BATCH)
+    held_out = show(gallery[chosen].to(device)), targets[chosen].to(device)
+    best = int(cross_entropy(descent.weights, *held_out, BATCH).argmin())
     found = accuracy(
         descent.weights[best],
         classes.to(device),

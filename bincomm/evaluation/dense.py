@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bincomm.data.images import EXTENSIONS, WITHOUT_RANGE
-from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, choose, scaling
+from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_entropy, scaling
 from bincomm.evaluation.pretrained import Pretrained
 
 CLASSES = 255  # an eight-bit mask holds the classes 0 to 254
@@ -320,8 +320,10 @@ def _linear(memory: _Memory) -> tuple[Predict, float]:
     rest, chosen = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
     if len(rest) == 0:
         raise ValueError("train: expected at least 2 images with classes, got 1")
-    best = choose(train(rest, LEARNING_RATES), standardised(features[chosen]), targets[chosen], BATCH)
-    rate = LEARNING_RATES[best]
+    losses = cross_entropy(
+        train(rest, LEARNING_RATES), standardised(features[chosen]), targets[chosen], BATCH
+    )
+    rate = LEARNING_RATES[int(losses.argmin())]
     (weights,) = train(torch.arange(len(features), device=device), (rate,))
     return lambda x: (standardised(x.flatten(0, 1)) @ weights.T).unflatten(0, x.shape[:2]), rate
 

@@ -16,6 +16,7 @@ from bincomm.evaluation.labelled import check_alike, check_labelled
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 MOMENTUM = 0.9
 HELD_OUT = 10  # one image in so many chooses the learning rate
+CHOOSING = 200  # images that choose it at least: where a tenth has fewer, several tenths do in turn
 
 
 class LinearProbe(NamedTuple):
@@ -41,7 +42,8 @@ def linear_probe(
     The protocol of DINO (arXiv 2104.14294): SGD with momentum 0.9, no weight decay, cosine to 0, the learning
     rate swept; on cached features, so without augmentation. The learning rate taken is the one
     whose classifier, trained on nine tenths of the gallery, has the lowest cross-entropy on the other tenth,
-    drawn by class; the share it gets right is too coarse where that tenth is small. The classifier is then
+    drawn by class; the share it gets right is too coarse where that tenth is small. Where it is of fewer
+    than 200 images, further tenths are held out in turn until so many have chosen. The classifier is then
     trained anew on all of the gallery. Choosing by the queries instead would flatter.
 
     From all features the gallery's mean is first subtracted, and they are divided by one number, the largest
@@ -75,10 +77,12 @@ def linear_probe(
         x, y = gallery[images], targets[images]
         return _train(x, y, len(classes), rates, epochs, batch_size, generator)
 
-    order, held_out = hold_out(targets, generator)
-    weights = train(order[~held_out], learning_rates)
-    chosen = choose(weights, gallery[order[held_out]], targets[order[held_out]], batch_size)
-    rate = learning_rates[chosen]
+    order, tenth = hold_out(targets, generator)
+    losses = torch.zeros(len(learning_rates), device=gallery.device)
+    for number in range(min(HELD_OUT, len(order), math.ceil(HELD_OUT * CHOOSING / len(order)))):
+        weights, held_out = train(order[tenth != number], learning_rates), order[tenth == number]
+        losses += cross_entropy(weights, gallery[held_out], targets[held_out], batch_size)
+    rate = learning_rates[int(losses.argmin())]
 
     weights = train(order, [rate])
     return LinearProbe(accuracy(weights[0], classes, queries, query_labels, batch_size), rate)
@@ -94,20 +98,20 @@ def scaling(gallery: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def hold_out(targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A random order of the images by class, and which places of it are of the tenth, (n,) bool, that chooses
-    the learning rate: every tenth of a shuffled list sorted by class, so that each class gives its tenth."""
+    """A random order of the images by class, and of which tenth of them each of its places is, (n,) from 0 to
+    9: every tenth of a shuffled list sorted by class, so that each class gives its part to each."""
     order = torch.randperm(len(targets), generator=generator).to(targets.device)
     order = order[targets[order].argsort(stable=True)]
-    return order, torch.arange(len(order), device=targets.device) % HELD_OUT == 0
+    return order, torch.arange(len(order), device=targets.device) % HELD_OUT
 
 
-def choose(weights: Tensor, features: Tensor, targets: Tensor, batch_size: int) -> int:
-    """Which of the classifiers (S, C, D) has the lowest cross-entropy on held-out features (n, D)."""
-    cross_entropy = 0
+def cross_entropy(weights: Tensor, features: Tensor, targets: Tensor, batch_size: int) -> Tensor:
+    """Sums over features (n, D) under each of the classifiers (S, C, D): (S,), infinite where it is NaN."""
+    found = torch.zeros(len(weights), device=features.device)
     for x, y in zip(features.split(batch_size), targets.split(batch_size), strict=True):
         likelihood = _logits(x, weights).log_softmax(-1)
-        cross_entropy -= likelihood.take_along_dim(y[:, None, None], -1).sum((0, 2))
-    return int(cross_entropy.nan_to_num(torch.inf).argmin())
+        found -= likelihood.take_along_dim(y[:, None, None], -1).sum((0, 2))
+    return found.nan_to_num(torch.inf)
 
 
 def accuracy(weights: Tensor, classes: Tensor, queries: Tensor, labels: Tensor, batch_size: int) -> float:

@@ -85,9 +85,12 @@ def test_a_tenth_of_every_class_is_held_out(monkeypatch):
     monkeypatch.setattr(linear, "_train", lambda x, y, *rest: trained_on.append(y) or train(x, y, *rest))
     y = torch.arange(4).repeat_interleave(torch.tensor([200, 30, 45, 1]))
     linear_probe(torch.randn(276, 3), y, torch.randn(2, 3), torch.zeros(2), epochs=1)
-    held_out = y.bincount() - trained_on[0].bincount(minlength=4)
-    assert ((held_out - y.bincount() / 10).abs() < 1).all()
-    assert len(trained_on[1]) == 276
+    held_out = [y.bincount() - some.bincount(minlength=4) for some in trained_on[:-1]]
+    assert len(held_out) == 8  # in turn, until 200 images have chosen
+    for some in held_out:
+        assert ((some - y.bincount() / 10).abs() < 1).all()
+    assert (sum(held_out) <= y.bincount()).all()
+    assert len(trained_on[-1]) == 276
 
 
 def test_the_seed_decides_and_the_global_generator_is_left_alone():
