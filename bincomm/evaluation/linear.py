@@ -16,7 +16,7 @@ from bincomm.evaluation.labelled import check_alike, check_labelled
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 MOMENTUM = 0.9
 HELD_OUT = 10  # one image in so many chooses the learning rate
-CHOOSING = 200  # images that choose it at least: where a tenth has fewer, several tenths do in turn
+CHOOSING = 100  # images that choose it at least: where a tenth has fewer, several tenths do in turn
 
 
 class LinearProbe(NamedTuple):
@@ -43,7 +43,7 @@ def linear_probe(
     rate swept; on cached features, so without augmentation. The learning rate taken is the one
     whose classifier, trained on nine tenths of the gallery, has the lowest cross-entropy on the other tenth,
     drawn by class; the share it gets right is too coarse where that tenth is small. Where it is of fewer
-    than 200 images, further tenths are held out in turn until so many have chosen. The classifier is then
+    than 100 images, further tenths are held out in turn until so many have chosen. The classifier is then
     trained anew on all of the gallery. Choosing by the queries instead would flatter.
 
     From all features the gallery's mean is first subtracted, and they are divided by one number, the largest
