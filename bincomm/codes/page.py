@@ -249,9 +249,9 @@ def _correlated(result: dict[str, Any]) -> str:
     return _section(
         "Which bits go together?",
         "<p>Two bits with a correlation of 1 say the same, with −1 the opposite, with 0 they have nothing "
-        f"to do with each other. The root mean square over pairs of bits that vary is {found['rms']:.3f}; "
-        f"independent bits would have {found['by_chance']:.3f} from this many images. <b>Good:</b> close to "
-        "that, and no pair near 1. <b>Bad:</b> many pairs above 0.5.</p>",
+        "to do with each other. The root mean square over pairs of bits that are not dead is "
+        f"{found['rms']:.3f}; independent bits would have {found['by_chance']:.3f} from this many images. "
+        "<b>Good:</b> close to that, and no pair near 1. <b>Bad:</b> many pairs above 0.5.</p>",
         _plot(draw, f"Histogram of absolute correlations, root mean square {found['rms']:.3f}")
         + _details("The most strongly correlated bits", _table(["bits", "correlation"], rows)),
     )

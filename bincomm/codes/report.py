@@ -344,9 +344,10 @@ def _measure(
 
 
 def _correlations(signs: Tensor) -> dict[str, Any]:
-    """Their matrix in short, it has K² entries; a constant bit has no correlations."""
-    varying = (signs.any(0) & ~signs.all(0)).nonzero().flatten()
-    first, second = varying[torch.triu_indices(len(varying), len(varying), 1)]
+    """Their matrix in short, it has K² entries; without dead bits, which one odd image can make alike."""
+    dead = statistics.dead_bits(signs)
+    alive = torch.tensor([bit for bit in range(signs.shape[1]) if bit not in dead], dtype=torch.int64)
+    first, second = alive[torch.triu_indices(len(alive), len(alive), 1)]
     values = statistics.bit_correlations(signs)[first, second]
     order = values.abs().sort(descending=True, stable=True).indices[:STRONGEST].tolist()
     return {

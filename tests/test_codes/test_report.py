@@ -20,7 +20,7 @@ from PIL import Image  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
 from bincomm.codes import statistics  # noqa: E402
-from bincomm.codes.report import _attribute, _look, report  # noqa: E402
+from bincomm.codes.report import _attribute, _correlations, _look, report  # noqa: E402
 from bincomm.config import PretrainConfig  # noqa: E402
 from bincomm.data.sources import open_source  # noqa: E402
 from bincomm.evaluation.features import look  # noqa: E402
@@ -103,6 +103,16 @@ def seen(photos, tmp_path_factory):
     assert time.perf_counter() - begun < 60  # 4 s on an idle core
     logits = torch.cat([seen.logits for seen in look(model, source)])
     return source, logits, output, result
+
+
+def test_dead_bits_are_not_called_the_most_alike():
+    signs = torch.rand(1000, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    signs[:, 4:] = False
+    signs[7, 4:] = True
+    found = _correlations(signs)
+    assert sum(found["absolute"]) == 6
+    assert all(second < 4 and abs(value) < 0.2 for _, second, value in found["strongest"])
+    assert sum(_correlations(signs[:, 4:])["absolute"]) == 0
 
 
 def test_the_file_holds_what_is_returned_and_what_the_functions_say(seen):
