@@ -494,7 +494,7 @@ def weights_parser(command: str, description: str, head: bool = True) -> argpars
         parser.add_argument("--backbone", help="timm's name of it, for a .safetensors file that does not say")
     parser.add_argument("--global_size", type=positive, metavar="PIXELS", help="side of the centre crop")
     parser.add_argument("--eval_crop", type=float, metavar="SHARE", help="of the resized image's side")
-    parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time")
+    parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time, 256 at most")
     parser.add_argument("--threads", type=positive, metavar="N", help="that read images")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU when there is one"
