@@ -16,7 +16,6 @@ from typing import Any
 
 SAVED = 75  # status of a run that a signal ended once it was saved (EX_TEMPFAIL: the same command goes on)
 NEEDS_MORE = "training needs more packages ({}): pip install 'bincomm[train]'"
-WEIGHTS = "a run's directory, a checkpoint, a .safetensors file, or a timm model with pretrained weights"
 MEASURING_NEEDS_MORE = "what was learned needs more packages ({}): pip install 'bincomm[eval]'"
 
 USAGE = """usage: bincomm COMMAND [OPTIONS]
@@ -245,7 +244,7 @@ def run_evaluate(arguments: list[str]) -> int:
         folder = getattr(options, name)
         if folder and not Path(folder).expanduser().is_dir():
             return fail(f"{name}: expected a folder, got {folder}", once=True)
-    if options.output and (Path(options.output).is_dir() or not Path(options.output).parent.is_dir()):
+    if options.output and not can_be_file(options.output):
         return fail(f"output: expected a file in a folder that exists, got {options.output}", once=True)
 
     def run() -> None:
@@ -364,7 +363,7 @@ def run_search(arguments: list[str]) -> int:
         "--sheet", default="nearest.png", metavar="FILE", help="PNG to write, default nearest.png"
     )
     options = parser.parse_args(arguments)
-    if Path(options.sheet).is_dir() or not Path(options.sheet).parent.is_dir():
+    if not can_be_file(options.sheet):
         return fail(f"sheet: expected a file in a folder that exists, got {options.sheet}")
 
     def run() -> str:
@@ -472,6 +471,11 @@ def given(text: str) -> str:
     return text
 
 
+def can_be_file(path: str) -> bool:
+    """Whether a file may be written there; asked before the work for it, not after."""
+    return Path(path).parent.is_dir() and not Path(path).is_dir()
+
+
 def names(text: str) -> list[str]:
     """Names with commas between them."""
     return [name.strip() for name in text.split(",")]
@@ -488,10 +492,11 @@ def two_names(text: str) -> tuple[str, str]:
 def weights_parser(command: str, description: str, head: bool = True) -> argparse.ArgumentParser:
     """Options of a command that shows images to what was pretrained, a head with it or not; see `shown`."""
     parser = argparse.ArgumentParser(prog=f"bincomm {command}", allow_abbrev=False, description=description)
-    of = "a run's directory, or a checkpoint" if head else WEIGHTS
-    parser.add_argument("weights", metavar="WEIGHTS", type=given, help=of)
+    of = "a run's directory, or a checkpoint"
     if not head:
+        of = "a run's directory, a checkpoint, a .safetensors file, or a timm model with pretrained weights"
         parser.add_argument("--backbone", help="timm's name of it, for a .safetensors file that does not say")
+    parser.add_argument("weights", metavar="WEIGHTS", type=given, help=of)
     parser.add_argument("--global_size", type=positive, metavar="PIXELS", help="side of the centre crop")
     parser.add_argument("--eval_crop", type=float, metavar="SHARE", help="of the resized image's side")
     parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time, 256 at most")

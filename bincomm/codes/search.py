@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from bincomm.codes.encode import Part, iterate_codes, open_parts, read_rows, to_codes, to_messages
+from bincomm.data.images import eight_bits
 from bincomm.data.listing import Files
 from bincomm.data.shards import open_shards
 from bincomm.data.sources import Source
@@ -220,9 +221,7 @@ def _tile(path: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(_read(path)))
         image.draft("RGB", (TILE, TILE))
-        if image.mode.startswith("I;16"):  # which Pillow would clip to eight bits
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(eight_bits(image)).convert("RGB")
         scale = TILE / max(image.size)  # at least a pixel is left of the shorter side
         image = image.resize([max(1, round(scale * side)) for side in image.size])
         return ImageOps.pad(image, (TILE, TILE), color="white")

@@ -276,12 +276,16 @@ def class_shares(signs: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, T
     Raises:
         ValueError: another number of labels than of images, or a label that is not below `classes`.
     """
+    ones, counts = _count_ones(signs, labels, classes)
+    return counts, ones / counts[:, None].double()
+
+
+def _count_ones(signs: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     bits = _bits(signs)
     labels = _labels(labels, len(bits))
     if int(labels.max()) >= classes:
         raise ValueError(f"labels: expected below {classes}, the number of classes, got {int(labels.max())}")
-    ones, counts = factors.count_ones(bits, labels, classes)
-    return counts, ones / counts[:, None].double()
+    return factors.count_ones(bits, labels, classes)
 
 
 class Sharing(NamedTuple):
@@ -301,9 +305,8 @@ def sharing(signs: Tensor, labels: Tensor, classes: int, *, level: float = 0.01)
     Raises:
         ValueError: see `class_shares`.
     """
-    counts, shares = class_shares(signs, labels, classes)
-    images = counts[:, None].numpy()
-    ones = (shares.nan_to_num(0.0) * counts[:, None]).round().numpy()
+    ones, images = _count_ones(signs, labels, classes)
+    ones, images = ones.numpy(), images[:, None].numpy()
     # P(at least as many ones), and as many zeros, of so many fair tosses; of none it is 1.
     found = [torch.from_numpy(binom.sf(x - 1, images, 0.5) <= level) for x in (ones, images - ones)]
     return Sharing(*found)

@@ -137,6 +137,13 @@ def why_not_whole(data: np.ndarray) -> str:
     return ""
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """One of 16 bits a pixel scaled to eight, to which Pillow would clip it; others as they are."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    return image
+
+
 def _looks_whole(data: np.ndarray, kind: str) -> bool:
     """Whether an image ends as a whole one of its kind does, and is a still one."""
     if kind == "PNG":
@@ -162,9 +169,7 @@ def _decoded(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         factor = _factor(image)
         # A JPEG is made smaller while it is decoded, by a power of two.
         image.draft("RGB", (image.width // factor, image.height // factor))
-    if image.mode == "I;16":  # which Pillow would clip to eight bits
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    pixels = image.convert("RGB")
+    pixels = eight_bits(image).convert("RGB")
     if pixels.width * pixels.height > most:
         pixels = pixels.reduce(_factor(pixels))
     header = b"P6 %d %d 255\n" % pixels.size

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bincomm.data.images import EXTENSIONS, WITHOUT_RANGE
+from bincomm.data.images import EXTENSIONS, WITHOUT_RANGE, eight_bits
 from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_entropy, scaling
 from bincomm.evaluation.pretrained import Pretrained
 
@@ -179,9 +179,7 @@ def open_image(path: Path) -> Image.Image:
     image = _open(path)
     if image.mode in WITHOUT_RANGE:
         raise ValueError(f"{path}: its {WITHOUT_RANGE[image.mode]} pixels have no known range")
-    if image.mode == "I;16":  # which Pillow would clip to eight bits
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    return image.convert("RGB")
+    return eight_bits(image).convert("RGB")
 
 
 def open_mask(path: Path) -> np.ndarray:

@@ -104,24 +104,23 @@ def extract_cached(
 ) -> dict[str, Tensor]:
     """`extract`, from bincomm's cache where the same weights saw the same files in the same way before; rank
     0 alone gets what it found, and the others {}."""
-    found: list[Kept] = []
-    path = Path()
+    path, kept = Path(), None  # which rank 0 alone comes to know
 
     def look_up() -> bool:
-        nonlocal path
+        nonlocal path, kept
         path = cache_folder() / "features" / f"{identity(model, source)}.safetensors"
-        found.extend(_read(path))
-        return bool(found)
+        kept = _read(path)
+        return kept is not None
 
     if not ranks.first(look_up):
         left_out: list[tuple[int, str]] = []
         values = extract(model, source, lambda image, why: left_out.append((image, why)), ranks=ranks)
-        found.append((values, sorted(one for some in ranks.gather(left_out) for one in some)))
+        kept = values, sorted(one for some in ranks.gather(left_out) for one in some)
         if ranks.rank == 0:
-            _write(path, *found[0])
+            _write(path, *kept)
     if ranks.rank:
         return {}
-    ((values, every),) = found
+    values, every = kept
     for image, why in every:
         report(image, why)
     return values
@@ -136,18 +135,18 @@ def identity(model: Pretrained, source: Source) -> str:
     return hashlib.sha256(repr(seen).encode()).hexdigest()[:32]
 
 
-def _read(path: Path) -> list[Kept]:
-    """What is kept in a file, or nothing where it is not whole."""
+def _read(path: Path) -> Kept | None:
+    """What is kept in a file, or None where it is not whole."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             left_out = json.loads(file.metadata()["left_out"])
             names = file.keys()
             values = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return []
+        return None
     if "signs" in values:
         values["signs"] = values["signs"].float()
-    return [(values, [tuple(one) for one in left_out])]
+    return values, [tuple(one) for one in left_out]
 
 
 def _write(path: Path, values: dict[str, Tensor], left_out: list[tuple[int, str]]) -> None:

@@ -72,7 +72,7 @@ def evaluate_images(
         if len(values["images"]) == 0:
             raise ValueError(f"{name}: none of the {len(source.images)} images can be used")
         labels.append(torch.from_numpy(source.labels)[values["images"]])
-        found[{"gallery": "gallery_images", "queries": "query_images"}[name]] = len(values["images"])
+    found["gallery_images"], found["query_images"] = map(len, labels)
     found["classes"] = len(torch.cat(labels).unique())
     found["shown"] = {"global_size": model.config.global_size, "eval_crop": model.config.eval_crop}
     found["seconds"]["looking"] = time.perf_counter() - started

@@ -56,8 +56,7 @@ def evaluate_davis(
             the file.
     """
     folder = Path(folder).expanduser()
-    names = _names(folder / "ImageSets" / "2017" / "val.txt")
-    sequences = {name: _sequence(folder, name) for name in names}
+    sequences = {name: _sequence(folder, name) for name in _names(folder / "ImageSets" / "2017" / "val.txt")}
     names = list(sequences)
     own = {name: sequences[name] for name in names[ranks.rank :: ranks.world]}
     frames = sum(len(pairs) for pairs in own.values())
