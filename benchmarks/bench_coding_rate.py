@@ -20,7 +20,7 @@ SHAPES = [
 ]
 
 
-def regularised_gram(logits, smaller_side=False):
+def regularized_gram(logits, smaller_side=False):
     n, bits = logits.shape[-2:]
     z = F.normalize(logits, dim=-1)
     gram = z @ z.mT if smaller_side and n < bits else z.mT @ z
@@ -28,11 +28,11 @@ def regularised_gram(logits, smaller_side=False):
 
 
 def loop_over_views(logits):
-    return sum(reference.half_logdet(regularised_gram(view)) for view in logits)
+    return sum(reference.half_logdet(regularized_gram(view)) for view in logits)
 
 
 def batched(logits, smaller_side=False):
-    return reference.half_logdet(regularised_gram(logits, smaller_side)).sum()
+    return reference.half_logdet(regularized_gram(logits, smaller_side)).sum()
 
 
 CONTENDERS = {
@@ -41,8 +41,8 @@ CONTENDERS = {
     "cholesky_ex, batched": batched,
     "cholesky_ex, batched, torch.compile": torch.compile(batched, dynamic=False),
     "cholesky_ex, batched, smaller side": lambda logits: batched(logits, smaller_side=True),
-    "logdet": lambda logits: torch.logdet(regularised_gram(logits)).sum() / 2,
-    "slogdet": lambda logits: torch.linalg.slogdet(regularised_gram(logits))[1].sum() / 2,
+    "logdet": lambda logits: torch.logdet(regularized_gram(logits)).sum() / 2,
+    "slogdet": lambda logits: torch.linalg.slogdet(regularized_gram(logits))[1].sum() / 2,
 }
 
 

@@ -29,7 +29,7 @@ def loop_over_pairs(student, teacher):
     return sum(F.binary_cross_entropy_with_logits(views[v], targets[u]) for u, v in pairs) / len(pairs)
 
 
-def vectorised(student, teacher):
+def vectorized(student, teacher):
     """One expression over all views: c·softplus(a) - S·a."""
     targets = (teacher > 0).to(student.dtype)
     views, teachers = len(student), len(teacher)
@@ -45,9 +45,9 @@ def vectorised(student, teacher):
 CONTENDERS = {
     "bincomm": bincomm.sign_bce,
     "loop over pairs": loop_over_pairs,
-    "vectorised": vectorised,
+    "vectorized": vectorized,
     "loop over pairs, torch.compile": torch.compile(loop_over_pairs, dynamic=False),
-    "vectorised, torch.compile": torch.compile(vectorised, dynamic=False),
+    "vectorized, torch.compile": torch.compile(vectorized, dynamic=False),
 }
 
 

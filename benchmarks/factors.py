@@ -1,7 +1,7 @@
 """Measure what bits carry of known factors of simple scenes: python -m benchmarks.factors RESULTS
 
 Writes RESULTS.json and RESULTS.md. Three short runs on the same scenes, which lack two shapes and two
-colours, differ in their augmentation alone, so that what it makes a code forget can be seen; an untrained
+colors, differ in their augmentation alone, so that what it makes a code forget can be seen; an untrained
 network stands beside them.
 """
 
@@ -41,10 +41,10 @@ from tests.scenes import FACTORS, read_factors, write_scenes
 
 TRAIN, TEST, SEED = 6000, 4000, 0
 NAMES = list(FACTORS)
-# What no training scene shows. Of the test scenes 2/9 each are then new in shape alone and in colour alone,
+# What no training scene shows. Of the test scenes 2/9 each are then new in shape alone and in color alone,
 # and 4/9, in two halves, in nothing.
-UNSEEN = {"shape": ("star", "ring"), "colour": ("yellow", "magenta")}
-# The digits' recipe, its channel and its optimiser: β 0.1 and head_std 0.06. Scenes are 64 pixels a side and
+UNSEEN = {"shape": ("star", "ring"), "color": ("yellow", "magenta")}
+# The digits' recipe, its channel and its optimizer: β 0.1 and head_std 0.06. Scenes are 64 pixels a side and
 # crops half of that; brightness and contrast are jittered a little, hue and saturation are left alone.
 OPTIONS: dict[str, Any] = {
     "recipe": "digits",
@@ -64,7 +64,7 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "hue jitter": {"jitter": [0.2, 0.2, 0.4, 0.5], "jitter_p": 1},
     "small crops": {"global_scale": [0.3, 1], "local_scale": [0.1, 0.4]},
 }
-MEANT = {"hue jitter": "colour", "small crops": "place"}  # what each is meant to make a code forget
+MEANT = {"hue jitter": "color", "small crops": "place"}  # what each is meant to make a code forget
 UNTRAINED = "untrained"
 TOLD = 0.1  # how far above chance a factor is found that bits are said to tell
 
@@ -141,9 +141,9 @@ def of_network(seen: dict[str, Tensor], factors: Tensor) -> dict[str, Any]:
     told = torch.tensor([accuracy - chance > TOLD for accuracy, chance in pairs])
     parts = dci(bits[gallery], factors[gallery], bits[queries], factors[queries])
     of_told = disentanglement(parts.importance[:, told])[0] if told.sum() > 1 else None
-    shape, colour = (is_unseen(factor, factors) for factor in ("shape", "colour"))
-    neither = ~shape & ~colour
-    asked = {"seen": queries & neither, "unseen shapes": shape & ~colour, "unseen colours": colour & ~shape}
+    shape, color = (is_unseen(factor, factors) for factor in ("shape", "color"))
+    neither = ~shape & ~color
+    asked = {"seen": queries & neither, "unseen shapes": shape & ~color, "unseen colors": color & ~shape}
     known = gallery & neither
     meanings = {
         whose: meaning_of(bits[known], factors[known], bits[some], factors[some])
@@ -242,7 +242,7 @@ def recovery(found: dict[str, Any]) -> list[str]:
     return [
         "## How well a linear classifier reads each factor",
         "",
-        f"Share of {found['scenes']['test'] // 2} test scenes, %; the classifier learnt from as many others. "
+        f"Share of {found['scenes']['test'] // 2} test scenes, %; trained on as many others. "
         f"Two standard errors are at most {200 * standard_error(found):.1f}.",
         "",
         *head(),
@@ -299,7 +299,7 @@ def pairing(found: dict[str, Any]) -> list[str]:
 
 
 def meaning(found: dict[str, Any]) -> list[str]:
-    """On other scenes of seen shapes and colours, and on unseen ones."""
+    """On other scenes of seen shapes and colors, and on unseen ones."""
     correlations, gains = [], []
     for name, network in found["networks"].items():
         for whose, of in network["meaning"].items():
@@ -310,10 +310,10 @@ def meaning(found: dict[str, Any]) -> list[str]:
     told = found["networks"][UNTRAINED]["meaning"].items()
     counts = ", ".join(f"{whose} ({of['images']} scenes)" for whose, of in told)
     return [
-        "## Do bits keep their meaning on shapes and colours never seen?",
+        "## Do bits keep their meaning on shapes and colors never seen?",
         "",
         "Correlation of how often a bit is 1 for each value of a factor, between scenes of seen shapes and "
-        f"colours, and others: {counts}; "
+        f"colors, and others: {counts}; "
         "mean over bits, weighted by how much they tell of the factor. By chance, if the values' meanings "
         "were dealt out anew, it is 0 with the deviation in brackets, the larger the fewer values there are "
         "and the more alike the bits. A value that was never seen has nothing to be compared with.",
@@ -372,7 +372,7 @@ def discussion(found: dict[str, Any]) -> list[str]:
             new: ", ".join(
                 f"{f} {whose['seen'][f]:.2f} → {whose[new][f]:.2f}" for f in told if whose[new][f] is not None
             )
-            for new in ("unseen shapes", "unseen colours")
+            for new in ("unseen shapes", "unseen colors")
         }
         lines.append(
             f"- `{name}`: correlation of meanings of factors read {100 * TOLD:.0f} points above chance, on "

@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def crops(folder: str) -> dict[str, Any]:
-    """All crops of a batch, augmented and normalised, in the training process: images a second."""
+    """All crops of a batch, augmented and normalized, in the training process: images a second."""
     source = repeated(folder)
     loader = Loader(source, CROPS, batch_size=BATCH, seed=0, device=DEVICE, threads=CORES)
     contenders: dict[str, Callable[[], Any]] = {"bincomm": loader.next}

@@ -35,7 +35,7 @@ class MultiCrop(nn.Module):
         return self.head(torch.cat(features))
 
 
-def create_optimiser(student: nn.Module) -> torch.optim.AdamW:
+def create_optimizer(student: nn.Module) -> torch.optim.AdamW:
     """AdamW as torch would have it; no weight decay on biases and norms."""
     decayed, others = [], []
     for parameter in student.parameters():
@@ -91,14 +91,14 @@ class PlainLoop:
         self,
         student: MultiCrop,
         teacher: MultiCrop,
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         *,
         clip: float,
         precision: str,
         beta: float,
         eps_squared: float,
     ):
-        self.student, self.teacher, self.optimiser = student, teacher, optimiser
+        self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.clip, self.beta, self.eps_squared = clip, beta, eps_squared
         self.device = next(student.parameters()).device
         self.autocast = precision == "bf16"
@@ -106,7 +106,7 @@ class PlainLoop:
 
     def __call__(self, crops: list[Tensor], *, lr: float, weight_decay: float, momentum: float) -> float:
         """One step on views (n, 3, H, W), the two global ones first; the loss."""
-        for place, group in enumerate(self.optimiser.param_groups):
+        for place, group in enumerate(self.optimizer.param_groups):
             group["lr"] = lr
             if place == 0:
                 group["weight_decay"] = weight_decay
@@ -123,7 +123,7 @@ class PlainLoop:
         loss = loss_of(logits, message, len(crops), self.beta, self.eps_squared)
         if not math.isfinite(loss.item()):
             raise RuntimeError(f"the loss is {loss.item()}")
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
         self.mark("loss")
         outputs.backward(logits.grad)  # ... then on to the parameters
@@ -131,8 +131,8 @@ class PlainLoop:
 
         clip_gradients(self.student, self.clip)
         self.mark("clip")
-        self.optimiser.step()
-        self.mark("optimiser")
+        self.optimizer.step()
+        self.mark("optimizer")
 
         with torch.no_grad():
             for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):

@@ -121,7 +121,7 @@ def scaling(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 
 def scaling_table(records: list[dict]) -> list[str]:
-    """Time against size, as the exponent between the neighbouring sizes of the last two decades."""
+    """Time against size, as the exponent between the neighboring sizes of the last two decades."""
     points = scaling(records)
     if not points:
         return []

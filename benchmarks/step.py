@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import plain_loop
 from benchmarks.measuring import GPU, events, in_words, machine
 from bincomm.config import PretrainConfig
-from bincomm.engine.optimiser import create_optimiser
+from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.run import write_json, write_text
 from bincomm.engine.step import Step
 from bincomm.models import create_networks, create_objective
@@ -37,7 +37,7 @@ from bincomm.models import create_networks, create_objective
 DEVICE = torch.device("cuda" if GPU else "cpu")
 ROUNDS = 5
 STEPS = 8 if GPU else 1  # of a contender's turn
-PARTS = ("teacher", "student", "loss", "backward", "clip", "optimiser", "average")
+PARTS = ("teacher", "student", "loss", "backward", "clip", "optimizer", "average")
 AROUND = ("loss", "clip", "average")  # what is not networks
 RATES = {"lr": 1e-4, "weight_decay": 0.04, "momentum": 0.996}
 PEAK = 989.4  # dense bf16 TFLOP/s of H100 and H200 (SXM), by their data sheets
@@ -202,7 +202,7 @@ def ours(case: Case, views: tuple[Tensor, Tensor], compiled: bool = False) -> Co
     student, teacher = create_networks(config, DEVICE)
     objective = create_objective(config).to(DEVICE)
     step = Step(
-        student, teacher, objective, create_optimiser(student), clip=config.clip, precision=config.precision
+        student, teacher, objective, create_optimizer(student), clip=config.clip, precision=config.precision
     )
     notes = step.compile(*views) if compiled else ""
 
@@ -233,7 +233,7 @@ def plain(case: Case, crops: list[Tensor], fused: bool, compiled: bool = False) 
     loop = plain_loop.PlainLoop(
         student.to(DEVICE),
         teacher,
-        plain_loop.create_optimiser(student),
+        plain_loop.create_optimizer(student),
         clip=config.clip,
         precision=config.precision,
         beta=config.beta,

@@ -38,16 +38,16 @@ def views(crops: Crops, kind: str) -> list:
             return v2.RandomApply([v2.GaussianBlur(13, (0.1, 2))], p=probability)
         return Blur(probability)
 
-    def view(size: int, scale: tuple[float, float], blurred: float, solarised: float):
+    def view(size: int, scale: tuple[float, float], blurred: float, solarized: float):
         bicubic = v1.InterpolationMode.BICUBIC
         return t.Compose(
             [
                 t.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True),
                 t.RandomHorizontalFlip(crops.flip),
                 t.RandomApply([t.ColorJitter(*crops.jitter)], p=crops.jitter_p),
-                t.RandomGrayscale(crops.grey),
+                t.RandomGrayscale(crops.gray),
                 blur(blurred),
-                *([t.RandomSolarize(128, solarised)] if solarised else []),
+                *([t.RandomSolarize(128, solarized)] if solarized else []),
                 *ends[kind],
                 t.Normalize(Crops.mean, Crops.std),
             ]
@@ -55,7 +55,7 @@ def views(crops: Crops, kind: str) -> list:
 
     large = [
         view(crops.global_size, crops.global_scale, crops.blur[0], 0),
-        view(crops.global_size, crops.global_scale, crops.blur[1], crops.solarise),
+        view(crops.global_size, crops.global_scale, crops.blur[1], crops.solarize),
     ]
     small = view(crops.local_size, crops.local_scale, crops.blur[2], 0)
     return large + [small] * crops.local_crops

@@ -63,7 +63,7 @@ def keys_taken(source: str) -> dict[str, Any]:
 
 def adapt(config: PretrainConfig) -> dict[str, Any] | None:
     """Pretrain the backbone that `config.init_from` names on `config.data`, or go on with that; returns what
-    adapt.json holds: k-NN and linear probe, before and after, on the target's labelled images, None each
+    adapt.json holds: k-NN and linear probe, before and after, on the target's labeled images, None each
     where it has none. Where there are several ranks all call it, and those after the first return None.
 
     Raises:

@@ -21,9 +21,9 @@ MEASURING_NEEDS_MORE = "what was learned needs more packages ({}): pip install '
 USAGE = """usage: bincomm COMMAND [OPTIONS]
 
   pretrain   pretrain a backbone on images without labels, or go on with an unfinished run
-  adapt      go on training a pretrained backbone on unlabelled images of another domain
+  adapt      go on training a pretrained backbone on unlabeled images of another domain
   compare    train several methods with the same budget, and put them into one table
-  evaluate   measure what was pretrained on labelled images
+  evaluate   measure what was pretrained on labeled images
   encode     write the codes of images into a folder
   search     the images of such a folder nearest to one
   codes      a page about what the bits mean
@@ -119,7 +119,7 @@ def run_adapt(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="bincomm adapt",
         allow_abbrev=False,
-        description="Train a pretrained backbone on, under a new head, on unlabelled images of a target.",
+        description="Train a pretrained backbone on, under a new head, on unlabeled images of a target.",
         epilog="All options of `bincomm pretrain` are options here too: --output, --epochs, --lr ... Without "
         "them, and besides what recipe adapt says, they are those of the run that --from names.",
     )
@@ -219,11 +219,11 @@ def run_evaluate(arguments: list[str]) -> int:
         return fail(MEASURING_NEEDS_MORE.format(error), status=1)
     parser = weights_parser(
         "evaluate",
-        "Measure what was pretrained: on labelled images k-NN, linear probes, retrieval by features and by "
+        "Measure what was pretrained: on labeled images k-NN, linear probes, retrieval by features and by "
         "codes, dimensions and bits in use; on DAVIS the following of objects; on masks segmentation.",
         head=False,
     )
-    parser.add_argument("--data", type=given, help="labelled images, as in `bincomm pretrain`")
+    parser.add_argument("--data", type=given, help="labeled images, as in `bincomm pretrain`")
     parser.add_argument(
         "--protocols",
         type=names,
@@ -497,7 +497,7 @@ def weights_parser(command: str, description: str, head: bool = True) -> argpars
         of = "a run's directory, a checkpoint, a .safetensors file, or a timm model with pretrained weights"
         parser.add_argument("--backbone", help="timm's name of it, for a .safetensors file that does not say")
     parser.add_argument("weights", metavar="WEIGHTS", type=given, help=of)
-    parser.add_argument("--global_size", type=positive, metavar="PIXELS", help="side of the centre crop")
+    parser.add_argument("--global_size", type=positive, metavar="PIXELS", help="side of the center crop")
     parser.add_argument("--eval_crop", type=float, metavar="SHARE", help="of the resized image's side")
     parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time, 256 at most")
     parser.add_argument("--threads", type=positive, metavar="N", help="that read images")

@@ -20,7 +20,7 @@ from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.checkpoints import Checkpoints
 from bincomm.engine.logs import read_lines
 from bincomm.engine.run import write_json, write_text, write_whole
-from bincomm.evaluation.measure import Labelled, device_of, look_at, measure, of_features
+from bincomm.evaluation.measure import Labeled, device_of, look_at, measure, of_features
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.models import create_networks
 from bincomm.networks import Network
@@ -118,7 +118,7 @@ def compare(
     gallery, queries, held_out = found
     device = device_of(config)
 
-    def see(network: Network) -> tuple[Labelled, Labelled]:
+    def see(network: Network) -> tuple[Labeled, Labeled]:
         return look_at(Pretrained.of(network, config, device), (gallery, queries))
 
     # Backbones begin alike whatever the method, and heads with that of the bits.
@@ -272,7 +272,7 @@ def as_markdown(table: dict[str, Any]) -> str:
     notes = (
         f"{config['data']}: {config['backbone']}, {budget}, batches of {config['batch_size']}, "
         f"{config['bits']} bits; {spread if len(seeds) > 1 else f'seed {seeds[0]}'}.",
-        "Features are those of the teacher's backbone, of one centre crop, of "
+        "Features are those of the teacher's backbone, of one center crop, of "
         f"{table['gallery_images']} images and {table['query_images']} queries{seen}. k-NN with k = 20; "
         "mAP@ALL by the cosine of features and the Hamming distance of codes; d_eff, r_eff and use of bits "
         "are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
@@ -301,19 +301,19 @@ def plot(rows: list[dict[str, Any]]) -> Figure:
     (before,) = (row["mean"] for row in rows if row["name"] == BEFORE)
     panels = figure.subplots(2, len(FIGURES) // 2, sharey=True)
     for axes, (key, (heading, factor, _)) in zip(panels.flat, FIGURES.items(), strict=True):
-        axes.axvline(factor * before[key], color="grey", linestyle="--", linewidth=1)
+        axes.axvline(factor * before[key], color="gray", linestyle="--", linewidth=1)
         for place, row in enumerate(methods):
-            colour, centre = f"C{place}", factor * row["mean"][key]
+            color, center = f"C{place}", factor * row["mean"][key]
             each = [factor * run[key] for run in row["runs"]]
-            axes.plot([min(each), max(each)], [place, place], color=colour, alpha=0.5)
-            axes.plot(each, [place] * len(each), ".", color=colour, alpha=0.6)
-            axes.plot(centre, place, "o", color=colour, markersize=8)
+            axes.plot([min(each), max(each)], [place, place], color=color, alpha=0.5)
+            axes.plot(each, [place] * len(each), ".", color=color, alpha=0.6)
+            axes.plot(center, place, "o", color=color, markersize=8)
             axes.annotate(
-                words(row, key), (centre, place), (0, 7), textcoords="offset points", ha="center", fontsize=8
+                words(row, key), (center, place), (0, 7), textcoords="offset points", ha="center", fontsize=8
             )
         axes.set(title=heading, ylim=(len(methods) - 0.4, -0.7))
         axes.set_yticks(range(len(methods)), [row["name"] for row in methods])
         axes.margins(x=0.2)
         axes.grid(axis="x", alpha=0.3)
-    figure.suptitle("dashed: before training", fontsize="small", color="grey")
+    figure.suptitle("dashed: before training", fontsize="small", color="gray")
     return figure

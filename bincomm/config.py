@@ -48,7 +48,7 @@ class PretrainConfig:
         tau: temperature of soft agreement.
         expa_type: of SimDINO: 1 takes the coding rate of the mean of student and teacher, 0 of the student.
         prototypes: of DINO; its bottleneck has as many dimensions as bits says.
-        seed: determines initialisation, order of images and augmentations.
+        seed: determines initialization, order of images and augmentations.
         epochs: passes over the data.
         max_steps: end after so many steps, whatever epochs says; the schedules then span these.
         batch_size: images a step, on all GPUs together.
@@ -77,7 +77,7 @@ class PretrainConfig:
             loss stays that of all images.
         checkpoint_activations: compute the backbone's activations again in the backward pass to need less
             memory.
-        fsdp: split parameters and optimiser over the GPUs (FSDP2), for backbones that do not fit on one.
+        fsdp: split parameters and optimizer over the GPUs (FSDP2), for backbones that do not fit on one.
         global_size: side of the two global crops, pixels.
         global_scale: range of the area of a global crop, as a share of the image.
         local_crops: number of local crops, which the student alone sees.
@@ -85,14 +85,14 @@ class PretrainConfig:
         local_scale: range of the area of a local crop.
         flip: probability of a horizontal flip.
         jitter: strengths of brightness, contrast, saturation and hue jitter, as in torchvision.
-        jitter_p: probability of colour jitter.
-        grey: probability of a grey image.
+        jitter_p: probability of color jitter.
+        gray: probability of a gray image.
         blur: probabilities of a blur for global 1, global 2 and the locals.
-        solarise: probability of solarising global 2.
-        mean: by which colours from 0 to 1 are normalised, with std; the defaults are ImageNet's, and weights
+        solarize: probability of solarizing global 2.
+        mean: by which colors from 0 to 1 are normalized, with std; the defaults are ImageNet's, and weights
             to begin with may want others.
         std: as mean.
-        eval_crop: share of the resized image's side that evaluation looks at, in its centre.
+        eval_crop: share of the resized image's side that evaluation looks at, in its center.
         device: auto takes the GPU when there is one.
         threads: CPU threads of the data pipeline.
         max_unusable: share of the images that may be unreadable or broken before the run stops.
@@ -145,9 +145,9 @@ class PretrainConfig:
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     jitter_p: float = 0.8
-    grey: float = 0.2
+    gray: float = 0.2
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    solarise: float = 0.2
+    solarize: float = 0.2
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     eval_crop: float = 0.875

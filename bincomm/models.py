@@ -14,7 +14,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from bincomm.config import PretrainConfig
-from bincomm.engine.optimiser import clear_state
+from bincomm.engine.optimizer import clear_state
 from bincomm.engine.ranks import split_like
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone, create_teacher, feature_width
 from bincomm.objectives import DINO, DiscreteCommunication, SimDINO
@@ -79,13 +79,13 @@ def create_objective(config: PretrainConfig) -> nn.Module:
 
 
 def reset_head(
-    student: Network, teacher: Network, optimiser: torch.optim.Optimizer, seed: tuple[int, int]
+    student: Network, teacher: Network, optimizer: torch.optim.Optimizer, seed: tuple[int, int]
 ) -> None:
-    """Draw the head anew, the same for student and teacher, and clear the optimiser's state of it."""
+    """Draw the head anew, the same for student and teacher, and clear the optimizer's state of it."""
     # Every rank draws it, on the CPU: the same numbers for all.
     for head in (student.head, teacher.head):
         head.reset(torch.Generator().manual_seed(hash_seed(*seed)))
-    clear_state(optimiser, student.head)
+    clear_state(optimizer, student.head)
 
 
 def hash_seed(seed: int, number: int) -> int:
@@ -191,12 +191,12 @@ def place(network: nn.Module, state: dict[str, Tensor]) -> None:
     network.load_state_dict({name: split_like(value, ours[name]) for name, value in state.items()})
 
 
-def place_optimiser(optimiser: torch.optim.Optimizer, state: dict) -> None:
-    """Load a whole state into an optimiser, whose parameters may be split over the ranks."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+def place_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a whole state into an optimizer, whose parameters may be split over the ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, values in state["state"].items():
         model = parameters[number]
         for name, value in values.items():
             if value.shape == model.shape and value.dim():
                 values[name] = split_like(value, model)
-    optimiser.load_state_dict(state)
+    optimizer.load_state_dict(state)

@@ -111,7 +111,7 @@ class PrototypeHead(nn.Module):
     them ("Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294).
 
     `s = b/‖b‖ · (w/‖w‖)ᵀ`, b the output of a `Head`, w the rows of `prototypes` (P, K): DINO's last layer
-    under weight normalisation, its magnitudes held at 1. The rows are drawn as PyTorch draws a linear layer's
+    under weight normalization, its magnitudes held at 1. The rows are drawn as PyTorch draws a linear layer's
     weight, from U(-1/√K, 1/√K); their lengths, which training may change, have no effect on the scores.
     Under autocast scores are rounded to its dtype, as in DINO's own code.
     """
@@ -134,11 +134,11 @@ class PrototypeHead(nn.Module):
             self.prototypes.copy_(split_like(rows, self.prototypes))
 
     def forward(self, features: Tensor) -> Tensor:
-        # Not by a parametrisation of torch: a plain parameter can be copied, averaged and saved.
+        # Not by a parametrization of torch: a plain parameter can be copied, averaged and saved.
         return F.linear(F.normalize(self.bottleneck(features), dim=-1), F.normalize(self.prototypes, dim=-1))
 
     def code(self, features: Tensor) -> Tensor:
-        """(..., D) -> (..., K), whose signs are the code: the bottleneck before its normalisation."""
+        """(..., D) -> (..., K), whose signs are the code: the bottleneck before its normalization."""
         return self.bottleneck(features)
 
 

@@ -6,7 +6,7 @@ has the keys that the objective's `scalars` name, in their order: "loss", which 
 it is made of. `outputs_are_bits` tells whether the signs of the K outputs are a code that is worth watching.
 
 Arithmetic is fp32 (fp64 for fp64 outputs) whatever their dtype and autocast; no gradient reaches the teacher.
-Where torch.distributed is initialised, every rank must call, all with equally many images, and gradients be
+Where torch.distributed is initialized, every rank must call, all with equally many images, and gradients be
 averaged over the ranks, as DistributedDataParallel does: the objective then is that of all ranks' images and
 does not depend on how many ranks share them.
 """
@@ -91,8 +91,8 @@ class SimDINO(nn.Module):
 
     Args:
         eps_squared: ε² of the coding rate; SimDINO's argument `eps` is this square.
-        expa_type: which rows z are. 1, SimDINO's default: the average of the normalised student and teacher
-            outputs of a view, no longer of unit length. 0: the student's normalised outputs, as in
+        expa_type: which rows z are. 1, SimDINO's default: the average of the normalized student and teacher
+            outputs of a view, no longer of unit length. 0: the student's normalized outputs, as in
             `DiscreteCommunication`.
     """
 
@@ -126,20 +126,20 @@ class SimDINO(nn.Module):
 
 
 class DINO(nn.Module):
-    """DINO's objective: predict which of P prototypes the teacher sees, its scores centred and sharpened.
+    """DINO's objective: predict which of P prototypes the teacher sees, its scores centered and sharpened.
 
     `L = -Σ_p softmax((t_u - c)/τ_t)_p · log softmax(s_v/τ_s)_p`, averaged over all pairs of different views
     and images, in nats ("Emerging Properties in Self-Supervised Vision Transformers", arXiv 2104.14294). In
-    training mode the centre c follows, after the loss, the teacher's scores:
+    training mode the center c follows, after the loss, the teacher's scores:
     `c ← m·c + (1-m)·mean of t over views, images and ranks`.
 
     Args:
         prototypes: P, the number of scores.
         student_temperature: τ_s.
-        teacher_temperature: τ_t, smaller: it sharpens what centring flattens.
-        centre_momentum: m.
+        teacher_temperature: τ_t, smaller: it sharpens what centering flattens.
+        center_momentum: m.
 
-    The centre (P,) is the buffer `centre`: part of the state to be saved, and only ever changed in place.
+    The center (P,) is the buffer `center`: part of the state to be saved, and only ever changed in place.
     """
 
     scalars = ("loss",)
@@ -151,42 +151,42 @@ class DINO(nn.Module):
         *,
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.04,
-        centre_momentum: float = 0.9,
+        center_momentum: float = 0.9,
     ):
         super().__init__()
         if prototypes < 1:
             raise ValueError(f"prototypes: expected a number ≥ 1, got {prototypes}")
         check_positive("student_temperature", student_temperature)
         check_positive("teacher_temperature", teacher_temperature)
-        if not 0 <= centre_momentum <= 1:
-            raise ValueError(f"centre_momentum: expected a number from 0 to 1, got {centre_momentum}")
+        if not 0 <= center_momentum <= 1:
+            raise ValueError(f"center_momentum: expected a number from 0 to 1, got {center_momentum}")
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
-        self.centre_momentum = centre_momentum
-        self.register_buffer("centre", torch.zeros(prototypes))
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(prototypes))
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Student (V, n, P) and teacher (U, n, P) scores -> loss."""
         check_views(student, teacher)
-        if student.shape[-1] != len(self.centre):
+        if student.shape[-1] != len(self.center):
             raise ValueError(
-                f"student: expected scores of {len(self.centre)} prototypes, got shape {tuple(student.shape)}"
+                f"student: expected scores of {len(self.center)} prototypes, got shape {tuple(student.shape)}"
             )
         scores = reference.widen(teacher.detach())
-        targets = ((scores - self.centre) / self.teacher_temperature).softmax(-1)
+        targets = ((scores - self.center) / self.teacher_temperature).softmax(-1)
         predictions = (reference.widen(student) / self.student_temperature).log_softmax(-1)
         loss = -mean_over_pairs(predictions, targets)
         if self.training:
-            self._move_centre(scores)
+            self._move_center(scores)
         return {"loss": loss}
 
-    def _move_centre(self, scores: Tensor) -> None:
+    def _move_center(self, scores: Tensor) -> None:
         mean = scores.mean((0, 1))
         group = all_ranks()
         if group is not None:
             dist.all_reduce(mean, group=group)
             mean /= group.size()
-        self.centre.lerp_(mean.to(self.centre.dtype), 1 - self.centre_momentum)
+        self.center.lerp_(mean.to(self.center.dtype), 1 - self.center_momentum)
 
 
 def soft_bce(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
@@ -228,12 +228,12 @@ def rate_of_rows(rows: Tensor, eps_squared: float, group: "dist.ProcessGroup | N
     By the definition, in fp64: whatever precision is set for matrix products, pivots of 1 come out as 1.
     """
     of_images = group is None and rows.shape[-2] < rows.shape[-1]  # the smaller of two equal determinants
-    matrix, _ = reference.regularised_gram(rows.double(), eps_squared, group, of_images, normalise=False)
+    matrix, _ = reference.regularized_gram(rows.double(), eps_squared, group, of_images, normalize=False)
     return reference.half_logdet(matrix).to(rows.dtype)
 
 
 def unit_rows(outputs: Tensor) -> Tensor:
-    """Rows L2-normalised, in fp32."""
+    """Rows L2-normalized, in fp32."""
     return F.normalize(reference.widen(outputs), dim=-1, eps=reference.NORM_EPS)
 
 

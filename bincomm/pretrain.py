@@ -24,13 +24,13 @@ from bincomm.data.loader import Loader, TooManyUnusableError, merge_states
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint, save_checkpoint
 from bincomm.engine.logs import Log, Watch, Window, plot_curves
-from bincomm.engine.optimiser import create_optimiser
+from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.ranks import Ranks, ToldByAnotherRank, join_ranks, shard, whole
 from bincomm.engine.run import open_run, write_json, write_text, write_whole
 from bincomm.engine.schedules import cosine, warmup_cosine
 from bincomm.engine.step import Guard, Step, has_batch_norm
 from bincomm.evaluation.evaluate import evaluate
-from bincomm.models import create_networks, create_objective, hash_seed, place, place_optimiser, reset_head
+from bincomm.models import create_networks, create_objective, hash_seed, place, place_optimizer, reset_head
 from bincomm.networks import Network, create_backbone
 from bincomm.ops.coding_rate import rate_ceiling
 
@@ -97,8 +97,8 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signa
     if config.fsdp:
         shard(student, ranks)
         shard(teacher, ranks)
-    optimiser = create_optimiser(student)
-    one_step = create_step(config, student, teacher, objective, optimiser)
+    optimizer = create_optimizer(student)
+    one_step = create_step(config, student, teacher, objective, optimizer)
     bits = config.bits if objective.outputs_are_bits else None
     window = Window(config.log_every, objective.scalars, bits, ranks.device)
     watch = create_watch(config)
@@ -106,7 +106,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signa
         "student": student,
         "teacher": teacher,
         "objective": objective,
-        "optimiser": optimiser,
+        "optimizer": optimizer,
         "guard": one_step.guard,
         "loader": loader,
         "window": window,
@@ -130,7 +130,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signa
             # The head is drawn anew at the start of epochs R, 2R, ...: the same for student and teacher.
             epoch = step // epoch_steps
             if config.reset_every and step % epoch_steps == 0 and epoch and epoch % config.reset_every == 0:
-                reset_head(student, teacher, optimiser, seed=(config.seed, epoch))
+                reset_head(student, teacher, optimizer, seed=(config.seed, epoch))
 
             asked = time.perf_counter()
             try:
@@ -197,7 +197,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signa
     if config.fsdp:
         weights = whole(teacher.state_dict(), keep=ranks.rank == 0)
         if ranks.rank == 0:
-            del student, optimiser, one_step, parts  # one GPU is to hold all of the teacher
+            del student, optimizer, one_step, parts  # one GPU is to hold all of the teacher
             teacher = create_networks(replace(config, fsdp=False), ranks.device)[1]
             teacher.load_state_dict(weights)
     return teacher
@@ -236,14 +236,14 @@ def create_step(
     student: Network,
     teacher: Network,
     objective: nn.Module,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
 ) -> Step:
     """The step that the configuration asks for."""
     return Step(
         student,
         teacher,
         objective,
-        optimiser,
+        optimizer,
         clip=config.clip,
         precision=config.precision,
         accumulate=config.accumulate,
@@ -330,8 +330,8 @@ def resume(checkpoints: Checkpoints, config: PretrainConfig, parts: dict[str, An
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             place(part, state[name])
-        elif name == "optimiser":
-            place_optimiser(part, state[name])
+        elif name == "optimizer":
+            place_optimizer(part, state[name])
         elif name == "window":
             part.load_state_dicts([rank[name] for rank in every], ranks.rank, ranks.world)
         else:

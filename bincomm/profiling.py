@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import open_source
-from bincomm.engine.optimiser import create_optimiser
+from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.ranks import join_ranks
 from bincomm.models import create_networks, create_objective, write_attention_out
 from bincomm.networks import Network
 from bincomm.pretrain import create_loader, create_step
 
 WARM_UP = 3  # steps
-PARTS = ("data", "teacher", "student", "loss", "backward", "clip", "optimiser", "average")
+PARTS = ("data", "teacher", "student", "loss", "backward", "clip", "optimizer", "average")
 PRODUCT = {"cpu": 2048, "cuda": 8192}  # side of the square matrices that the machine's best is measured with
 
 
@@ -77,7 +77,7 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
     flops = count_flops(*create_networks(replace(config, checkpoint_activations=False), device), *views)
     student, teacher = create_networks(config, device)
     objective = create_objective(config).to(device)
-    step = create_step(config, student, teacher, objective, create_optimiser(student))
+    step = create_step(config, student, teacher, objective, create_optimizer(student))
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     peak = measure_peak(device, dtype)
     on_gpu = device.type == "cuda"

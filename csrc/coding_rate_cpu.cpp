@@ -1,5 +1,5 @@
 // Coding rate on CPU: the Gram matrix A of logits with rows of unit length, R = 1/2 logdet(I + A) by Cholesky
-// factorisation, (I + A)^-1 from the factor, and what makes the gradient of it.
+// factorization, (I + A)^-1 from the factor, and what makes the gradient of it.
 //
 // Matrices are worked on as tiles of 32 x 32, each contiguous, so that no row stride can make lines of one tile compete
 // for the same places in the cache. With I + A = U^T U, tile by tile:
@@ -8,7 +8,7 @@
 //     inverse    M_ij = W_i^T ([i = j] W_i - sum_{k > i} U_ik M_kj),   i from last to first, j >= i,   M_ji = M_ij^T
 //
 // The factor's tile at (i, i) is -W_i, as the products subtract. U_ki stands at (i, k), which makes the columns
-// contiguous that the factorisation reads, and at (k, i) again, which makes the rows contiguous that the inverse reads.
+// contiguous that the factorization reads, and at (k, i) again, which makes the rows contiguous that the inverse reads.
 // A tile cut by the edge keeps only what is inside; beyond it the matrix goes on as the identity.
 //
 // A tile is computed from beginning to end by one thread, in an order that does not depend on their number.
@@ -379,7 +379,7 @@ void pad_tiles(const Side& side, const float* cut, float* tiles) {
   }
 }
 
-// Uninitialised memory that begins with a cache line.
+// Uninitialized memory that begins with a cache line.
 struct Free {
   void operator()(float* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };

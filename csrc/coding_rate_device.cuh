@@ -16,7 +16,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #else
-#include "fibres.h"
+#include "fibers.h"
 #endif
 
 namespace bincomm {
@@ -75,13 +75,13 @@ __device__ __forceinline__ float* of_block(float* mine, unsigned) { return mine;
 #endif
 #else
 
-inline float* shared_memory() { return fibres::shared(); }
+inline float* shared_memory() { return fibers::shared(); }
 inline float widen(float x) { return x; }
 inline void narrow(float x, float* to) { *to = x; }
 inline float largest(float) { return 3.40282347e38f; }
-inline unsigned cluster_rank() { return fibres::cluster_rank(); }
-inline void cluster_barrier(fibres::Where where = fibres::Where::current()) { fibres::cluster_barrier(where); }
-inline float* of_block(float* mine, unsigned rank) { return fibres::shared_of(rank) + (mine - fibres::shared()); }
+inline unsigned cluster_rank() { return fibers::cluster_rank(); }
+inline void cluster_barrier(fibers::Where where = fibers::Where::current()) { fibers::cluster_barrier(where); }
+inline float* of_block(float* mine, unsigned rank) { return fibers::shared_of(rank) + (mine - fibers::shared()); }
 
 #endif
 
@@ -90,7 +90,7 @@ inline float* of_block(float* mine, unsigned rank) { return fibres::shared_of(ra
 __host__ __device__ constexpr int64_t tiles_of(int64_t side) { return (side + kTile - 1) / kTile; }
 
 // Float4 number `four` of row `row`. The exclusive or spreads what a quarter of a warp reads at once, rows 4 i + a or
-// neighbouring rows, over all banks.
+// neighboring rows, over all banks.
 __device__ __forceinline__ int place(int row, int four) { return kTile * row + ((four ^ row ^ (row >> 3)) & 7) * 4; }
 __device__ __forceinline__ int element(int row, int column) { return place(row, column >> 2) + (column & 3); }
 __device__ __forceinline__ float4& four_of(float* tile, int row, int four) {
@@ -178,7 +178,7 @@ struct Product {
 //     A_ij <- A_ij - A_ik D A_kj        A_ik <- A_ik D        A_kk <- -D
 //
 // and after the last k, A holds minus its inverse. The block (k, k) it meets is the Schur complement that a Cholesky
-// factorisation would meet there, so the pivots are the same; the work is the same as factor plus inverse, n^3
+// factorization would meet there, so the pivots are the same; the work is the same as factor plus inverse, n^3
 // multiplications, but every step has all of the matrix to work on, in place, and there are as many steps as blocks.
 // From D = W^T W, W the inverse of the Cholesky factor of the block, one rule does all three:
 //
@@ -396,7 +396,7 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
     }
     __syncthreads();
 
-    // The next block to be factored comes first, so that its factorisation runs beside the other updates.
+    // The next block to be factored comes first, so that its factorization runs beside the other updates.
     const bool ahead = k + 1 < tiles && owns(k + 1, k + 1);
     if (ahead && warp == 0) {
       update(k + 1, k + 1, k);

@@ -1,6 +1,6 @@
 // exp, log1p and sums of squares that compilers turn into vector code, and run-time choice of the instruction set.
 //
-// exp and log1p are written without branches and without tables, so that a plain loop over an array vectorises at
+// exp and log1p are written without branches and without tables, so that a plain loop over an array vectorizes at
 // whatever width the target has. tests/test_ops/test_sign_bce.py holds their error against fp64 over the whole
 // argument range.
 #pragma once
@@ -102,13 +102,13 @@ struct BFloat16 {
   }
 };
 
-// IEEE half in integer arithmetic: slower than F16C, but it vectorises on every target.
+// IEEE half in integer arithmetic: slower than F16C, but it vectorizes on every target.
 struct Half {
   using stored = uint16_t;
   static BINCOMM_INLINE float load(stored s) {
     const uint32_t sign = static_cast<uint32_t>(s & 0x8000) << 16;
     const uint32_t rest = static_cast<uint32_t>(s & 0x7fff) << 13;
-    // Multiplying by 2^112 moves the exponent's bias from 15 to 127 and normalises subnormals on the way.
+    // Multiplying by 2^112 moves the exponent's bias from 15 to 127 and normalizes subnormals on the way.
     const float scaled = std::bit_cast<float>(rest) * 0x1p112f;
     const uint32_t special = rest | 0x7f800000;  // inf and NaN keep the largest exponent
     const uint32_t magnitude = rest >= 0x0f800000 ? special : std::bit_cast<uint32_t>(scaled);

@@ -5,7 +5,7 @@ With c_v the number of teachers paired with view v, S_v the sum of their bits at
     loss     = Σ_v [ c_v softplus(a) - S_v a ] / (pairs n K)
     gradient = [ c_v σ(a) - S_v ] / (pairs n K)
 
-A tile is BLOCK groups of eight neighbouring bits, of one byte of the message each. Its teachers are read once
+A tile is BLOCK groups of eight neighboring bits, of one byte of the message each. Its teachers are read once
 and kept as bytes. Instructions, not bandwidth, are what a tile's time would go into: the loop over the views
 that hear all teachers does nothing that can be done before or after it.
 

@@ -13,10 +13,10 @@ from PIL import Image, ImageDraw
 
 FACTORS: Mapping[str, tuple[str, ...]] = {
     "shape": ("circle", "square", "triangle", "star", "cross", "ring"),
-    "colour": ("red", "yellow", "green", "cyan", "blue", "magenta"),
+    "color": ("red", "yellow", "green", "cyan", "blue", "magenta"),
     "size": ("small", "medium", "large"),
     "place": (
-        "top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right",
+        "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
     ),
     "texture": ("plain", "stripes", "dots"),
     "background": ("plain", "gradient", "noise", "checks"),
@@ -24,10 +24,10 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
 
 FINER = 4  # objects are drawn so many times as large, and shrunk
 RADII = (6 / 64, 8 / 64, 10 / 64)  # of the sizes, as shares of the image's side
-JITTER = 1 / 6 - RADII[-1]  # of the centre about that of its cell: even a large object stays in its cell
+JITTER = 1 / 6 - RADII[-1]  # of the center about that of its cell: even a large object stays in its cell
 PERIOD = 5 / 64  # of stripes and dots
-DARK = 0.35  # how bright stripes and dots are, the object's colour being 1
-COLOURS = np.array([colorsys.hsv_to_rgb(hue / 6, 0.8, 0.9) for hue in range(6)])
+DARK = 0.35  # how bright stripes and dots are, the object's color being 1
+COLORS = np.array([colorsys.hsv_to_rgb(hue / 6, 0.8, 0.9) for hue in range(6)])
 CORNERS: Mapping[str, np.ndarray] = {  # in units of the radius, y downwards
     "square": 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
     "triangle": np.array([(0, -1), (1, 0.8), (-1, 0.8)]),
@@ -55,14 +55,14 @@ def draw_scenes(
     """Draw scenes whose factors are independent and uniform.
 
     Besides its factors a scene has what nobody asks for: where in its cell the object lies, the phase of its
-    texture, and the background's grey, direction and phase. Scene i depends on the seed, i and `without`
+    texture, and the background's gray, direction and phase. Scene i depends on the seed, i and `without`
     alone, so more scenes begin with the fewer.
 
     Args:
         count: n.
         seed: at least 0.
         size: S, pixels a side.
-        without: what no scene is to show: {"shape": "star"} no star, {"shape": "ring", "colour": "red"} no
+        without: what no scene is to show: {"shape": "star"} no star, {"shape": "ring", "color": "red"} no
             red ring. What is left is uniform; the factors of a combination are then not quite independent.
 
     Raises:
@@ -87,22 +87,22 @@ def draw_scenes(
 def render(values: Sequence[int], size: int, generator: np.random.Generator) -> np.ndarray:
     """The picture (S, S, 3) uint8 of a scene; what is no factor comes from the generator, the same whatever
     the factors."""
-    shape, colour, large, place, texture, background = (int(value) for value in values)
+    shape, color, large, place, texture, background = (int(value) for value in values)
     shift, phase = generator.uniform(-1, 1, 2), generator.uniform(0, 1, 2)
     picture = _background(FACTORS["background"][background], size, generator)[..., None].repeat(3, -1)
 
     radius = RADII[large] * size
-    centre = (np.array([place % 3, place // 3]) + 0.5) / 3 * size + shift * JITTER * size
-    corner = np.floor(centre - radius).astype(int)  # of the box around the object: x, y
+    center = (np.array([place % 3, place // 3]) + 0.5) / 3 * size + shift * JITTER * size
+    corner = np.floor(center - radius).astype(int)  # of the box around the object: x, y
     side = math.ceil(2 * radius) + 1
-    body = _outline(FACTORS["shape"][shape], (centre - corner) * FINER, radius * FINER, side * FINER)
+    body = _outline(FACTORS["shape"][shape], (center - corner) * FINER, radius * FINER, side * FINER)
     dark = body & _pattern(FACTORS["texture"][texture], side * FINER, PERIOD * size * FINER, phase)
     body, dark = (
         mask.reshape(side, FINER, side, FINER).mean((1, 3))[: size - corner[1], : size - corner[0], None]
         for mask in (body, dark)
     )
     box = picture[corner[1] : corner[1] + side, corner[0] : corner[0] + side]
-    box[:] = box * (1 - body) + COLOURS[colour] * (body - (1 - DARK) * dark)
+    box[:] = box * (1 - body) + COLORS[color] * (body - (1 - DARK) * dark)
     return (picture * 255).round().astype(np.uint8)
 
 
@@ -175,29 +175,29 @@ def _check_left(held_out: Sequence[Mapping[int, int]]) -> None:
 
 
 def _background(kind: str, size: int, generator: np.random.Generator) -> np.ndarray:
-    """(S, S) greys from 0 to 1."""
-    grey, turn, x, y = generator.uniform((0.4, 0, 0, 0), (0.6, 2 * math.pi, 1, 1))
+    """(S, S) grays from 0 to 1."""
+    gray, turn, x, y = generator.uniform((0.4, 0, 0, 0), (0.6, 2 * math.pi, 1, 1))
     columns = np.arange(size) / size
     rows = columns[:, None]
     if kind == "plain":
-        return np.full((size, size), grey)
+        return np.full((size, size), gray)
     if kind == "gradient":
-        return grey + 0.5 * ((columns - 0.5) * math.cos(turn) + (rows - 0.5) * math.sin(turn))
+        return gray + 0.5 * ((columns - 0.5) * math.cos(turn) + (rows - 0.5) * math.sin(turn))
     if kind == "noise":
-        return (grey + 0.12 * generator.standard_normal((size, size))).clip(0, 1)
-    return grey + 0.15 * (1 - 2 * ((np.floor(8 * columns + 2 * x) + np.floor(8 * rows + 2 * y)) % 2))
+        return (gray + 0.12 * generator.standard_normal((size, size))).clip(0, 1)
+    return gray + 0.15 * (1 - 2 * ((np.floor(8 * columns + 2 * x) + np.floor(8 * rows + 2 * y)) % 2))
 
 
-def _outline(shape: str, centre: np.ndarray, radius: float, side: int) -> np.ndarray:
+def _outline(shape: str, center: np.ndarray, radius: float, side: int) -> np.ndarray:
     """(side, side) bool, true inside the shape."""
     mask = Image.new("L", (side, side))
     draw = ImageDraw.Draw(mask)
     if shape in ("circle", "ring"):
-        draw.ellipse([*(centre - radius), *(centre + radius)], fill=1)
+        draw.ellipse([*(center - radius), *(center + radius)], fill=1)
         if shape == "ring":
-            draw.ellipse([*(centre - 0.55 * radius), *(centre + 0.55 * radius)], fill=0)
+            draw.ellipse([*(center - 0.55 * radius), *(center + 0.55 * radius)], fill=0)
     else:
-        draw.polygon([tuple(corner) for corner in centre + radius * CORNERS[shape]], fill=1)
+        draw.polygon([tuple(corner) for corner in center + radius * CORNERS[shape]], fill=1)
     return np.asarray(mask, bool)
 
 

@@ -197,7 +197,7 @@ def test_a_timm_name_is_the_backbone(target):
     assert (config.mean, config.std) == ((0.5,) * 3, (0.5,) * 3)
 
 
-def test_colours_stay_normalised_as_the_weights_want(source, target, tmp_path):
+def test_colors_stay_normalized_as_the_weights_want(source, target, tmp_path):
     """From run to file to run, and for timm; another mean with these weights is refused."""
     options = {**OPTIONS, "mean": "[0.5, 0.4, 0.3]", "max_steps": 2, "output": tmp_path / "run"}
     pretrain(parse([f"--{key}={value}" for key, value in options.items()])[0])

@@ -77,8 +77,8 @@ def test_head_is_drawn_as_stated_and_reset_depends_on_the_generator_alone():
     assert all((layer.bias == 0).all() for layer in head.layers if hasattr(layer, "bias"))
 
 
-def test_scores_are_those_of_a_weight_normalised_layer():
-    """Against torch's own weight normalisation with its magnitudes at 1: scores and gradients."""
+def test_scores_are_those_of_a_weight_normalized_layer():
+    """Against torch's own weight normalization with its magnitudes at 1: scores and gradients."""
     head = PrototypeHead(20, 30, 12, 50, std=0.2).double()
     layer = torch.nn.Linear(12, 50, bias=False).double()
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_scores_are_those_of_a_weight_normalised_layer():
     torch.testing.assert_close(mine, other)
 
 
-def test_the_code_of_a_head_is_what_lies_before_any_normalisation():
+def test_the_code_of_a_head_is_what_lies_before_any_normalization():
     features = torch.randn(4, 20)
     plain, prototypes = Head(20, 30, 12), PrototypeHead(20, 30, 12, 50)
     assert torch.equal(plain.code(features), plain(features))

@@ -84,10 +84,10 @@ def dino_by_hand(objective, student, teacher):
         e = torch.exp(x - x.max())
         return e / e.sum()
 
-    centre = objective.centre.double()
+    center = objective.center.double()
 
     def term(t, s):
-        p = softmax((t - centre) / objective.teacher_temperature)
+        p = softmax((t - center) / objective.teacher_temperature)
         return -(p * torch.log(softmax(s / objective.student_temperature))).sum()
 
     return {"loss": agreement_by_hand(term, student, teacher)}
@@ -102,7 +102,7 @@ BY_HAND = {
 
 def dino(outputs, **arguments):
     objective = DINO(outputs, **arguments)
-    objective.centre.copy_(torch.linspace(-0.2, 0.3, outputs))
+    objective.center.copy_(torch.linspace(-0.2, 0.3, outputs))
     return objective
 
 
@@ -113,7 +113,7 @@ OBJECTIVES = {
     "cosine": lambda k: DiscreteCommunication(0.3, 0.1, agreement="cosine"),
     "simdino 0": lambda k: SimDINO(0.1, expa_type=0),
     "simdino 1": lambda k: SimDINO(0.1),
-    "dino": lambda k: dino(k, student_temperature=0.2, teacher_temperature=0.3, centre_momentum=0.7),
+    "dino": lambda k: dino(k, student_temperature=0.2, teacher_temperature=0.3, center_momentum=0.7),
 }
 each_objective = pytest.mark.parametrize("name", OBJECTIVES)
 # (V, U, n, K): with and without local views, more and fewer images than bits, other numbers of teachers.
@@ -141,7 +141,7 @@ def values_and_gradient(function, student, *arguments):
 def check_against_hand(name, student, teacher, tolerance, gradient_tolerance):
     objective = make(name, student.shape[-1], student.dtype)
     values, gradient = values_and_gradient(objective, student, teacher)
-    objective = make(name, student.shape[-1])  # its centre where it was
+    objective = make(name, student.shape[-1])  # its center where it was
     expected, exact = values_and_gradient(
         lambda a, b: BY_HAND[type(objective)](objective, a, b), student.double(), teacher.double()
     )
@@ -278,7 +278,7 @@ def test_views_that_do_not_fit_are_refused(name, student, teacher, named):
         (DINO, {"prototypes": 0}, "prototypes: expected .* got 0"),
         (DINO, {"prototypes": 3, "student_temperature": 0}, "student_temperature: expected .* got 0"),
         (DINO, {"prototypes": 3, "teacher_temperature": -1}, "teacher_temperature: expected .* got -1"),
-        (DINO, {"prototypes": 3, "centre_momentum": 1.5}, "centre_momentum: expected .* got 1.5"),
+        (DINO, {"prototypes": 3, "center_momentum": 1.5}, "center_momentum: expected .* got 1.5"),
     ],
 )
 def test_bad_arguments_are_refused(objective, arguments, message):
@@ -324,27 +324,27 @@ def test_averaged_rows_are_used_as_long_as_they_are():
     assert same.item() == pytest.approx(bincomm.coding_rate(student).mean().item(), rel=1e-5)
 
 
-def test_the_centre_follows_the_teacher_after_the_loss():
+def test_the_center_follows_the_teacher_after_the_loss():
     student, teacher = outputs(4, 2, 8, 20)
-    objective = DINO(20, centre_momentum=0.9)
-    place, loss = objective.centre.data_ptr(), objective(student, teacher)["loss"]
-    torch.testing.assert_close(objective.centre, 0.1 * teacher.mean((0, 1)))
-    assert torch.equal(loss, DINO(20, centre_momentum=0.0)(student, teacher)["loss"])
+    objective = DINO(20, center_momentum=0.9)
+    place, loss = objective.center.data_ptr(), objective(student, teacher)["loss"]
+    torch.testing.assert_close(objective.center, 0.1 * teacher.mean((0, 1)))
+    assert torch.equal(loss, DINO(20, center_momentum=0.0)(student, teacher)["loss"])
     second = objective(student, teacher)["loss"]
     assert second != loss
-    torch.testing.assert_close(objective.centre, 0.19 * teacher.mean((0, 1)))
-    assert objective.centre.data_ptr() == place
-    assert list(objective.state_dict()) == ["centre"]
-    before = objective.centre.clone()
+    torch.testing.assert_close(objective.center, 0.19 * teacher.mean((0, 1)))
+    assert objective.center.data_ptr() == place
+    assert list(objective.state_dict()) == ["center"]
+    before = objective.center.clone()
     objective.eval()(student, teacher)
-    assert torch.equal(objective.centre, before)
+    assert torch.equal(objective.center, before)
 
 
-def test_shifting_all_scores_of_the_teacher_changes_nothing_once_they_are_centred():
+def test_shifting_all_scores_of_the_teacher_changes_nothing_once_they_are_centered():
     student, teacher = outputs(4, 2, 8, 20)
     shift = torch.randn(20)
     plain, shifted = DINO(20), DINO(20)
-    shifted.centre.copy_(shift)
+    shifted.center.copy_(shift)
     loss = plain(student, teacher)["loss"].item()
     assert shifted(student, teacher + shift)["loss"].item() == pytest.approx(loss, rel=1e-4)
 

@@ -234,7 +234,7 @@ def test_a_run_among_its_own_images_is_refused(tmp_path):
     assert os.listdir(tmp_path) == ["1.png"]
 
 
-def spoil_steps(monkeypatch, spoilt):
+def spoil_steps(monkeypatch, spoiled):
     """Make the student's logits NaN in the steps of these numbers, which count from 1."""
     forward, calls = Network.forward, []
 
@@ -242,7 +242,7 @@ def spoil_steps(monkeypatch, spoilt):
         logits = forward(self, *groups)
         if len(groups) == 2:
             calls.append(1)
-        return logits * float("nan") if len(groups) == 2 and len(calls) in spoilt else logits
+        return logits * float("nan") if len(groups) == 2 and len(calls) in spoiled else logits
 
     monkeypatch.setattr(Network, "forward", run)
 
@@ -262,8 +262,8 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, capsys, bac
     state = newest(tmp_path / "run")
     for name in ("student", "teacher"):
         assert all(value.isfinite().all() for value in state[name].values())
-    # The optimiser did not move in those steps.
-    assert {int(values["step"]) for values in state["optimiser"]["state"].values()} == {8}
+    # The optimizer did not move in those steps.
+    assert {int(values["step"]) for values in state["optimizer"]["state"].values()} == {8}
 
 
 def test_more_than_three_in_a_row_stop_with_state_and_batch(tmp_path, monkeypatch):
@@ -433,7 +433,7 @@ def spoil(folder):
     png, jpeg, webp = (
         (folder / f"{number:03}.{kind}").read_bytes() for number, kind in enumerate(("png", "jpg", "webp"))
     )
-    spoilt = {
+    spoiled = {
         "truncated.jpg": jpeg[: len(jpeg) // 2],
         "truncated.png": png[: len(png) // 2],
         "truncated.webp": webp[: len(webp) // 2],
@@ -442,15 +442,15 @@ def spoil(folder):
         "no_size.png": png[:16] + bytes(8) + png[24:],
         "damaged.png": png[:600] + bytes(100) + png[700:],  # its end is whole: only decoding finds out
     }
-    for name, data in spoilt.items():
+    for name, data in spoiled.items():
         (folder / name).write_bytes(data)
     (folder / "vanished.jpg").symlink_to(folder / "elsewhere")
-    return {*spoilt, "vanished.jpg"}
+    return {*spoiled, "vanished.jpg"}
 
 
 def test_unusable_files_of_eight_kinds(tmp_path):
     (tmp_path / "images").mkdir()
-    spoilt = spoil(tmp_path / "images")
+    spoiled = spoil(tmp_path / "images")
     options = {"data": tmp_path / "images", "batch_size": 32, "epochs": 2, "max_steps": 10}
 
     process = start(tmp_path / "run", **options)
@@ -466,10 +466,10 @@ def test_unusable_files_of_eight_kinds(tmp_path):
     text = process.communicate(timeout=120)[0]
     assert process.returncode == 0, text
     lines = (tmp_path / "run" / "unusable.txt").read_text().splitlines()
-    assert sorted(os.path.basename(line.split("\t")[0]) for line in lines) == sorted(spoilt)
+    assert sorted(os.path.basename(line.split("\t")[0]) for line in lines) == sorted(spoiled)
     assert all(line.split("\t")[1] for line in lines)
     named = [line for line in (before + text).splitlines() if line.startswith("left out: ")]
-    for name in spoilt:  # those that were named before the run was stopped are not named again
+    for name in spoiled:  # those that were named before the run was stopped are not named again
         assert len([line for line in named if f"{os.sep}{name}: " in line]) == 1
     assert "(8 of 160 images so far)" in text
 

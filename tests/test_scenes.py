@@ -8,11 +8,11 @@ import pytest
 pytest.importorskip("PIL", reason="scenes are drawn with Pillow")
 pytest.importorskip("scipy")
 from PIL import Image
-from scenes import COLOURS, FACTORS, JITTER, RADII, draw_scenes, read_factors, render, write_scenes
+from scenes import COLORS, FACTORS, JITTER, RADII, draw_scenes, read_factors, render, write_scenes
 from scipy.stats import chi2_contingency, chisquare
 
 NAMES = list(FACTORS)
-SHAPE, COLOUR, SIZE, PLACE, TEXTURE, BACKGROUND = range(6)
+SHAPE, COLOR, SIZE, PLACE, TEXTURE, BACKGROUND = range(6)
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def scenes():
     return draw_scenes(3000, 7)
 
 
-def coloured(images):
-    """(..., S, S) bool: where images are not grey, which only objects are not."""
+def colored(images):
+    """(..., S, S) bool: where images are not gray, which only objects are not."""
     return np.ptp(images.astype(int), axis=-1) > 25
 
 
@@ -57,7 +57,7 @@ def test_each_factor_alone_changes_the_picture(name):
     for one, other in itertools.combinations(pictures, 2):
         changed = np.abs(one - other).max(-1) > 20
         assert changed.mean() > 0.005
-        if name in ("shape", "colour", "size", "texture"):  # nothing but the object changes
+        if name in ("shape", "color", "size", "texture"):  # nothing but the object changes
             assert not changed[24:].any()
             assert not changed[:, 24:].any()
 
@@ -69,7 +69,7 @@ def test_what_is_no_factor_differs_between_scenes():
 
 def test_edges_are_smooth():
     plain = picture(size="large")
-    object_, ground = (COLOURS[0] * 255).round(), plain[-1, -1]
+    object_, ground = (COLORS[0] * 255).round(), plain[-1, -1]
     between = ~((plain == object_).all(-1) | (plain == ground).all(-1))
     assert 20 < between.sum() < 100
     assert ((plain >= np.minimum(object_, ground)) & (plain <= np.maximum(object_, ground))).all()
@@ -77,7 +77,7 @@ def test_edges_are_smooth():
 
 def test_objects_stay_in_their_cells(scenes):
     for image, factors in zip(scenes.images, scenes.factors, strict=True):
-        rows, columns = coloured(image).nonzero()
+        rows, columns = colored(image).nonzero()
         row, column = divmod(factors[PLACE], 3)
         assert 64 / 3 * row - 1 <= rows.min() <= rows.max() <= 64 / 3 * (row + 1)
         assert 64 / 3 * column - 1 <= columns.min() <= columns.max() <= 64 / 3 * (column + 1)
@@ -86,13 +86,13 @@ def test_objects_stay_in_their_cells(scenes):
 
 
 def test_factors_are_found_in_the_pixels(scenes):
-    """By simple means each: the object's mean colour, its middle, its extent, the greys at the border."""
+    """By simple means each: the object's mean color, its middle, its extent, the grays at the border."""
     images, factors = scenes.images / 255, scenes.factors
-    mask = coloured(scenes.images)[..., None]
+    mask = colored(scenes.images)[..., None]
     mean = (images * mask).sum((1, 2)) / mask.sum((1, 2))
     hues = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    colours = COLOURS / np.linalg.norm(COLOURS, axis=1, keepdims=True)
-    assert ((hues @ colours.T).argmax(1) == factors[:, COLOUR]).mean() > 0.99
+    colors = COLORS / np.linalg.norm(COLORS, axis=1, keepdims=True)
+    assert ((hues @ colors.T).argmax(1) == factors[:, COLOR]).mean() > 0.99
 
     rows, columns = (mask[..., 0].any(axis) for axis in (2, 1))
     middles = [(line.argmax(1) + 63 - line[:, ::-1].argmax(1)) / 2 for line in (rows, columns)]
@@ -103,11 +103,11 @@ def test_factors_are_found_in_the_pixels(scenes):
     sizes = np.abs(extent[:, None] - 2 * 64 * np.array(RADII)).argmin(1)
     assert (sizes == factors[:, SIZE]).mean() > 0.8  # a square is narrower, stripes cut corners
 
-    greys = images.mean(-1)[:, 1::21]  # rows between the cells; not all are free of the object
-    spread = np.median(greys.std(-1), 1)
+    grays = images.mean(-1)[:, 1::21]  # rows between the cells; not all are free of the object
+    spread = np.median(grays.std(-1), 1)
     flat = spread < 0.01
     assert (flat | (factors[:, BACKGROUND] != 0)).mean() > 0.99
-    noisy = np.median(np.abs(np.diff(greys, axis=-1)), (1, 2)) > 0.05
+    noisy = np.median(np.abs(np.diff(grays, axis=-1)), (1, 2)) > 0.05
     assert (noisy == (factors[:, BACKGROUND] == 2)).mean() > 0.99
 
     brightness = (images * mask).max(-1).sum((1, 2)) / mask.sum((1, 2, 3))
@@ -117,22 +117,22 @@ def test_factors_are_found_in_the_pixels(scenes):
 def test_shapes_can_be_told_by_their_area():
     areas = {}
     for shape in FACTORS["shape"]:
-        image = picture(shape=shape, size="large", place="centre")
-        areas[shape] = coloured(image).sum() / (2 * RADII[-1] * 64) ** 2
+        image = picture(shape=shape, size="large", place="center")
+        areas[shape] = colored(image).sum() / (2 * RADII[-1] * 64) ** 2
     ordered = sorted(areas, key=areas.get)
     assert ordered[-1] in ("circle", "square")
     assert min(areas.values()) > 0.25
 
 
 def test_values_and_combinations_held_out():
-    star, red_ring = {"shape": "star"}, {"shape": "ring", "colour": "red"}
+    star, red_ring = {"shape": "star"}, {"shape": "ring", "color": "red"}
     found = draw_scenes(1500, 0, 16, without=[star, red_ring])
-    shapes, colours = found.factors[:, SHAPE], found.factors[:, COLOUR]
+    shapes, colors = found.factors[:, SHAPE], found.factors[:, COLOR]
     ring = FACTORS["shape"].index("ring")
     assert not (shapes == FACTORS["shape"].index("star")).any()
-    assert not ((shapes == ring) & (colours == 0)).any()
-    assert ((shapes == ring) & (colours == 1)).any()
-    assert ((shapes != ring) & (colours == 0)).any()
+    assert not ((shapes == ring) & (colors == 0)).any()
+    assert ((shapes == ring) & (colors == 1)).any()
+    assert ((shapes != ring) & (colors == 0)).any()
     everything = draw_scenes(1500, 0, 16)
     allowed = (everything.factors == found.factors).all(1)
     assert (everything.images[allowed] == found.images[allowed]).all()  # the others are as they were
@@ -161,7 +161,7 @@ def test_folders_and_table(tmp_path):
 
 def test_what_is_wrong_is_named():
     for without, message in (
-        ({"form": "star"}, "without: expected factors of shape, colour, .* got 'form'"),
+        ({"form": "star"}, "without: expected factors of shape, color, .* got 'form'"),
         ({"shape": "heart"}, "without: expected a shape of circle, .* got 'heart'"),
         ({}, "without: expected something left to draw"),
     ):

@@ -174,7 +174,7 @@ def write_part(
     table = pa.Table.from_arrays(list(columns.values()), schema=pa.schema(fields, metadata))
 
     def write(file: Any) -> None:
-        # Codes are as good as random, no dictionary helps; neighbouring paths share their beginnings.
+        # Codes are as good as random, no dictionary helps; neighboring paths share their beginnings.
         pq.write_table(
             table,
             file,

@@ -1,6 +1,6 @@
 """What bits carry of known factors: how much, which bit of which factor, and for how long.
 
-A factor is anything known of an image that has finitely many values: its class, its colour, where its object
+A factor is anything known of an image that has finitely many values: its class, its color, where its object
 lies. Bits are (n, K) bool, as from `unpack_signs`; factors are (n, F) integers, a column each, whose values
 need not be consecutive. Information and entropy are in bits. All is computed on the CPU, in fp64 where not
 said otherwise.

@@ -23,8 +23,8 @@ from bincomm.data.sources import Source
 FEWEST_FOR_BLOCKS = 1024  # images by which an 8-bit block's entropy is known: four times its words
 FEWEST_OF_CLASS = 10  # images by which a class's share of ones says something
 LONGEST_NAME = 60
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#8a8a8a"  # of Okabe and Ito's, told apart by the colour-blind
-COLOURS = (
+BLUE, ORANGE, GRAY = "#0072b2", "#d55e00", "#8a8a8a"  # of Okabe and Ito's, told apart by the color-blind
+COLORS = (
     *(
         "#0072b2",
         "#d55e00",
@@ -174,7 +174,7 @@ def _use(result: dict[str, Any]) -> str:
 
     def draw(axes: Axes) -> None:
         axes.hist(use["ones"], bins=np.linspace(0, 1, 41), color=BLUE)
-        axes.axvline(0.5, color=GREY, linewidth=1, linestyle="--")
+        axes.axvline(0.5, color=GRAY, linewidth=1, linestyle="--")
         axes.set(xlabel="share of the images in which a bit is 1", xlim=(0, 1))
         _count_bits(axes)
 
@@ -263,14 +263,14 @@ def _distances(result: dict[str, Any]) -> str:
 
     def draw(axes: Axes) -> None:
         parts = [("between", "of two classes", BLUE), ("within", "of one class", ORANGE)]
-        for name, label, colour in parts if of_classes else [("every", "all pairs", BLUE)]:
+        for name, label, color in parts if of_classes else [("every", "all pairs", BLUE)]:
             counts = np.array(found[name], float)
             if counts.sum():
                 axes.stairs(
-                    counts / counts.sum(), np.arange(size + 2) - 0.5, fill=True, alpha=0.45, color=colour
+                    counts / counts.sum(), np.arange(size + 2) - 0.5, fill=True, alpha=0.45, color=color
                 )
-                axes.stairs(counts / counts.sum(), np.arange(size + 2) - 0.5, color=colour, label=label)
-        axes.axvline(size / 2, color=GREY, linewidth=1, linestyle="--", label="codes by lot")
+                axes.stairs(counts / counts.sum(), np.arange(size + 2) - 0.5, color=color, label=label)
+        axes.axvline(size / 2, color=GRAY, linewidth=1, linestyle="--", label="codes by lot")
         last = int(np.flatnonzero(found["every"]).max(initial=0))
         axes.set(xlabel="bits in which two images differ", ylabel="share of the pairs")
         axes.set_xlim(-0.5, min(size, max(last, size // 2) + 1) + 0.5)
@@ -314,7 +314,7 @@ def _retrieval(result: dict[str, Any]) -> str:
         least, largest = ([one[name] for one in kept] for name in ("least", "largest"))
         axes.fill_between(bits, least, largest, color=BLUE, alpha=0.25, label="of several draws of bits")
         axes.plot(bits, values, "o-", color=BLUE, markersize=4)
-        axes.axhline(chance, color=GREY, linewidth=1, linestyle="--", label="chance")
+        axes.axhline(chance, color=GRAY, linewidth=1, linestyle="--", label="chance")
         axes.set_xscale("log", base=2)
         axes.set_xticks(bits, [str(count) for count in bits])
         axes.minorticks_off()
@@ -351,9 +351,9 @@ def _informed(result: dict[str, Any]) -> str:
     def draw(axes: Axes) -> None:
         order = np.argsort(-corrected, kind="stable")
         beyond = np.array(told["significant"])[order]
-        for some, colour, label in ((beyond, BLUE, "beyond chance"), (~beyond, ORANGE, "as by chance")):
+        for some, color, label in ((beyond, BLUE, "beyond chance"), (~beyond, ORANGE, "as by chance")):
             if some.any():
-                axes.bar(np.flatnonzero(some), corrected[order][some], width=1.0, color=colour, label=label)
+                axes.bar(np.flatnonzero(some), corrected[order][some], width=1.0, color=color, label=label)
         axes.set(xlabel="bits, the most telling first", ylabel="bits about the class")
         _whole(axes.xaxis)
         _legend(axes)
@@ -477,7 +477,7 @@ def _apart(result: dict[str, Any]) -> str:
         places, (middle, low, high) = np.arange(len(bits))[::-1], columns
         errors = np.maximum([middle - low, high - middle], 0)
         axes.errorbar(middle, places, xerr=errors, fmt="o", color=BLUE, capsize=3)
-        axes.axvline(0, color=GREY, linewidth=1)
+        axes.axvline(0, color=GRAY, linewidth=1)
         axes.set_yticks(places, [f"bit {bit}" for bit in bits])
         axes.set(xlabel="share of ones, the first less the second", xlim=(-1.02, 1.02))
         axes.set_xticks([-1, -0.5, 0, 0.5, 1])
@@ -506,7 +506,7 @@ def _stable(result: dict[str, Any]) -> str:
         _count_bits(axes)
 
     return _section(
-        "Does a bit stay when the image is cropped and recoloured?",
+        "Does a bit stay when the image is cropped and recolored?",
         f"<p>Of {found['images']} images two crops each were made as in training, and their codes compared. "
         f"{agreement.mean():.1%} of the bits are the same; two different images would share "
         f"{np.mean(found['chance']):.1%}. The figure counts each bit between the two: 0 is chance, 1 is "
@@ -531,7 +531,7 @@ def _compared(result: dict[str, Any]) -> str:
         ]
         for key, name in parts
     ]
-    near = found["neighbours"]
+    near = found["neighbors"]
 
     def draw(axes: Axes) -> None:
         edges = np.linspace(min(0, *found["from_other"]["probe"]), 1, 41)
@@ -539,7 +539,7 @@ def _compared(result: dict[str, Any]) -> str:
         axes.hist(
             found["from_other"]["probe"], edges, color=ORANGE, alpha=0.6, label="all bits, linear probe"
         )
-        axes.axvline(found["from_other"]["chance"], color=GREY, linestyle="--", label="best bit, by chance")
+        axes.axvline(found["from_other"]["chance"], color=GRAY, linestyle="--", label="best bit, by chance")
         axes.set(xlabel="how well a bit is known from the other code")
         _count_bits(axes)
         _legend(axes)
@@ -559,7 +559,7 @@ def _compared(result: dict[str, Any]) -> str:
         "0 and the overlap far above chance, even where no single bit is found again. <b>Bad:</b> all at "
         f"chance: each head codes something else. No published figure.</p>{few}",
         _table(["predicted", "best bit, |r|", "by chance", "linear probe"], rows)
-        + _plot(draw, f"Neighbours in common {near['overlap']:.1%}, by chance {near['chance']:.1%}"),
+        + _plot(draw, f"Neighbors in common {near['overlap']:.1%}, by chance {near['chance']:.1%}"),
     )
 
 
@@ -568,35 +568,35 @@ def _mapped(result: dict[str, Any], source: Source) -> str:
     if found is None:
         return ""
     x, y = np.array(found["x"]), np.array(found["y"])
-    colours, legend = np.full(len(x), BLUE, dtype=object), ""
+    colors, legend = np.full(len(x), BLUE, dtype=object), ""
     if "information" in result:
         labels = source.labels[found["images"]]
-        common = [label for label, _ in Counter(labels.tolist()).most_common(len(COLOURS))]
-        colours[:] = "#c4c4c4"
+        common = [label for label, _ in Counter(labels.tolist()).most_common(len(COLORS))]
+        colors[:] = "#c4c4c4"
         entries = []
-        for label, colour in zip(sorted(common), COLOURS, strict=False):
-            colours[labels == label] = colour
-            entries.append((colour, source.classes[label]))
+        for label, color in zip(sorted(common), COLORS, strict=False):
+            colors[labels == label] = color
+            entries.append((color, source.classes[label]))
         if len(np.unique(labels)) > len(common):
             entries.append(("#c4c4c4", "other classes"))
-        marks = (f"<span><i style='background:{colour}'></i>{_name(name)}</span>" for colour, name in entries)
+        marks = (f"<span><i style='background:{color}'></i>{_name(name)}</span>" for color, name in entries)
         legend = f"<div class=legend>{''.join(marks)}</div>"
 
     def draw(axes: Axes) -> None:
         size = 4 if len(x) > 800 else 14
-        axes.scatter(x, y, s=size, c=list(colours), linewidths=0)
+        axes.scatter(x, y, s=size, c=list(colors), linewidths=0)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_axis_off()
 
     words = (
-        "<b>Good:</b> patches of one colour." if legend else "<b>Good:</b> clumps of images that are alike."
+        "<b>Good:</b> patches of one color." if legend else "<b>Good:</b> clumps of images that are alike."
     )
     return _section(
         "A map of the codes",
         f"<p>{len(x):,} images, near where their codes are near (t-SNE of Hamming distances). {words} "
         "<b>Bad:</b> an even mixture. Only who is next to whom means something: sizes of clumps and gaps "
         "between them do not, and clumps can arise by chance.</p>",
-        _plot(draw, f"Map of {len(x)} codes" + (" coloured by class" if legend else ""), height=4.6) + legend,
+        _plot(draw, f"Map of {len(x)} codes" + (" colored by class" if legend else ""), height=4.6) + legend,
     )
 
 

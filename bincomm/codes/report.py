@@ -29,7 +29,7 @@ CHOSEN = 6  # bits shown with images where none are named
 MAPPED = 2000  # images on the map
 FEWEST_MAPPED = 10
 VIEWED = 2048  # images seen in two augmented views
-NEIGHBOURS = 10
+NEIGHBORS = 10
 THUMBNAIL = 96  # pixels a side at most
 MANY_VALUES = 10  # a column of more different numbers is cut in two at its median
 STRONGEST = 20  # pairs of bits listed
@@ -442,14 +442,14 @@ def _of_other(
         notes.append("Two checkpoints are compared from 4 images on: that is left out.")
         return None
     mine, theirs = signs[pairs], torch.cat(found)
-    k = min(NEIGHBOURS, len(pairs) - 1)
+    k = min(NEIGHBORS, len(pairs) - 1)
     return {
         "weights": other.name,
         "images": len(pairs),
         "bits": theirs.shape[1],
         "from_other": _as_lists(statistics.predicted_from(mine, theirs, seed=seed)),
         "from_this": _as_lists(statistics.predicted_from(theirs, mine, seed=seed)),
-        "neighbours": {"k": k, **statistics.neighbour_overlap(mine, theirs, k, seed=seed)._asdict()},
+        "neighbors": {"k": k, **statistics.neighbor_overlap(mine, theirs, k, seed=seed)._asdict()},
     }
 
 

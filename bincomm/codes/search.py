@@ -35,10 +35,10 @@ CAPTION = 34  # pixels below it, two lines of text
 GAP = 4
 COLUMNS = 7
 MOST = 20 * COLUMNS  # images in a sheet: more would be a picture that few programs open
-GREY = (200, 200, 200)
+GRAY = (200, 200, 200)
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """An image of a folder, and in how many bits its code differs from the query's."""
 
     path: str
@@ -89,7 +89,7 @@ def _search(
 
 def nearest(
     model: "Pretrained", folder: str | Path, queries: Sequence[str | Path], k: int = 20
-) -> list[list[Neighbour]]:
+) -> list[list[Neighbor]]:
     """The images of a folder nearest to some images, for each of these at most k, the nearest first.
 
     An image that is in the folder is at distance 0 from itself, but for bits whose logits are so near 0 that
@@ -130,8 +130,8 @@ def nearest(
         raise ValueError(f"query: {queries[query]} cannot be used: {why}")
 
     shown = {key: made[key] for key in ("global_size", "eval_crop")}
-    colours = {key: tuple(made[key]) for key in ("mean", "std")}
-    model = replace(model, config=replace(model.config, **shown, **colours))
+    colors = {key: tuple(made[key]) for key in ("mean", "std")}
+    model = replace(model, config=replace(model.config, **shown, **colors))
     messages = [
         pack_signs(seen.logits).cpu()
         for seen in look(model, Source(Files(os.path.abspath(query) for query in queries)), refuse)
@@ -141,14 +141,14 @@ def nearest(
     k = min(k, sum(part.rows for part in parts))
     distances, rows = _search(folder, parts, to_codes(torch.cat(messages), made["bits"]), k)
     images = iter(read_rows(parts, rows.reshape(-1)))
-    return [[Neighbour(*next(images), distance) for distance in some] for some in distances.tolist()]
+    return [[Neighbor(*next(images), distance) for distance in some] for some in distances.tolist()]
 
 
-def contact_sheet(query: str | Path, results: Sequence[Neighbour]) -> Image.Image:
+def contact_sheet(query: str | Path, results: Sequence[Neighbor]) -> Image.Image:
     """The query and what is nearest to it, MOST images at most, as a picture, with distance and label (or
     name) under each.
 
-    An image that cannot be opened any more is a grey tile with its path.
+    An image that cannot be opened any more is a gray tile with its path.
     """
     tiles = [(str(query), ("query", os.path.basename(query)))]
     for path, label, distance in results[: MOST - 1]:
@@ -226,7 +226,7 @@ def _tile(path: str) -> Image.Image:
         image = image.resize([max(1, round(scale * side)) for side in image.size])
         return ImageOps.pad(image, (TILE, TILE), color="white")
     except Exception:  # of whatever reads it; the path is what there is to show
-        tile = Image.new("RGB", (TILE, TILE), GREY)
+        tile = Image.new("RGB", (TILE, TILE), GRAY)
         drawing = ImageDraw.Draw(tile)
         rest, lines = path, []
         while rest and len(lines) < TILE // 12 - 1:

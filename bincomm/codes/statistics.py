@@ -456,18 +456,18 @@ def predicted_from(signs: Tensor, others: Tensor, *, images: int = 10_000, seed:
 
 
 class Overlap(NamedTuple):
-    """How alike the neighbourhoods of two codes are: 1 the same, and what it is by chance."""
+    """How alike the neighborhoods of two codes are: 1 the same, and what it is by chance."""
 
     overlap: float
     chance: float
 
 
-def neighbour_overlap(
+def neighbor_overlap(
     signs: Tensor, others: Tensor, k: int = 10, *, queries: int = 1000, seed: int = 0
 ) -> Overlap:
     """Share of an image's k nearest by Hamming distance that two codes of the same images have in common.
 
-    The image itself is no neighbour. Of items tied at the k-th place each belongs by the share of the places
+    The image itself is no neighbor. Of items tied at the k-th place each belongs by the share of the places
     that are left to it; the overlap is the cosine between the two codes' belongings, averaged over images.
     Without ties that is the number in common over k, and codes that give the same distances have 1 with ties
     as well. Chance is what two codes with nothing in common would have, `k²/(n-1)` over the two norms.
@@ -475,7 +475,7 @@ def neighbour_overlap(
     Args:
         signs: (n, K), others: (n, K'), row by row of the same image.
         k: from 1 to n - 1.
-        queries: images whose neighbourhoods are compared at most, drawn at random.
+        queries: images whose neighborhoods are compared at most, drawn at random.
     """
     bits, other = _bits(signs), _bits(others)
     n = len(bits)

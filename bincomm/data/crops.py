@@ -9,7 +9,7 @@ class Crops:
 
     Strengths are torchvision's: jitter (b, c, s, h) draws factors from [1-b, 1+b], [1-c, 1+c], [1-s, 1+s] and
     a turn of the hue from [-h, h] of a circle. Blur has σ from [0.1, 2] pixels. Mean and deviation by which
-    colours are normalised are those of values from 0 to 1. See `bincomm.config.PretrainConfig`.
+    colors are normalized are those of values from 0 to 1. See `bincomm.config.PretrainConfig`.
 
     Raises:
         ValueError: a size, range, probability or strength that makes no sense; the message names the key.
@@ -23,9 +23,9 @@ class Crops:
     flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
     jitter_p: float = 0.8
-    grey: float = 0.2
+    gray: float = 0.2
     blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    solarise: float = 0.2
+    solarize: float = 0.2
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -37,7 +37,7 @@ class Crops:
             low, high = getattr(self, key)
             if not 0 < low <= high <= 1:
                 raise ValueError(f"{key}: expected 0 < low ≤ high ≤ 1, got {getattr(self, key)}")
-        for key in ("flip", "jitter_p", "grey", "blur", "solarise"):
+        for key in ("flip", "jitter_p", "gray", "blur", "solarize"):
             value = getattr(self, key)
             if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple | list) else [value])):
                 raise ValueError(f"{key}: expected probabilities from 0 to 1, got {value}")

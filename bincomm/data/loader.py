@@ -1,4 +1,4 @@
-"""Batches of crops for training and of centre crops for evaluation, as torch tensors on a device."""
+"""Batches of crops for training and of center crops for evaluation, as torch tensors on a device."""
 
 import hashlib
 import itertools
@@ -122,7 +122,7 @@ class Loader:
     def next(self) -> tuple[Tensor, Tensor | None]:
         """The next batch: globals (n, 2, 3, S, S) and locals (n, L, 3, s, s), or None without local crops.
 
-        RGB normalised with ImageNet's mean and deviation, in memory that DALI does not write to again.
+        RGB normalized with ImageNet's mean and deviation, in memory that DALI does not write to again.
 
         Raises:
             TooManyUnusableError: the share of unusable images is above `max_unusable`.
@@ -313,11 +313,11 @@ def eval_batches(
     threads: int = 4,
     report: Callable[[int, str], None] = lambda image, why: None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Centre crops (m, 3, S, S) of the global crops' size in the order of the images, normalised as in
+    """Center crops (m, 3, S, S) of the global crops' size in the order of the images, normalized as in
     training, and the numbers of these m images in the source; those that cannot be used are left out and
     reported.
 
-    The shorter side is resized to S/crop_ratio (bicubic, antialiased), of which the centre is taken.
+    The shorter side is resized to S/crop_ratio (bicubic, antialiased), of which the center is taken.
     """
 
     def build(given: Callable[[], tuple[list, list]]) -> Pipeline:

@@ -1,4 +1,4 @@
-"""The DALI graphs: decode once and augment every crop, for training; one centre crop, for evaluation.
+"""The DALI graphs: decode once and augment every crop, for training; one center crop, for evaluation.
 
 One graph serves CPU and GPU. Nothing random happens inside: what a crop looks like comes in as numbers
 (`windows`, `draw`), so that a batch is a function of the seed and its place in the run alone, whatever the
@@ -24,8 +24,8 @@ TRIES = 10  # windows drawn per crop before the fallback, as in torchvision's Ra
 
 # The numbers a crop is made from: its window's corners, then these, in the order `draw` writes them.
 CORNERS = 4
-BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR, SIGMA, SOLARISE = range(CORNERS, CORNERS + 7)
-DRAWS = 2 * TRIES + 12  # random numbers for one crop: its window (2 TRIES + 2), its flip, its colours
+BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR, SIGMA, SOLARIZE = range(CORNERS, CORNERS + 7)
+DRAWS = 2 * TRIES + 12  # random numbers for one crop: its window (2 TRIES + 2), its flip, its colors
 
 
 def views(crops: Crops) -> int:
@@ -68,7 +68,7 @@ def windows(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray
 
 
 def draw(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """All numbers the crops are made from (n, V, 11) fp32: their windows, and what colours go through.
+    """All numbers the crops are made from (n, V, 11) fp32: their windows, and what colors go through.
 
     Args:
         sizes: (n, 2) heights and widths of the images.
@@ -84,15 +84,15 @@ def draw(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         numbers[..., BRIGHTNESS + index] = np.where(jitters, low + (high - low) * u[1 + index], 1)
     # DALI turns by degrees, torchvision by shares of a circle.
     numbers[..., HUE] = np.where(jitters, 360 * crops.jitter[3] * (2 * u[4] - 1), 0)
-    numbers[..., SATURATION] *= u[5] >= crops.grey
+    numbers[..., SATURATION] *= u[5] >= crops.gray
     numbers[..., BLUR] = u[6] < _blurs(crops)
     numbers[..., SIGMA] = 0.1 + 1.9 * u[7]
-    numbers[..., SOLARISE] = u[8] < np.array([0, crops.solarise] + [0] * crops.local_crops)
+    numbers[..., SOLARIZE] = u[8] < np.array([0, crops.solarize] + [0] * crops.local_crops)
     return numbers
 
 
 def middles(sizes: np.ndarray) -> np.ndarray:
-    """What of images of some sizes (n, 2) can be in a centre crop, as (n, 4) shares of their sides, fp32.
+    """What of images of some sizes (n, 2) can be in a center crop, as (n, 4) shares of their sides, fp32.
 
     All of an image, but of one more than 64 times as long as wide: resized, it would not fit into memory.
     """
@@ -111,7 +111,7 @@ def training_pipeline(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Pipeline:
-    """The graph from encoded images and their numbers to normalised globals (n, 2, 3, S, S) and locals
+    """The graph from encoded images and their numbers to normalized globals (n, 2, 3, S, S) and locals
     (n, L, 3, s, s); with `channels_last` (n, 2, S, S, 3) and (n, L, s, s, 3).
     """
 
@@ -125,12 +125,12 @@ def training_pipeline(
             size = crops.global_size if view < 2 else crops.local_size
             corners = {"roi_start": numbers[view, :2], "roi_end": numbers[view, 2:CORNERS]}
             crop = _resize(images, size=(size, size), roi_relative=True, **corners)
-            solarise = crops.solarise if view == 1 else 0.0
-            groups[view >= 2].append(_augment(crop, numbers[view], crops, blur, solarise))
+            solarize = crops.solarize if view == 1 else 0.0
+            groups[view >= 2].append(_augment(crop, numbers[view], crops, blur, solarize))
         layout = "FHWC" if channels_last else "FCHW"
         kind = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
         return tuple(
-            _normalise(fn.stack(*group, axis_name="F"), crops, output_layout=layout, dtype=kind)
+            _normalize(fn.stack(*group, axis_name="F"), crops, output_layout=layout, dtype=kind)
             for group in groups
             if group
         )
@@ -148,7 +148,7 @@ def evaluation_pipeline(
     threads: int,
     device_id: int | None,
 ) -> Pipeline:
-    """The graph from encoded images and `middles` to centre crops (n, 3, S, S) of the global crops' size once
+    """The graph from encoded images and `middles` to center crops (n, 3, S, S) of the global crops' size once
     `resize` is the shorter side.
     """
 
@@ -157,7 +157,7 @@ def evaluation_pipeline(
         encoded, middle = fn.external_source(source=source, num_outputs=2, batch=True)
         region = {"roi_start": middle[:2], "roi_end": middle[2:], "roi_relative": True}
         images = _resize(decode(encoded, device_id is not None), resize_shorter=resize, **region)
-        return _normalise(images, crops, crop=(crops.global_size, crops.global_size))
+        return _normalize(images, crops, crop=(crops.global_size, crops.global_size))
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
 
@@ -181,11 +181,11 @@ def decode(encoded: Any, gpu: bool) -> Any:
 
 
 def _resize(images: Any, **size: Any) -> Any:
-    # Without antialias=True shrinking skips pixels and is off by 4 grey levels from PIL and torchvision.
+    # Without antialias=True shrinking skips pixels and is off by 4 gray levels from PIL and torchvision.
     return fn.resize(images, interp_type=types.INTERP_CUBIC, antialias=True, **size)
 
 
-def _normalise(images: Any, crops: Crops, **arguments: Any) -> Any:
+def _normalize(images: Any, crops: Crops, **arguments: Any) -> Any:
     arguments = {"dtype": types.FLOAT, "output_layout": "CHW"} | arguments
     mean, std = ([255 * value for value in values] for values in (crops.mean, crops.std))
     return fn.crop_mirror_normalize(images, mean=mean, std=std, **arguments)
@@ -195,22 +195,22 @@ def _blurs(crops: Crops) -> list[float]:
     return [crops.blur[0], crops.blur[1]] + [crops.blur[2]] * crops.local_crops
 
 
-def _augment(image: Any, numbers: Any, crops: Crops, blur: float, solarise: float) -> Any:
-    """Jitter, grey, blur and solarise one crop; what the recipe never does is left out."""
+def _augment(image: Any, numbers: Any, crops: Crops, blur: float, solarize: float) -> Any:
+    """Jitter, gray, blur and solarize one crop; what the recipe never does is left out."""
     if any(crops.jitter[:2]) and crops.jitter_p:
-        # Contrast is around the mean of the grey image, as in torchvision, and that is the grey of the mean
-        # colour.
-        grey = fn.reductions.sum(fn.reductions.mean(image, axes=[0, 1]) * LUMA, axes=[0])
+        # Contrast is around the mean of the gray image, as in torchvision, and that is the gray of the mean
+        # color.
+        gray = fn.reductions.sum(fn.reductions.mean(image, axes=[0, 1]) * LUMA, axes=[0])
         image = fn.brightness_contrast(
-            image, brightness=numbers[BRIGHTNESS], contrast=numbers[CONTRAST], contrast_center=_on_cpu(grey)
+            image, brightness=numbers[BRIGHTNESS], contrast=numbers[CONTRAST], contrast_center=_on_cpu(gray)
         )
-    if (any(crops.jitter[2:]) and crops.jitter_p) or crops.grey:
+    if (any(crops.jitter[2:]) and crops.jitter_p) or crops.gray:
         image = fn.color_twist(image, saturation=numbers[SATURATION], hue=numbers[HUE])
     if blur:  # noqa: SIM102  (this is decided when the graph is built, the next line for every image)
         if numbers[BLUR] > 0:
             image = fn.gaussian_blur(image, sigma=numbers[SIGMA])
-    if solarise:  # noqa: SIM102
-        if numbers[SOLARISE] > 0:
+    if solarize:  # noqa: SIM102
+        if numbers[SOLARIZE] > 0:
             dark = fn.cast(image < 128, dtype=types.UINT8)
             image = image * dark + (255 - image) * (1 - dark)
             image = fn.cast(image, dtype=types.UINT8)

@@ -112,7 +112,7 @@ def open_source(data: str | Mapping[str, float]) -> Source:
 
 
 def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple[Source, Source, bool] | None:
-    """Labelled images for k-NN: (gallery, queries, whether the queries were held out from pretraining).
+    """Labeled images for k-NN: (gallery, queries, whether the queries were held out from pretraining).
 
     The folders `train` and `val` or `test` where `data` has both with labels, the parts of a standard set;
     otherwise a split of `source`, the pretraining images of `data`. None where there are no labels.
@@ -221,7 +221,7 @@ def _split_folders(path: Path) -> tuple[Path, Path] | None:
 
 
 def _open_folder(folder: Path, least: int = 2) -> Source:
-    """The images below a folder, labelled where they lie in as many folders as `least` or more."""
+    """The images below a folder, labeled where they lie in as many folders as `least` or more."""
     root = os.path.abspath(folder)
     files, others = list_images(root)
     if not len(files):

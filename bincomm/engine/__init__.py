@@ -1,1 +1,1 @@
-"""What a training loop needs around the step: schedules, optimiser, checkpoints, logs."""
+"""What a training loop needs around the step: schedules, optimizer, checkpoints, logs."""

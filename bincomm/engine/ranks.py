@@ -215,7 +215,7 @@ class Quiet:
 class Pulse:
     """Tells the other ranks that this one lives, and ends this process when one of them is gone.
 
-    Every rank watches its neighbour; the first to miss one tells all. Without this a rank that waits inside a
+    Every rank watches its neighbor; the first to miss one tells all. Without this a rank that waits inside a
     collective operation would wait for one that was killed until that operation's own limit, half an hour.
     """
 
@@ -260,16 +260,16 @@ class Pulse:
 
     def _beat(self) -> str:
         """Until this rank ends by itself; or returns why it must."""
-        neighbour = str((self.rank + 1) % self.world)
+        neighbor = str((self.rank + 1) % self.world)
         quiet = Quiet()
         while not self.ended.wait(BEAT):
             self.store.set(str(self.rank), str(self.rounds))
             if self.store.check(["failure"]):
                 why = self.store.get("failure").decode()
                 return "" if self.ended.is_set() else why
-            heard = self.store.get(neighbour) if self.store.check([neighbour]) else b""
+            heard = self.store.get(neighbor) if self.store.check([neighbor]) else b""
             if quiet.seconds(heard) > SILENCE and heard != LEFT:
-                return f"rank {neighbour} is gone: no sign of life for {SILENCE:.0f} seconds"
+                return f"rank {neighbor} is gone: no sign of life for {SILENCE:.0f} seconds"
             self.rounds += 1
         return ""
 

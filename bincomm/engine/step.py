@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bincomm.engine.optimiser import set_rates
+from bincomm.engine.optimizer import set_rates
 from bincomm.networks import Network, update_teacher
 from bincomm.ops.clip import clip_gradients_
 
@@ -31,13 +31,13 @@ class Step:
     A step whose loss or gradient is not finite on any rank moves neither the student nor any buffer, on all
     ranks alike; see `Guard`. The teacher takes its average of the student, as ever.
 
-    Where torch.distributed is initialised gradients are averaged over the ranks, by DistributedDataParallel
+    Where torch.distributed is initialized gradients are averaged over the ranks, by DistributedDataParallel
     unless the parameters are split by `bincomm.engine.ranks.shard`.
 
     Args:
         student, teacher: equal networks; the teacher becomes the student's moving average.
         objective: of `bincomm.objectives`.
-        optimiser: of the student's parameters, from `create_optimiser`.
+        optimizer: of the student's parameters, from `create_optimizer`.
         clip: largest norm of a parameter's gradient, 0 = no clipping.
         precision: of the networks' forward passes, "bf16" or "fp32".
         accumulate: parts that a batch is cut into, to need less memory. The loss is that of the whole batch,
@@ -54,7 +54,7 @@ class Step:
         student: Network,
         teacher: Network,
         objective: nn.Module,
-        optimiser: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer,
         *,
         clip: float,
         precision: str,
@@ -65,7 +65,7 @@ class Step:
                 f"accumulate: expected 1 for a backbone with batch norm, got {accumulate}: its statistics "
                 "would be those of a part of the batch"
             )
-        self.student, self.teacher, self.objective, self.optimiser = student, teacher, objective, optimiser
+        self.student, self.teacher, self.objective, self.optimizer = student, teacher, objective, optimizer
         self.clip, self.accumulate = clip, accumulate
         # Listed once: going through all modules takes longer than reading some of the parameters.
         self.parameters, self.averages = list(student.parameters()), list(teacher.parameters())
@@ -80,7 +80,7 @@ class Step:
             self.forward = DistributedDataParallel(
                 student, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
-        # What a step changes beside the parameters: statistics of batch norm, the centre of DINO.
+        # What a step changes beside the parameters: statistics of batch norm, the center of DINO.
         self.buffers = [b for module in (student, teacher, objective) for b in module.buffers()]
         self.guard = Guard(self.device, self.ranks)
         # Once captured: the graph, the crops that it reads, and what it leaves.
@@ -112,12 +112,12 @@ class Step:
             done, skip = self._gradient(global_views, local_views)
         else:
             done, skip = self._replay(global_views, local_views)
-        set_rates(self.optimiser, lr, weight_decay)
-        self.optimiser.found_inf, self.optimiser.grad_scale = skip, None  # where 1, it stands still
-        self.optimiser.step()
+        set_rates(self.optimizer, lr, weight_decay)
+        self.optimizer.found_inf, self.optimizer.grad_scale = skip, None  # where 1, it stands still
+        self.optimizer.step()
         if self.graph is None:  # whose gradients lie where it writes them
-            self.optimiser.zero_grad()
-        self.mark("optimiser")
+            self.optimizer.zero_grad()
+        self.mark("optimizer")
         update_teacher(self.averages, self.parameters, momentum)
         self.mark("average")
         self.guard.copy_to_host()
@@ -221,7 +221,7 @@ class Step:
                 raise ValueError(f"compile: expected off, for torch.compile failed: {reason}") from error
             outcome = f"warning: torch.compile failed, so the networks run without it, slower: {reason}"
         finally:
-            self.optimiser.zero_grad()
+            self.optimizer.zero_grad()
             if self.sharded:
                 self.teacher.reshard()
             self._put_back(before)
@@ -230,7 +230,7 @@ class Step:
     def capture(self, global_views: Tensor, local_views: Tensor | None) -> None:
         """Capture all of a step up to the gradient in a CUDA graph, for crops of these shapes.
 
-        What follows, the optimiser and the average, is few launches, with numbers that change every step.
+        What follows, the optimizer and the average, is few launches, with numbers that change every step.
 
         Raises:
             ValueError: not on a GPU, on several ranks, or with `accumulate`.
@@ -248,7 +248,7 @@ class Step:
         with torch.cuda.stream(side), torch.random.fork_rng([self.device]):
             for _ in range(3):
                 self._gradient(*self.static)
-                self.optimiser.zero_grad()
+                self.optimizer.zero_grad()
         torch.cuda.current_stream(self.device).wait_stream(side)
         self._put_back(before)
         graph = torch.cuda.CUDAGraph()

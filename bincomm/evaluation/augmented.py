@@ -5,7 +5,7 @@ import torch
 from bincomm.data.crops import Crops
 from bincomm.data.loader import Loader
 from bincomm.data.sources import Source
-from bincomm.evaluation.labelled import check_alike, check_labelled
+from bincomm.evaluation.labeled import check_alike, check_labeled
 from bincomm.evaluation.linear import (
     LEARNING_RATES,
     Descent,
@@ -41,10 +41,10 @@ def augmented_probe(
 
     Args:
         model: the backbone.
-        source: the gallery's images, labelled.
+        source: the gallery's images, labeled.
         images: (N,) int64, numbers of those of its images that can be used, and gallery: (N, D) their
-            features by one centre crop each, which choose the learning rate.
-        queries: (M, D) features by centre crops, query_labels: (M,) class indices.
+            features by one center crop each, which choose the learning rate.
+        queries: (M, D) features by center crops, query_labels: (M,) class indices.
         epochs: crops of every image.
         seed: of crops, order and the tenth.
 
@@ -54,8 +54,8 @@ def augmented_probe(
     if source.labels is None:
         raise ValueError("source: expected images with labels, got none")
     labels = torch.from_numpy(source.labels)[images]
-    check_labelled("gallery", gallery, labels)
-    check_labelled("queries", queries, query_labels)
+    check_labeled("gallery", gallery, labels)
+    check_labeled("queries", queries, query_labels)
     check_alike(gallery, queries)
     classes, targets = labels.unique(return_inverse=True)
     order, tenth = hold_out(targets, torch.Generator().manual_seed(seed))
@@ -68,9 +68,9 @@ def augmented_probe(
         global_scale=SCALE,
         local_crops=0,
         jitter=(0.0, 0.0, 0.0, 0.0),
-        grey=0.0,
+        gray=0.0,
         blur=(0.0, 0.0, 0.0),
-        solarise=0.0,
+        solarize=0.0,
         mean=config.mean,
         std=config.std,
     )

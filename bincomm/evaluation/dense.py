@@ -18,7 +18,7 @@ from bincomm.evaluation.pretrained import Pretrained
 
 CLASSES = 255  # an eight-bit mask holds the classes 0 to 254
 IGNORED = 255
-NEIGHBOURS, TEMPERATURE = 30, 0.02  # Hummingbird's
+NEIGHBORS, TEMPERATURE = 30, 0.02  # Hummingbird's
 SIMILARITIES = 1 << 24  # held at once
 SCORES = 1 << 26  # of classes at pixels, held at once
 STEPS, BATCH = 2000, 1024  # of the linear probe, in patches
@@ -36,7 +36,7 @@ def patch_features(backbone: nn.Module, images: Tensor) -> Tensor:
 
     Args:
         backbone: a timm model, in evaluation mode.
-        images: normalised, of any size the backbone can take.
+        images: normalized, of any size the backbone can take.
 
     Raises:
         ValueError: the backbone gives no such map or cannot take images of this size, or there are none.
@@ -94,7 +94,7 @@ def evaluate_segmentation(
 ) -> dict[str, Any]:
     """Segment the images of a folder's `val` by the annotated ones of its `train`, the backbone left frozen.
 
-    "knn": as in "Towards In-Context Scene Understanding" (Hummingbird, arXiv 2306.01667), without its
+    "knn": as in "Toward In-Context Scene Understanding" (Hummingbird, arXiv 2306.01667), without its
     augmentation: every patch of an image takes the mean of the class histograms of the 30 nearest patches by
     cosine c, weighted by softmax(c/0.02). "linear": softmax regression of the class that most pixels of a
     patch have, by SGD with momentum 0.9, no weight decay, cosine to 0; the learning rate is chosen by the
@@ -106,7 +106,7 @@ def evaluate_segmentation(
     254 at every pixel or 255, which counts neither in training nor in the figure.
 
     Args:
-        model: what was pretrained; its mean and deviation are those of the images' colours.
+        model: what was pretrained; its mean and deviation are those of the images' colors.
         folder: the images and masks.
         size: the shorter side in pixels to which images are resized (bicubic), their shape kept up to the
             backbone's stride. Masks are not resized: the figure counts their own pixels.
@@ -171,7 +171,7 @@ def mean_iou(table: Tensor) -> tuple[float, dict[int, float]]:
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image in RGB, of the colours that the loader of pretraining gives it.
+    """An image in RGB, of the colors that the loader of pretraining gives it.
 
     Raises:
         ValueError: it is missing, cannot be read, or has pixels of no known range.
@@ -183,7 +183,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def open_mask(path: Path) -> np.ndarray:
-    """A mask of one channel, palette or grey: its indices (H, W) uint8, 255 among them.
+    """A mask of one channel, palette or gray: its indices (H, W) uint8, 255 among them.
 
     Raises:
         ValueError: it is missing, cannot be read, or has other pixels.
@@ -194,8 +194,8 @@ def open_mask(path: Path) -> np.ndarray:
     return np.array(mask, dtype=np.uint8)
 
 
-def centres(parts: int, others: int) -> Tensor:
-    """A line is divided into equal parts, and into equal others: which of the others holds the centre of each
+def centers(parts: int, others: int) -> Tensor:
+    """A line is divided into equal parts, and into equal others: which of the others holds the center of each
     part, (parts,) int64; the later one where it lies between two."""
     return (2 * torch.arange(parts) + 1) * others // (2 * parts)
 
@@ -258,10 +258,10 @@ def _remember(model: Pretrained, pairs: list[tuple[Path, Path]], size: int, memo
     found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     for image, (features, mask) in enumerate(_look(model, pairs, size, "remembering")):
         shares = _shares(mask, features.shape[:2])
-        labelled = shares.sum(1).nonzero().flatten()
+        labeled = shares.sum(1).nonzero().flatten()
         # The same share of memory for each; where there are more images than patches, one or none.
         quota = memory * (image + 1) // len(pairs) - memory * image // len(pairs)
-        drawn = labelled[torch.randperm(len(labelled), generator=generator)[:quota]]
+        drawn = labeled[torch.randperm(len(labeled), generator=generator)[:quota]]
         found[0].append(features.flatten(0, 1)[drawn.to(features.device)])
         found[1].append(shares[drawn].to(features.device))
         found[2].append(torch.full((len(drawn),), image))
@@ -274,8 +274,8 @@ def _remember(model: Pretrained, pairs: list[tuple[Path, Path]], size: int, memo
 
 def _shares(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """What share of the pixels of every patch has each class: (H, W) -> (h·w, 255). A pixel belongs to the
-    patch that holds its centre; what the ignored pixels of a patch lack of 1 votes for nothing."""
-    rows, columns = (centres(pixels, patches) for pixels, patches in zip(mask.shape, grid, strict=True))
+    patch that holds its center; what the ignored pixels of a patch lack of 1 votes for nothing."""
+    rows, columns = (centers(pixels, patches) for pixels, patches in zip(mask.shape, grid, strict=True))
     patches = (rows[:, None] * grid[1] + columns).flatten()
     counts = torch.bincount(patches * 256 + mask.flatten(), minlength=grid[0] * grid[1] * 256)
     counts = counts.view(-1, 256)
@@ -289,7 +289,7 @@ def _nearest(memory: _Memory) -> Predict:
     def predict(features: Tensor) -> Tensor:
         votes = []
         for some in F.normalize(features, dim=-1).flatten(0, 1).split(block):
-            near = (some @ keys.T).topk(min(NEIGHBOURS, len(keys)), dim=-1)
+            near = (some @ keys.T).topk(min(NEIGHBORS, len(keys)), dim=-1)
             weights = (near.values / TEMPERATURE).softmax(-1)
             votes.append((weights[:, None] @ memory.shares[near.indices])[:, 0])
         return torch.cat(votes).unflatten(0, features.shape[:2])
@@ -300,7 +300,7 @@ def _nearest(memory: _Memory) -> Predict:
 def _linear(memory: _Memory) -> tuple[Predict, float]:
     """The classifier, and the learning rate it was trained with."""
     features, targets = memory.features, memory.shares.argmax(-1)
-    standardised, device = scaling(features), features.device
+    standardized, device = scaling(features), features.device
     generator = torch.Generator().manual_seed(0)
 
     def train(patches: Tensor, rates: tuple[float, ...]) -> Tensor:
@@ -310,7 +310,7 @@ def _linear(memory: _Memory) -> tuple[Predict, float]:
             if len(order) == 0:
                 order = patches[torch.randperm(len(patches), generator=generator).to(device)]
             batch, order = order[:BATCH], order[BATCH:]
-            descent.step(standardised(features[batch]), targets[batch])
+            descent.step(standardized(features[batch]), targets[batch])
         return descent.weights
 
     # By images, as patches of one are much alike.
@@ -319,11 +319,11 @@ def _linear(memory: _Memory) -> tuple[Predict, float]:
     if len(rest) == 0:
         raise ValueError("train: expected at least 2 images with classes, got 1")
     losses = cross_entropy(
-        train(rest, LEARNING_RATES), standardised(features[chosen]), targets[chosen], BATCH
+        train(rest, LEARNING_RATES), standardized(features[chosen]), targets[chosen], BATCH
     )
     rate = LEARNING_RATES[int(losses.argmin())]
     (weights,) = train(torch.arange(len(features), device=device), (rate,))
-    return lambda x: (standardised(x.flatten(0, 1)) @ weights.T).unflatten(0, x.shape[:2]), rate
+    return lambda x: (standardized(x.flatten(0, 1)) @ weights.T).unflatten(0, x.shape[:2]), rate
 
 
 def _to_pixels(scores: Tensor, size: tuple[int, int]) -> Tensor:

@@ -33,10 +33,10 @@ VERSIONS = tuple(package.__version__ for package in (bincomm, torch, timm, nvidi
 
 
 class Seen(NamedTuple):
-    """A batch of images, one centre crop each, on the device."""
+    """A batch of images, one center crop each, on the device."""
 
     images: list[int]  # their numbers in the source
-    crops: Tensor  # (m, 3, S, S), normalised
+    crops: Tensor  # (m, 3, S, S), normalized
     features: Tensor  # (m, D) of the backbone
     logits: Tensor | None  # (m, K) of the head, whose signs are the code; None where there is no head
 
@@ -69,7 +69,7 @@ def extract(
     pixels: bool = False,
     ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
-    """What a network makes of images, one centre crop each; unusable ones are left out and reported.
+    """What a network makes of images, one center crop each; unusable ones are left out and reported.
 
     Returns:
         "images" (n,) int64, the numbers of the images in the source; "features" (n, D) of the backbone;

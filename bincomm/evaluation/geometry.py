@@ -19,7 +19,7 @@ def effective_dimensions(features: Tensor) -> Dimensions:
     """Two effective numbers of dimensions of features, from the eigenvalues λ of their covariance.
 
     The participation ratio `d_eff = (Σλ)²/Σλ²` (Gao et al. 2017, doi 10.1101/214262) and the effective rank
-    `r_eff = exp(-Σ p·ln p)`, `p = λ/Σλ` (Roy and Vetterli, EUSIPCO 2007), here of the centred covariance.
+    `r_eff = exp(-Σ p·ln p)`, `p = λ/Σλ` (Roy and Vetterli, EUSIPCO 2007), here of the centered covariance.
     Neither changes with the features' scale, offset or rotation; `d_eff ≤ r_eff`. In fp64.
 
     Args:
@@ -52,6 +52,6 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     mean = sum((block.double() - first).sum(0) for block in blocks) / len(features)
     covariance = torch.zeros(len(first), len(first), dtype=torch.float64, device=features.device)
     for block in blocks:
-        centred = block.double() - first - mean
-        covariance += centred.T @ centred / len(features)
+        centered = block.double() - first - mean
+        covariance += centered.T @ centered / len(features)
     return first + mean, covariance

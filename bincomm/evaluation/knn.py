@@ -1,11 +1,11 @@
-"""Weighted k-nearest-neighbour classification, the protocol of DINO (arXiv 2104.14294)."""
+"""Weighted k-nearest-neighbor classification, the protocol of DINO (arXiv 2104.14294)."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from bincomm.evaluation.labelled import RESOLUTION, check_alike, check_labelled, unit
+from bincomm.evaluation.labeled import RESOLUTION, check_alike, check_labeled, unit
 
 SIMILARITIES = 1 << 24  # held at once, in fp64
 
@@ -29,14 +29,14 @@ def knn_accuracy(
     Args:
         gallery: (N, D) features, gallery_labels: (N,) class indices.
         queries: (M, D) features, query_labels: (M,) class indices.
-        k: neighbours; at most N are used.
+        k: neighbors; at most N are used.
 
     Raises:
         ValueError: no gallery or query images, different numbers of features and labels or of features per
             image, values that are not finite, or k < 1.
     """
     parts = gallery, gallery_labels, queries, query_labels
-    return knn_accuracies(*parts, neighbours=[k], temperature=temperature)[0]
+    return knn_accuracies(*parts, neighbors=[k], temperature=temperature)[0]
 
 
 def knn_accuracies(
@@ -45,18 +45,18 @@ def knn_accuracies(
     queries: Tensor,
     query_labels: Tensor,
     *,
-    neighbours: Sequence[int],
+    neighbors: Sequence[int],
     temperature: float = 0.07,
 ) -> list[float]:
     """`knn_accuracy` for several k, whose similarities are computed once."""
-    check_labelled("gallery", gallery, gallery_labels)
-    check_labelled("queries", queries, query_labels)
+    check_labeled("gallery", gallery, gallery_labels)
+    check_labeled("queries", queries, query_labels)
     check_alike(gallery, queries)
-    if min(neighbours) < 1:
-        raise ValueError(f"k: expected at least 1, got {min(neighbours)}")
+    if min(neighbors) < 1:
+        raise ValueError(f"k: expected at least 1, got {min(neighbors)}")
     classes, targets = gallery_labels.unique(return_inverse=True)
     gallery, queries = unit(gallery), unit(queries)
-    sizes = [min(k, len(gallery)) for k in neighbours]
+    sizes = [min(k, len(gallery)) for k in neighbors]
     correct, block = [0] * len(sizes), max(1, SIMILARITIES // len(gallery))
     for some, labels in zip(queries.split(block), query_labels.split(block), strict=True):
         similarity = (some @ gallery.T).mul_(RESOLUTION).round_()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bincomm.evaluation.geometry import moments
-from bincomm.evaluation.labelled import check_alike, check_labelled
+from bincomm.evaluation.labeled import check_alike, check_labeled
 
 # For features of mean 0 whose largest variance in any direction is 1, beside a bias of 1: the loss then has a
 # curvature of at most 1/2, and SGD with momentum 0.9 is stable up to 7.6, mostly further.
@@ -63,8 +63,8 @@ def linear_probe(
         ValueError: no gallery or query images, different numbers of features and labels, numbers of
             features per image that differ, values that are not finite, or no learning rate.
     """
-    check_labelled("gallery", gallery, gallery_labels)
-    check_labelled("queries", queries, query_labels)
+    check_labeled("gallery", gallery, gallery_labels)
+    check_labeled("queries", queries, query_labels)
     check_alike(gallery, queries)
     if len(learning_rates) == 0:
         raise ValueError("learning_rates: expected at least one, got none")

@@ -1,4 +1,4 @@
-"""What a network's features and codes are worth on labelled images, one centre crop of each."""
+"""What a network's features and codes are worth on labeled images, one center crop of each."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from bincomm.ops.messages import pack_signs
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Features (n, D) of a backbone, codes (n, K) of its head as ±1, pixels (n, P) and labels (n,) of images;
     see `bincomm.evaluation.features.extract`."""
 
@@ -28,7 +28,7 @@ class Labelled:
     labels: Tensor
 
 
-def look_at(model: Pretrained, sources: tuple[Source, Source]) -> tuple[Labelled, Labelled]:
+def look_at(model: Pretrained, sources: tuple[Source, Source]) -> tuple[Labeled, Labeled]:
     """Gallery and queries as a network with a head sees them, on its device; images that cannot be used are
     left out.
 
@@ -42,17 +42,17 @@ def look_at(model: Pretrained, sources: tuple[Source, Source]) -> tuple[Labelled
             raise ValueError(f"data: none of the {len(source.images)} images of the {name} can be used")
         labels = torch.from_numpy(source.labels)[found["images"]]
         values = (found["features"], found["signs"], found["pixels"], labels)
-        seen.append(Labelled(*(x.to(model.device) for x in values)))
+        seen.append(Labeled(*(x.to(model.device) for x in values)))
     return seen[0], seen[1]
 
 
-def classify(gallery: Labelled, queries: Labelled) -> dict[str, float]:
+def classify(gallery: Labeled, queries: Labeled) -> dict[str, float]:
     """Shares of queries whose class k-NN (k = 20) and a linear probe of the features find."""
     features = gallery.features, gallery.labels, queries.features, queries.labels
     return {"knn": knn_accuracy(*features), "linear": linear_probe(*features).accuracy}
 
 
-def measure(gallery: Labelled, queries: Labelled) -> dict[str, float]:
+def measure(gallery: Labeled, queries: Labeled) -> dict[str, float]:
     """Every figure of features and codes: `of_features`, mAP@ALL of the queries' codes in the gallery's by
     Hamming distance, and use of the bits in the queries' codes, entropies in bits."""
     messages, asked = pack_signs(gallery.signs), pack_signs(queries.signs)
@@ -70,12 +70,12 @@ def of_features(
 ) -> dict[str, float]:
     """Shares of queries whose class k-NN (k = 20) and a linear probe find, mAP@ALL by cosine, and effective
     dimensions of the queries."""
-    labelled = gallery, gallery_labels, queries, query_labels
+    labeled = gallery, gallery_labels, queries, query_labels
     dimensions = effective_dimensions(queries)
     return {
-        "knn": knn_accuracy(*labelled),
-        "linear": linear_probe(*labelled).accuracy,
-        "map": mean_average_precision(*labelled),
+        "knn": knn_accuracy(*labeled),
+        "linear": linear_probe(*labeled).accuracy,
+        "map": mean_average_precision(*labeled),
         "d_eff": dimensions.d_eff,
         "r_eff": dimensions.r_eff,
     }

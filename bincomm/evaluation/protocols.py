@@ -1,4 +1,4 @@
-"""Every protocol that looks at images as a whole, on what was pretrained, and labelled images."""
+"""Every protocol that looks at images as a whole, on what was pretrained, and labeled images."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.retrieval import mean_average_precision, precision_within
 from bincomm.ops.messages import pack_signs
 
-NEIGHBOURS = (10, 20, 100, 200)
+NEIGHBORS = (10, 20, 100, 200)
 # Those after the first four look at codes, and need a head.
 PROTOCOLS = ("knn", "linear", "augmented", "map", "geometry", "knn_codes", "map_codes", "lookup", "bits")
 OF_CODES = PROTOCOLS[5:]
@@ -34,13 +34,13 @@ def evaluate_images(
     ranks: Ranks = ALONE,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure on labelled images; features come from bincomm's cache where they are there.
+    """Measure on labeled images; features come from bincomm's cache where they are there.
 
     Args:
         model: what was pretrained.
-        gallery, queries: labelled sources, one centre crop of each image.
+        gallery, queries: labeled sources, one center crop of each image.
         protocols: of `PROTOCOLS`; None: all that the model can be asked, without those of codes where it has
-            no head. "knn" by cosine and "knn_codes" by Hamming distance for k in `NEIGHBOURS`, as far as the
+            no head. "knn" by cosine and "knn_codes" by Hamming distance for k in `NEIGHBORS`, as far as the
             gallery goes; "linear", the probe on features, and "augmented" on random crops; "map" and
             "map_codes", mAP@ALL; "lookup", the precision within Hamming radius 2; "geometry", effective
             dimensions; "bits", use of the bits of the queries' codes.
@@ -79,29 +79,29 @@ def evaluate_images(
 
     device = model.device
     features = [side["features"].to(device) for side in seen]
-    labelled = features[0], labels[0].to(device), features[1], labels[1].to(device)
+    labeled = features[0], labels[0].to(device), features[1], labels[1].to(device)
     if model.head is not None:
         signs = [side["signs"].to(device) for side in seen]
         messages = [pack_signs(side) for side in signs]
-        as_vectors = signs[0], labelled[1], signs[1], labelled[3]
-        as_messages = messages[0], labelled[1], messages[1], labelled[3]
+        as_vectors = signs[0], labeled[1], signs[1], labeled[3]
+        as_messages = messages[0], labeled[1], messages[1], labeled[3]
 
     def augmented() -> dict[str, Any]:
         images, held = seen[0]["images"], (seen[0]["features"], seen[1]["features"])
         return augmented_probe(model, gallery, images, *held, labels[1])._asdict()
 
-    def of_neighbours(values: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, float]:
-        neighbours = sorted({min(k, len(values[0])) for k in NEIGHBOURS})
-        shares = knn_accuracies(*values, neighbours=neighbours)
-        return {str(k): share for k, share in zip(neighbours, shares, strict=True)}
+    def of_neighbors(values: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, float]:
+        neighbors = sorted({min(k, len(values[0])) for k in NEIGHBORS})
+        shares = knn_accuracies(*values, neighbors=neighbors)
+        return {str(k): share for k, share in zip(neighbors, shares, strict=True)}
 
     measures: dict[str, Callable[[], Any]] = {
-        "knn": lambda: of_neighbours(labelled),
-        "linear": lambda: linear_probe(*labelled)._asdict(),
+        "knn": lambda: of_neighbors(labeled),
+        "linear": lambda: linear_probe(*labeled)._asdict(),
         "augmented": augmented,
-        "map": lambda: mean_average_precision(*labelled),
+        "map": lambda: mean_average_precision(*labeled),
         "geometry": lambda: effective_dimensions(features[1])._asdict(),
-        "knn_codes": lambda: of_neighbours(as_vectors),
+        "knn_codes": lambda: of_neighbors(as_vectors),
         "map_codes": lambda: mean_average_precision(*as_messages),
         "lookup": lambda: precision_within(*as_messages)._asdict(),
         "bits": lambda: bit_statistics((signs[1] > 0).sum(0), len(signs[1])),

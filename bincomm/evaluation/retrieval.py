@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bincomm.evaluation.labelled import RESOLUTION, check_alike, check_labelled, unit
+from bincomm.evaluation.labeled import RESOLUTION, check_alike, check_labeled, unit
 from bincomm.ops.hamming import hamming_distance
 
 PAIRS = 1 << 22  # query and database item, ranked at once; takes up to 100 bytes each
@@ -46,8 +46,8 @@ def mean_average_precision(
             item.
         TypeError: messages compared with features.
     """
-    check_labelled("database", database, database_labels)
-    check_labelled("queries", queries, query_labels)
+    check_labeled("database", database, database_labels)
+    check_labeled("queries", queries, query_labels)
     check_alike(database, queries)
     messages = database.dtype == torch.int32
     if messages != (queries.dtype == torch.int32):
@@ -103,8 +103,8 @@ def precision_within(
         ValueError: no database or queries, different numbers of items and labels or of columns.
         TypeError: not int32.
     """
-    check_labelled("database", database, database_labels)
-    check_labelled("queries", queries, query_labels)
+    check_labeled("database", database, database_labels)
+    check_labeled("queries", queries, query_labels)
     check_alike(database, queries)
     precision, answered = 0.0, 0
     block = max(1, PAIRS // len(database))

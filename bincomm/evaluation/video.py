@@ -15,12 +15,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bincomm.engine.ranks import ALONE, Ranks
-from bincomm.evaluation.dense import IGNORED, centres, open_image, open_mask, patch_features, show, stride_of
+from bincomm.evaluation.dense import IGNORED, centers, open_image, open_mask, patch_features, show, stride_of
 from bincomm.evaluation.pretrained import Pretrained
 
-FRAMES, RADIUS, NEIGHBOURS, TEMPERATURE = 7, 12, 5, 0.1  # DINO's
+FRAMES, RADIUS, NEIGHBORS, TEMPERATURE = 7, 12, 5, 0.1  # DINO's
 SIDE, MULTIPLE = 480, 64  # pixels
-TILE = 16  # patches a side whose neighbourhoods are looked at together
+TILE = 16  # patches a side whose neighborhoods are looked at together
 # Cosines are told apart to 2⁻¹⁶: coarser than fp32's rounding, which depends on what is multiplied together
 # and must not choose among equally near patches.
 RESOLUTION = 1 << 16
@@ -41,7 +41,7 @@ def evaluate_davis(
     Pixels whose annotation is 255 are background.
 
     Args:
-        model: what was pretrained; its mean and deviation are those of the frames' colours.
+        model: what was pretrained; its mean and deviation are those of the frames' colors.
         folder: of DAVIS-2017, with ImageSets/2017/val.txt, JPEGImages/480p/<sequence>/*.jpg and
             Annotations/480p/<sequence>/*.png.
         ranks: follow a share of the sequences each; all call, and all get the figures.
@@ -76,7 +76,7 @@ def propagate(features: Iterable[Tensor], first: Tensor | np.ndarray) -> Iterato
 
     A patch takes its labels from the first frame and the 7 before it: of their patches that are at most 12
     rows and columns away, the 5 nearest by cosine c, weighted by exp(c/0.1); what is as near as the fifth is
-    taken too. The first frame's labels are those at its patches' centres. For the mask, labels are
+    taken too. The first frame's labels are those at its patches' centers. For the mask, labels are
     interpolated to the pixels (bilinear), those of each object stretched to [0, 1] over the frame, and the
     highest is taken. All of this is DINO's, but for frames that were resized before: DINO interpolates to
     their size, and takes the mask's pixels from the nearest there.
@@ -120,7 +120,7 @@ def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
 def contour_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
     """F, the harmonic mean of precision and recall of a mask's contour, both masks (H, W).
 
-    A pixel is of the contour if it differs from its neighbour to the right, below, or below to the right
+    A pixel is of the contour if it differs from its neighbor to the right, below, or below to the right
     (inside the image; so a mask of all pixels has no contour). It is found if a pixel of the other contour
     is at most ⌈0.008·√(H² + W²)⌉ pixels away. 1 where neither mask has a contour, 0 where only one has. From
     Perazzi et al., CVPR 2016, as the code of DAVIS-2017 has it; there contours are dilated by a disk, which
@@ -246,8 +246,8 @@ def _unit(frame: Tensor, start: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def _shrink(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Labels (h, w, 1 + L) of patches, those of the pixels at their centres."""
-    rows, columns = (centres(patches, pixels) for pixels, patches in zip(mask.shape, grid, strict=True))
+    """Labels (h, w, 1 + L) of patches, those of the pixels at their centers."""
+    rows, columns = (centers(patches, pixels) for pixels, patches in zip(mask.shape, grid, strict=True))
     return F.one_hot(mask[rows[:, None], columns], int(mask.max()) + 1).float()
 
 
@@ -288,7 +288,7 @@ def _carry(frame: Tensor, context: list[tuple[Tensor, Tensor]]) -> Tensor:
             )
             similarity = (frame[tile].flatten(0, 1) @ keys.T * RESOLUTION).round()
             similarity.unflatten(1, (len(context), -1)).masked_fill_(far[:, None], -torch.inf)
-            nearest = similarity.topk(min(NEIGHBOURS, len(keys)), dim=-1).values
+            nearest = similarity.topk(min(NEIGHBORS, len(keys)), dim=-1).values
             weights = ((similarity - nearest[:, :1]) / RESOLUTION / TEMPERATURE).exp()
             weights.masked_fill_(similarity < nearest[:, -1:], 0)
             carried = weights @ labels / weights.sum(-1, keepdim=True)

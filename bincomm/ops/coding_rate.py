@@ -38,7 +38,7 @@ class CodingRate(NamedTuple):
 
     rate: Tensor  # (...,) nats
     ceiling: Tensor  # scalar: the rate of as many images and bits, all directions used alike
-    smallest_pivot: Tensor  # (...,) of the factorisation of the smaller matrix; 1 is a direction nobody uses
+    smallest_pivot: Tensor  # (...,) of the factorization of the smaller matrix; 1 is a direction nobody uses
     clamped: (
         Tensor  # (...,) int32: pivots that rounding took below 1, the least there is, and that were held at 1
     )
@@ -51,9 +51,9 @@ def coding_rate(
     group: "torch.distributed.ProcessGroup | None" = None,
     diagnostics: bool = False,
 ) -> Tensor | CodingRate:
-    """Coding rate of logits with L2-normalised rows: `R = ½ logdet(I + α zᵀz)`, `z = a/‖a‖`, `α = K/(n·ε²)`.
+    """Coding rate of logits with L2-normalized rows: `R = ½ logdet(I + α zᵀz)`, `z = a/‖a‖`, `α = K/(n·ε²)`.
 
-    Uncentred, as in SimDINO (arXiv 2502.10385) and "Self-Supervised Learning as Discrete Communication"
+    Uncentered, as in SimDINO (arXiv 2502.10385) and "Self-Supervised Learning as Discrete Communication"
     (arXiv 2602.09764). Its gradient is the closed form `∂R/∂z = α·z·(I + αzᵀz)⁻¹` followed by the row norm's,
     in fp32 whatever the dtype of the logits, outside autocast and whatever the precision set for matrix
     products; of the two equal determinants (K×K or n×n) the smaller is taken. Logits in fp64, and any where
@@ -132,12 +132,12 @@ class Widen(torch.autograd.Function):
 def _by_definition(logits: Tensor, eps_squared: float, group, diagnostics: bool) -> Tensor | CodingRate:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     wide = Widen.apply(logits) if logits.shape[-1] / eps_squared > LARGEST_IN_FP32 else logits
-    matrix, images = reference.regularised_gram(wide, eps_squared, group)
+    matrix, images = reference.regularized_gram(wide, eps_squared, group)
     rate = reference.half_logdet(matrix).to(dtype)
     if not diagnostics:
         return rate
     of_images = group is None and logits.shape[-2] < logits.shape[-1]
-    smaller, _ = reference.regularised_gram(wide.detach(), eps_squared, group, of_images)
+    smaller, _ = reference.regularized_gram(wide.detach(), eps_squared, group, of_images)
     pivots = torch.linalg.cholesky_ex(smaller)[0].diagonal(dim1=-2, dim2=-1) ** 2
     return CodingRate(
         rate,

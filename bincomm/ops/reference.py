@@ -84,20 +84,20 @@ class SumOverRanks(torch.autograd.Function):
         return SumOverRanks.apply(grad, ctx.group), None
 
 
-def regularised_gram(
+def regularized_gram(
     logits: Tensor,
     eps_squared: float = 0.05,
     group: "torch.distributed.ProcessGroup | None" = None,
     of_images: bool = False,
-    normalise: bool = True,
+    normalize: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`I + α zᵀz` with `z = a/‖a‖` row by row and `α = K/(N·ε²)`, and N: sums over the ranks of a group.
 
-    `of_images` gives `I + α zzᵀ`, which has the same determinant; without `normalise`, z is a itself.
+    `of_images` gives `I + α zzᵀ`, which has the same determinant; without `normalize`, z is a itself.
     """
     n, bits = logits.shape[-2:]
     with torch.autocast(logits.device.type, enabled=False):
-        z = F.normalize(widen(logits), dim=-1, eps=NORM_EPS) if normalise else widen(logits)
+        z = F.normalize(widen(logits), dim=-1, eps=NORM_EPS) if normalize else widen(logits)
         gram = z @ z.mT if of_images else z.mT @ z
         images = torch.full((), n, dtype=gram.dtype, device=gram.device)
         if group is not None:
@@ -110,7 +110,7 @@ def coding_rate(
     logits: Tensor, eps_squared: float = 0.05, group: "torch.distributed.ProcessGroup | None" = None
 ) -> Tensor:
     """`½ logdet(I + α zᵀz)`: (..., n, K) -> (...,), nats."""
-    return half_logdet(regularised_gram(logits, eps_squared, group)[0])
+    return half_logdet(regularized_gram(logits, eps_squared, group)[0])
 
 
 def half_logdet(matrix: Tensor) -> Tensor:

@@ -379,7 +379,7 @@ def test_meaning_computed_by_hand():
     found = keeps_meaning(seen, factors, unseen, factors)
     assert found.strength.item() == pytest.approx((1 / 16 + 1 / 16) / 3 / (1 / 4))
     assert found.strength_chance.item() == pytest.approx(2 / 11)
-    # Centred (1/4, -1/4, 0) and (1/2, 0, -1/2): 1/8 over √(1/8 · 1/2)
+    # Centered (1/4, -1/4, 0) and (1/2, 0, -1/2): 1/8 over √(1/8 · 1/2)
     assert found.correlation.item() == pytest.approx(0.5)
     assert found.agreement.item() == pytest.approx((4 + 2 + 4) / 12)
     assert found.agreement_chance.item() == pytest.approx(6 / 12)

@@ -48,7 +48,7 @@ def photos(tmp_path_factory):
 
 
 def network(source, bits, seed=0):
-    """A network whose bits are 1 in half of the images: nothing learnt, but pixels tell digits apart."""
+    """A network whose bits are 1 in half of the images: nothing learned, but pixels tell digits apart."""
     torch.manual_seed(seed)
     config = PretrainConfig(
         data="photos",
@@ -57,7 +57,7 @@ def network(source, bits, seed=0):
         eval_crop=1.0,
         flip=0.0,
         blur=(0.0, 0.0, 0.0),
-        solarise=0.0,
+        solarize=0.0,
         batch_size=64,
         bits=bits,
         threads=1,
@@ -213,8 +213,8 @@ def test_another_checkpoint_is_compared(seen):
     assert found["from_other"]["probe"] == pytest.approx(predicted.probe.tolist())
     assert found["from_other"]["correlation"] == predicted.correlation.tolist()
     assert len(found["from_this"]["probe"]) == 24
-    overlap, chance = statistics.neighbour_overlap(logits > 0, theirs)
-    assert found["neighbours"] == {"k": 10, "overlap": overlap, "chance": chance}
+    overlap, chance = statistics.neighbor_overlap(logits > 0, theirs)
+    assert found["neighbors"] == {"k": 10, "overlap": overlap, "chance": chance}
     assert overlap > 2 * chance  # both see the pixels
 
 

@@ -21,10 +21,10 @@ from bincomm.codes.search import (  # noqa: E402
     CAPTION,
     COLUMNS,
     GAP,
-    GREY,
+    GRAY,
     MOST,
     TILE,
-    Neighbour,
+    Neighbor,
     build_index,
     contact_sheet,
     nearest,
@@ -125,13 +125,13 @@ def test_an_image_is_nearest_to_itself(encoded, source):
     codes, _ = read_codes(folder)
     every = hamming_distance(to_messages(codes), to_messages(codes))
     assert every[asked].float().mean() > model.config.bits / 4
-    for number, neighbours in zip(asked, found, strict=True):
-        assert len(neighbours) == 20
+    for number, neighbors in zip(asked, found, strict=True):
+        assert len(neighbors) == 20
         path, label = source.images.name(number), source.classes[source.labels[number]]
-        assert Neighbour(path, label, 0) in neighbours
+        assert Neighbor(path, label, 0) in neighbors
         expected, rows = every[number].sort(stable=True)
-        assert [one.distance for one in neighbours] == expected[:20].tolist()
-        assert [(one.path, one.label) for one in neighbours] == read_rows(open_parts(folder), rows[:20])
+        assert [one.distance for one in neighbors] == expected[:20].tolist()
+        assert [(one.path, one.label) for one in neighbors] == read_rows(open_parts(folder), rows[:20])
     assert len(nearest(model, folder, [source.images.name(0)], 1000)[0]) == len(source.images)
     assert nearest(model, folder, []) == []
 
@@ -244,7 +244,7 @@ def test_the_sheet_shows_images_of_shards_and_none_that_are_gone(source, tmp_pat
     Image.new("I;16", (40, 20), 40000).save(wide)
     (tmp_path / "text.png").write_text("no image")
     paths = [shards.name(0), f"{shard}/none.png", str(wide), str(tmp_path / "text.png"), f"/{'x' * 300}.png"]
-    sheet = contact_sheet(shards.name(2), [Neighbour(path, None, 3) for path in paths])
+    sheet = contact_sheet(shards.name(2), [Neighbor(path, None, 3) for path in paths])
     for number, image in ((0, 2), (1, 0)):
         picture = Image.open(io.BytesIO(shards.read(image).tobytes())).convert("RGB")
         expected = np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC))
@@ -253,7 +253,7 @@ def test_the_sheet_shows_images_of_shards_and_none_that_are_gone(source, tmp_pat
     assert (picture_of(sheet, 3)[0] == 255).all()  # as wide as it was, on white
     for number in (2, 4, 5):
         tile = picture_of(sheet, number)
-        assert (tile[0, 0] == GREY).all()
+        assert (tile[0, 0] == GRAY).all()
         assert (tile < 100).any()
 
 
@@ -263,9 +263,9 @@ def test_the_sheet_copes_with_what_is_extreme(tmp_path):
         tile = picture_of(contact_sheet(tmp_path / "line.png", []), 0)
         assert (tile == (200, 0, 0)).all(-1).sum() == TILE
     started = time.perf_counter()
-    contact_sheet(tmp_path / "line.png", [Neighbour(f"/{'x' * 4000}.png", None, 3)])
+    contact_sheet(tmp_path / "line.png", [Neighbor(f"/{'x' * 4000}.png", None, 3)])
     assert time.perf_counter() - started < 5
-    many = [Neighbour("gone.png", None, 3)] * 10000
+    many = [Neighbor("gone.png", None, 3)] * 10000
     assert contact_sheet(tmp_path / "line.png", many).height == MOST // COLUMNS * (TILE + CAPTION + GAP) + GAP
 
 
@@ -279,7 +279,7 @@ def test_names_of_any_bytes_are_found(encoded, source, tmp_path):
     assert (os.fsencode(found.path), found.distance) == (name, 0)
     sheet = contact_sheet(os.fsdecode(name), [found])
     assert (picture_of(sheet, 0) == picture_of(sheet, 1)).all()
-    assert (picture_of(sheet, 1)[0, 0] != GREY).any()
+    assert (picture_of(sheet, 1)[0, 0] != GRAY).any()
 
 
 def test_what_is_wrong_is_named(encoded, source, tmp_path):

@@ -27,7 +27,7 @@ from bincomm.codes.statistics import (  # noqa: E402
     distance_histograms,
     duplicate_bits,
     mutual_information,
-    neighbour_overlap,
+    neighbor_overlap,
     precision_by_bits,
     predicted_from,
     separation,
@@ -321,7 +321,7 @@ def test_the_same_code_in_another_order_and_inverted_is_the_same():
     assert found.correlation.tolist() == [1] * 32
     assert found.probe.min() > 0.999
     assert found.chance < 0.2
-    assert neighbour_overlap(bits, other).overlap == pytest.approx(1)
+    assert neighbor_overlap(bits, other).overlap == pytest.approx(1)
 
 
 def test_independent_codes_are_at_chance():
@@ -329,7 +329,7 @@ def test_independent_codes_are_at_chance():
     found = predicted_from(a, b)
     assert abs(found.correlation.mean() - found.chance) < 0.01
     assert abs(found.probe.mean()) < 0.02
-    near = neighbour_overlap(a, b)
+    near = neighbor_overlap(a, b)
     assert abs(near.overlap - near.chance) < 0.004
     assert 0.005 < near.chance < 0.02
 
@@ -342,7 +342,7 @@ def test_a_bit_spread_over_the_other_code_is_found_by_the_probe_alone():
     assert found.probe[0] > 0.9
 
 
-def test_neighbours_in_common_without_ties():
+def test_neighbors_in_common_without_ties():
     # Prefixes of ones: the distance between two images is that between their numbers, scaled to have no ties.
     places = torch.tensor([0, 1, 3, 7, 15, 31, 63])
     bits = torch.arange(63) < places[:, None]
@@ -354,16 +354,16 @@ def test_neighbours_in_common_without_ties():
 
     pairs = zip(nearest(bits, 2), nearest(other, 2), strict=True)
     expected = np.mean([len(a & b) / 2 for a, b in pairs])
-    found = neighbour_overlap(bits, other, 2)
+    found = neighbor_overlap(bits, other, 2)
     assert found.overlap == pytest.approx(expected)
     assert found.chance == pytest.approx(4 / 6 / 2)
     for k in (0, 7):
         with pytest.raises(ValueError, match="k:"):
-            neighbour_overlap(bits, other, k)
+            neighbor_overlap(bits, other, k)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_neighbours_in_common_with_ties_and_repeated_images(k):
+def test_neighbors_in_common_with_ties_and_repeated_images(k):
     a, b = code(25, 4), code(25, 5, seed=4)
     a[5:10], b[7:9] = a[0], b[0]
 
@@ -382,7 +382,7 @@ def test_neighbours_in_common_with_ties_and_repeated_images(k):
         norms = np.linalg.norm(mine) * np.linalg.norm(theirs)
         overlaps.append(mine @ theirs / norms)
         chances.append(k * k / 24 / norms)
-    found = neighbour_overlap(a, b, k)
+    found = neighbor_overlap(a, b, k)
     assert found == pytest.approx((np.mean(overlaps), np.mean(chances)))
 
 
@@ -434,5 +434,5 @@ def test_large_codes_do_not_take_long():
     distance_histograms(bits, labels)
     mutual_information(bits, labels)
     predicted_from(bits, bits.flip(1))
-    neighbour_overlap(bits, bits.flip(1))
+    neighbor_overlap(bits, bits.flip(1))
     assert time.perf_counter() - begun < 30  # 2 s on an idle core

@@ -18,7 +18,7 @@ from bincomm.data.multicrop import decode, fn, pipeline_def
 
 Y, X = np.mgrid[0:40, 0:60]
 PICTURE = Image.fromarray(np.stack([4 * X, 6 * Y, 2 * (X + Y)], -1).astype(np.uint8))
-GREY = np.asarray(PICTURE.convert("L"))
+GRAY = np.asarray(PICTURE.convert("L"))
 
 
 def encode(image, kind, **options):
@@ -28,7 +28,7 @@ def encode(image, kind, **options):
 
 
 def png16(pixels):
-    """A PNG of 16 bits a channel, which Pillow writes for grey images alone."""
+    """A PNG of 16 bits a channel, which Pillow writes for gray images alone."""
 
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -57,14 +57,14 @@ def half_transparent():
 
 KINDS = {
     "jpeg": lambda: encode(PICTURE, "JPEG"),
-    "jpeg, grey": lambda: encode(PICTURE.convert("L"), "JPEG"),
+    "jpeg, gray": lambda: encode(PICTURE.convert("L"), "JPEG"),
     "jpeg, CMYK": lambda: encode(PICTURE.convert("CMYK"), "JPEG"),
     "jpeg, progressive": lambda: encode(PICTURE, "JPEG", progressive=True),
     "jpeg, turned by EXIF": turned,
     "jpeg, bytes after its end": lambda: np.concatenate([encode(PICTURE, "JPEG"), np.zeros(99, np.uint8)]),
     "png": lambda: encode(PICTURE, "PNG"),
-    "png, grey": lambda: encode(PICTURE.convert("L"), "PNG"),
-    "png, grey and alpha": lambda: encode(half_transparent().convert("LA"), "PNG"),
+    "png, gray": lambda: encode(PICTURE.convert("L"), "PNG"),
+    "png, gray and alpha": lambda: encode(half_transparent().convert("LA"), "PNG"),
     "png, RGBA": lambda: encode(half_transparent(), "PNG"),
     "png, palette": lambda: encode(PICTURE.convert("P"), "PNG"),
     "png, palette and transparency": lambda: encode(PICTURE.convert("P"), "PNG", transparency=3),
@@ -116,8 +116,8 @@ def test_kinds_come_out_as_in_pillow(kind):
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_become_eight(kind):
-    given, _ = examine(encode(Image.fromarray(GREY.astype(np.uint16) * 257), kind))
-    assert np.abs(decoded(given).astype(int) - GREY[..., None]).max() <= 1
+    given, _ = examine(encode(Image.fromarray(GRAY.astype(np.uint16) * 257), kind))
+    assert np.abs(decoded(given).astype(int) - GRAY[..., None]).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -132,8 +132,8 @@ def test_sixteen_bits_become_eight(kind):
         (KINDS["webp"]()[:-30], "decoder"),
         (KINDS["bmp"]()[:-30], "truncated"),
         (KINDS["tiff"]()[:-30], "truncated"),
-        (encode(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "floating-point"),
-        (encode(Image.fromarray(GREY.astype(np.int32)), "TIFF"), "32-bit"),
+        (encode(Image.fromarray(GRAY.astype(np.float32)), "TIFF"), "floating-point"),
+        (encode(Image.fromarray(GRAY.astype(np.int32)), "TIFF"), "32-bit"),
     ],
 )
 def test_what_cannot_be_used_has_a_reason(data, reason):
@@ -199,7 +199,7 @@ def test_files_that_are_no_files(tmp_path):
 
 
 BIG = PICTURE.resize((240, 160))
-BIG_GREY = BIG.convert("L")
+BIG_GRAY = BIG.convert("L")
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ BIG_GREY = BIG.convert("L")
         (encode(BIG, "JPEG"), BIG),
         (encode(BIG, "PNG"), BIG),
         (encode(BIG.convert("CMYK"), "JPEG"), BIG),
-        (encode(Image.fromarray(np.asarray(BIG_GREY).astype(np.uint16) * 257), "PNG"), BIG_GREY),
+        (encode(Image.fromarray(np.asarray(BIG_GRAY).astype(np.uint16) * 257), "PNG"), BIG_GRAY),
     ],
     ids=["jpeg", "png", "CMYK", "16 bits"],
 )

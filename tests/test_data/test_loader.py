@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 MEAN, STD = (255 * np.array(values, np.float32) for values in (Crops.mean, Crops.std))
 CROPS = Crops(global_size=24, local_crops=2, local_size=16)
 STILL = Crops(
-    global_size=8, global_scale=(1, 1), local_crops=0, flip=0, jitter_p=0, grey=0, blur=(0, 0, 0), solarise=0
+    global_size=8, global_scale=(1, 1), local_crops=0, flip=0, jitter_p=0, gray=0, blur=(0, 0, 0), solarize=0
 )
 
 
@@ -214,7 +214,7 @@ def test_a_mix_takes_its_shares(tmp_path):
     assert sorted(i for epoch in epochs for i in epoch if i < 12) == list(range(12))
 
 
-SPOILT = {
+SPOILED = {
     "empty": (lambda path: path.write_bytes(b""), "empty"),
     "text": (lambda path: path.write_bytes(b"no image, but some text"), "not an image"),
     "cut": (lambda path: path.write_bytes(path.read_bytes()[:60]), "truncated"),
@@ -226,9 +226,9 @@ SPOILT = {
 }  # the last one looks whole from outside: DALI alone finds out, and its pipeline dies of it
 
 
-@pytest.mark.parametrize("kind", SPOILT)
-def test_a_spoilt_image_is_left_out_and_named(images, tmp_path, kind):
-    spoil, reason = SPOILT[kind]
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_spoiled_image_is_left_out_and_named(images, tmp_path, kind):
+    spoil, reason = SPOILED[kind]
     expected = [numbers(globals_) for globals_, _ in take(loader(images, STILL), 20)]  # four epochs
     spoil(tmp_path / "07.png")
     batches = loader(images, STILL, max_unusable=0.05)
@@ -243,9 +243,9 @@ def test_a_spoilt_image_is_left_out_and_named(images, tmp_path, kind):
     assert evaluated(images, size=8, batch_size=8)[0] == [i for i in range(23) if i != 7]
 
 
-@pytest.mark.parametrize("kind", SPOILT)
-def test_spoilt_images_above_the_limit_end_the_run(images, tmp_path, kind):
-    SPOILT[kind][0](tmp_path / "07.png")
+@pytest.mark.parametrize("kind", SPOILED)
+def test_spoiled_images_above_the_limit_end_the_run(images, tmp_path, kind):
+    SPOILED[kind][0](tmp_path / "07.png")
     with pytest.raises(
         TooManyUnusableError, match=r"1 of 23 images .*max_unusable = 0\.01 .*\n  .*07\.png: "
     ):
@@ -262,9 +262,9 @@ def test_spoilt_images_above_the_limit_end_the_run(images, tmp_path, kind):
         assert equal(second.next(), whole.next())
 
 
-def test_resumed_among_spoilt_images(images, tmp_path):
+def test_resumed_among_spoiled_images(images, tmp_path):
     """What was found is in the state, what was not yet found is found again."""
-    for number, (spoil, _) in enumerate(SPOILT.values()):
+    for number, (spoil, _) in enumerate(SPOILED.values()):
         spoil(tmp_path / f"{4 * number:02}.png")
     whole = loader(images, max_unusable=1.0)
     for done in range(12):
@@ -276,7 +276,7 @@ def test_resumed_among_spoilt_images(images, tmp_path):
         batch = whole.next()
         assert equal(second.next(), batch), done
         assert equal(third.next(), batch), done
-    assert len(whole.unusable) == len(SPOILT)
+    assert len(whole.unusable) == len(SPOILED)
 
 
 def test_a_file_deleted_meanwhile(images, tmp_path):
@@ -338,21 +338,21 @@ def test_on_a_gpu_the_outputs_come_on_the_current_stream(monkeypatch):
 
 
 def test_kinds_of_images(tmp_path):
-    """Grey, RGBA, palette and EXIF-turned files come out as RGB, none of them turned."""
+    """Gray, RGBA, palette and EXIF-turned files come out as RGB, none of them turned."""
     rng = np.random.default_rng(0)
-    colour = Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8))
+    color = Image.fromarray(rng.integers(0, 255, (20, 30, 3), dtype=np.uint8))
     files = {}
     for name, image in {
-        "grey.png": colour.convert("L"),
-        "rgba.png": colour.convert("RGBA"),
-        "palette.png": colour.convert("P"),
-        "grey.jpg": colour.convert("L"),
+        "gray.png": color.convert("L"),
+        "rgba.png": color.convert("RGBA"),
+        "palette.png": color.convert("P"),
+        "gray.jpg": color.convert("L"),
     }.items():
         image.save(tmp_path / name)
         files[name] = str(tmp_path / name)
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90 degrees"
-    colour.save(tmp_path / "turned.jpg", exif=exif, quality=100)
+    color.save(tmp_path / "turned.jpg", exif=exif, quality=100)
     files["turned.jpg"] = str(tmp_path / "turned.jpg")
     _, crops = evaluated(list(files.values()), size=20, crop_ratio=1.0, batch_size=2)
     found = dict(zip(files, crops, strict=True))

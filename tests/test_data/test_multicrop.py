@@ -14,12 +14,12 @@ from bincomm.data import multicrop
 from bincomm.data.crops import Crops
 
 SIZE = 64
-PLAIN = {"flip": 0.0, "jitter_p": 0.0, "grey": 0.0, "blur": (0.0, 0.0, 0.0), "solarise": 0.0}
+PLAIN = {"flip": 0.0, "jitter_p": 0.0, "gray": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": 0.0}
 
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
-    """A smooth coloured picture with edges, as PNG (so that no decoder plays a part)."""
+    """A smooth colored picture with edges, as PNG (so that no decoder plays a part)."""
     y, x = np.mgrid[0:150, 0:200] / 30
     channels = [np.sin(x + 0.5 * y), np.cos(1.3 * x - y), np.sin(x * y / 3)]
     pixels = np.stack([127 + 100 * c for c in channels], -1)
@@ -39,7 +39,7 @@ def run(path, crops, window, numbers):
     return [255 * (view.transpose(1, 2, 0) * crops.std + crops.mean) for view in views]
 
 
-def test_colours_are_normalised_as_asked(picture):
+def test_colors_are_normalized_as_asked(picture):
     """Twice the deviation and another mean, of the same pixels."""
     window, numbers = [(0, 0, 100, 100)] * 2, np.tile([1, 1, 1, 0, 0, 1, 0], (2, 1))
     options = {"global_size": SIZE, "local_crops": 0, **PLAIN}
@@ -95,8 +95,8 @@ def test_crop_and_resize(picture, window, flip):
         ({"jitter_p": 1.0}, {"CONTRAST": 1.4}, lambda im: tv.adjust_contrast(im, 1.4), 1),
         ({"jitter_p": 1.0}, {"SATURATION": 0.8}, lambda im: tv.adjust_saturation(im, 0.8), 1),
         ({"jitter_p": 1.0}, {"SATURATION": 1.2}, lambda im: tv.adjust_saturation(im, 1.2), 1),
-        ({"grey": 1.0}, {"SATURATION": 0.0}, lambda im: tv.to_grayscale(im, 3), 1),
-        ({"solarise": 1.0}, {"SOLARISE": 1}, lambda im: tv.solarize(im, 128), 0.6),
+        ({"gray": 1.0}, {"SATURATION": 0.0}, lambda im: tv.to_grayscale(im, 3), 1),
+        ({"solarize": 1.0}, {"SOLARIZE": 1}, lambda im: tv.solarize(im, 128), 0.6),
         (
             {"blur": (1, 1, 1)},
             {"BLUR": 1, "SIGMA": 1.2},
@@ -109,7 +109,7 @@ def test_crop_and_resize(picture, window, flip):
             lambda im: im.filter(ImageFilter.GaussianBlur(1.9)),
             1,
         ),
-        # The hue turns in YIQ rather than HSV: alike for small turns of pale colours, not the same.
+        # The hue turns in YIQ rather than HSV: alike for small turns of pale colors, not the same.
         ({"jitter_p": 1.0}, {"HUE": 36}, lambda im: tv.adjust_hue(im, 0.1), 25),
     ],
 )
@@ -184,7 +184,7 @@ def largest_gap(a, b):
 
 
 @pytest.mark.parametrize("shape", [(20, 200), (200, 20)])
-def test_windows_that_never_fit_fall_back_to_the_centre(shape):
+def test_windows_that_never_fit_fall_back_to_the_center(shape):
     uniforms = np.full((1, 2, multicrop.DRAWS), 0.5, np.float32)
     crops = Crops(local_crops=0, global_scale=(1, 1), flip=0)
     y, x, y_end, x_end = multicrop.windows(crops, np.array([shape]), uniforms)[0, 0]
@@ -193,7 +193,7 @@ def test_windows_that_never_fit_fall_back_to_the_centre(shape):
 
 
 def test_how_often_things_happen():
-    crops = Crops(flip=0.5, jitter_p=0.8, grey=0.2, blur=(1.0, 0.1, 0.5), solarise=0.2)
+    crops = Crops(flip=0.5, jitter_p=0.8, gray=0.2, blur=(1.0, 0.1, 0.5), solarize=0.2)
     drawn = multicrop.draw(
         crops,
         np.full((4000, 2), 50),
@@ -207,4 +207,4 @@ def test_how_often_things_happen():
         factors = drawn[:, view, multicrop.CONTRAST]
         assert (factors.min(), factors.max()) == pytest.approx((0.6, 1.4), abs=0.01)
     assert [share(multicrop.BLUR, view) for view in (0, 1, 5)] == pytest.approx([1.0, 0.1, 0.5], abs=0.03)
-    assert [share(multicrop.SOLARISE, view) for view in (0, 1, 5)] == pytest.approx([0.0, 0.2, 0.0], abs=0.03)
+    assert [share(multicrop.SOLARIZE, view) for view in (0, 1, 5)] == pytest.approx([0.0, 0.2, 0.0], abs=0.03)

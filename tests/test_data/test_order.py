@@ -17,7 +17,7 @@ def test_every_image_once_an_epoch():
 
 
 def test_an_epoch_is_mixed_through_and_through():
-    """Neighbours in the source are no nearer in the epoch than any others."""
+    """Neighbors in the source are no nearer in the epoch than any others."""
     places = np.argsort(Order([10_000], None, seed=0).epoch(0))
     gaps = np.abs(np.diff(places))
     assert gaps.mean() == pytest.approx(10_000 / 3, rel=0.03)

@@ -42,7 +42,7 @@ def test_flat_folder_has_no_labels(tmp_path):
     assert evaluation_sources(str(tmp_path), source) is None
 
 
-def test_nested_folder_is_labelled_by_its_first_level(tmp_path):
+def test_nested_folder_is_labeled_by_its_first_level(tmp_path):
     source = open_source(make(tmp_path, "dog/x/2.png", "cat/1.png", "dog/1.png", ".git/3.png"))
     assert names(source, tmp_path) == ["cat/1.png", "dog/1.png", "dog/x/2.png"]
     assert source.classes == ["cat", "dog"]

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 timm = pytest.importorskip("timm", reason="training needs the packages of bincomm[train]")
 
-from bincomm.engine.optimiser import create_optimiser  # noqa: E402
+from bincomm.engine.optimizer import create_optimizer  # noqa: E402
 from bincomm.engine.step import Guard, Step  # noqa: E402
 from bincomm.networks import (  # noqa: E402
     Head,
@@ -32,12 +32,12 @@ def create(model=VIT, objective=None, drop_path=0.0, precision="fp32", clip=0.5,
     )
     student = Network(backbone, Head(feature_width(backbone, [16]), 32, 12, 0.1))
     teacher = create_teacher(student, create_backbone(name, 16, **arguments)[0])
-    optimiser = create_optimiser(student)
+    optimizer = create_optimizer(student)
     return Step(
         student,
         teacher,
         objective or DiscreteCommunication(),
-        optimiser,
+        optimizer,
         clip=clip,
         precision=precision,
         **options,
@@ -128,7 +128,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_teacher(model, make):
 
     def standing():
         buffers = [*step.objective.buffers(), *step.teacher.buffers()]
-        moments = [m for value in step.optimiser.state.values() for m in value.values()]  # and steps
+        moments = [m for value in step.optimizer.state.values() for m in value.values()]  # and steps
         return [x.clone() for x in (*step.student.state_dict().values(), *buffers, *moments)]
 
     before = standing()
@@ -228,4 +228,4 @@ def test_the_parts_of_a_step_are_marked():
     marks = []
     step.mark = marks.append
     step(*next(batches(1)), **RATES)
-    assert marks == ["teacher", "student", "loss", "backward", "clip", "optimiser", "average"]
+    assert marks == ["teacher", "student", "loss", "backward", "clip", "optimizer", "average"]

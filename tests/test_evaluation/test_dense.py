@@ -25,11 +25,11 @@ from bincomm.models import create_networks  # noqa: E402
 from bincomm.pretrain import export_backbone  # noqa: E402
 
 # Of classes 2, 9 and 254, and of what is not annotated.
-COLOURS = {2: (230, 20, 20), 9: (20, 230, 20), 254: (20, 20, 230), 255: (120, 120, 120)}
+COLORS = {2: (230, 20, 20), 9: (20, 230, 20), 254: (20, 20, 230), 255: (120, 120, 120)}
 
 
-class Colours(nn.Module):
-    """The mean colour of every patch, as a conv net's map."""
+class Colors(nn.Module):
+    """The mean color of every patch, as a conv net's map."""
 
     feature_info = ({"reduction": 8},)
 
@@ -38,7 +38,7 @@ class Colours(nn.Module):
 
 
 def pretrained(backbone=None):
-    return Pretrained("test", backbone or Colours(), None, PretrainConfig(), torch.device("cpu"))
+    return Pretrained("test", backbone or Colors(), None, PretrainConfig(), torch.device("cpu"))
 
 
 # Patch features
@@ -101,14 +101,14 @@ def test_backbones_without_patches_are_refused():
     fixed = timm.create_model("test_vit_relpos", num_classes=0).eval()
     with pytest.raises(ValueError, match="backbone: .* cannot take images of 64×64 pixels: Input"):
         patch_features(fixed, images)
-    pooled = Colours()
+    pooled = Colors()
     for features, got in (
         (torch.zeros(1, 9), "\\(1, 9\\)"),
         (torch.zeros(1, 7, 9), "\\(1, 7, 9\\)"),
         ([0], "list"),
     ):
         pooled.forward_features = lambda images, features=features: features
-        with pytest.raises(ValueError, match=f"backbone: .*Colours.* 8×8 patches, got {got}"):
+        with pytest.raises(ValueError, match=f"backbone: .*Colors.* 8×8 patches, got {got}"):
             patch_features(pooled, images)
     with pytest.raises(ValueError, match="images: .*got \\(3, 64, 64\\)"):
         patch_features(vit(), images[0])
@@ -156,14 +156,14 @@ def stripes(seed, shape=(64, 96), kinds=(2, 9, 254)):
 
 
 def write(folder, **halves):
-    """A folder of masks by half, and of images whose colours tell the classes."""
+    """A folder of masks by half, and of images whose colors tell the classes."""
     for half, masks in halves.items():
         for kind in ("images", "masks"):
             (folder / half / kind).mkdir(parents=True)
         for number, mask in enumerate(masks):
             image = np.zeros((*mask.shape, 3), np.uint8)
-            for label, colour in COLOURS.items():
-                image[mask == label] = colour
+            for label, color in COLORS.items():
+                image[mask == label] = color
             Image.fromarray(image).save(folder / half / "images" / f"{number}.png")
             Image.fromarray(mask).save(folder / half / "masks" / f"{number}.png")
     return folder
@@ -230,7 +230,7 @@ def test_memory_is_bounded_and_drawn_alike(tmp_path, monkeypatch):
         assert len(kept.features) == len(kept.images.unique()) == memory
 
 
-# Of 107 rows the middle one's centre lies between two of 32 patches.
+# Of 107 rows the middle one's center lies between two of 32 patches.
 @pytest.mark.parametrize("height, width, grid", [(23, 31, (4, 5)), (107, 6, (32, 2))])
 def test_every_patch_has_its_pixels(height, width, grid):
     rng = np.random.default_rng(0)
@@ -253,7 +253,7 @@ def test_near_patches_vote_by_their_cosine(monkeypatch):
     angles = torch.tensor([0.0, 0.1, 0.3, 3.0])
     features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([1.0, 5.0, 2.0, 1.0])[:, None]
     shares = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.5, 0.25], [0.0, 1.0]])
-    monkeypatch.setattr(dense, "NEIGHBOURS", 3)
+    monkeypatch.setattr(dense, "NEIGHBORS", 3)
     found = dense._nearest(memory_of(features, shares))(torch.tensor([[[3.0, 0.0]]]))
     weights = (torch.tensor([0.0, 0.1, 0.3]).cos() / 0.02).softmax(0)
     assert torch.allclose(found[0, 0], weights @ shares[:3], rtol=1e-4)
@@ -299,7 +299,7 @@ def test_the_linear_probe_is_that_of_scikit_learn(monkeypatch):
 
 def test_the_learning_rate_is_chosen_by_images_not_trained_on(monkeypatch):
     fast(monkeypatch)
-    # Noise is learnt the better, and foretold the worse, the larger the rate.
+    # Noise is learned the better, and foretold the worse, the larger the rate.
     features, labels = torch.randn(400, 64), torch.randint(4, (400,))
     _, rate = dense._linear(memory_of(features, F.one_hot(labels).float(), torch.arange(400) // 10))
     assert rate == dense.LEARNING_RATES[0]
@@ -318,7 +318,7 @@ def test_images_are_resized_to_whole_patches(tmp_path, monkeypatch):
     fast(monkeypatch, 5)
     seen = []
 
-    class Watched(Colours):
+    class Watched(Colors):
         def forward_features(self, images):
             seen.append(images)
             return super().forward_features(images)
@@ -335,7 +335,7 @@ def test_images_are_resized_to_whole_patches(tmp_path, monkeypatch):
     found = evaluate_segmentation(pretrained(Watched()), str(tmp_path), size=128)
     assert [tuple(images.shape[1:]) for images in seen] == [(3, 128, 192), (3, 168, 128)] * 2
     assert found["knn"]["miou"] > 0.9
-    first = torch.tensor(COLOURS[int(masks[1][0, 0])]) / 255
+    first = torch.tensor(COLORS[int(masks[1][0, 0])]) / 255
     expected = (first - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(seen[1][0, :, 0, 0], expected, atol=1e-3)
 
@@ -361,7 +361,7 @@ def test_features_that_are_not_finite_are_refused(broken, tmp_path, monkeypatch)
     write(tmp_path, train=[mask, mask], val=[mask])
     seen = []
 
-    class Broken(Colours):
+    class Broken(Colors):
         def forward_features(self, images):
             seen.append(images)
             return super().forward_features(images) / (len(seen) != 2 + broken[0])
@@ -375,7 +375,7 @@ def test_a_vit_of_timm_is_evaluated(tmp_path, monkeypatch):
     write(tmp_path, train=[stripes(i) for i in range(3)], val=[stripes(4)])
     found = evaluate_segmentation(pretrained(vit()), tmp_path, size=128)
     for protocol in ("knn", "linear"):
-        assert 0.4 < found[protocol]["miou"] <= 1.0  # untrained; the colours tell
+        assert 0.4 < found[protocol]["miou"] <= 1.0  # untrained; the colors tell
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

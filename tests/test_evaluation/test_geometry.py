@@ -10,8 +10,8 @@ from bincomm.evaluation.geometry import effective_dimensions
 def features_of(spectrum, images=40):
     """Features whose covariance has this spectrum exactly, in random directions, about a mean far from 0."""
     spectrum = torch.tensor(spectrum, dtype=torch.float64)
-    centred = torch.randn(images, len(spectrum), dtype=torch.float64)
-    axes = torch.linalg.qr(centred - centred.mean(0)).Q  # orthonormal columns of mean 0
+    centered = torch.randn(images, len(spectrum), dtype=torch.float64)
+    axes = torch.linalg.qr(centered - centered.mean(0)).Q  # orthonormal columns of mean 0
     rotation = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), dtype=torch.float64)).Q
     return axes * spectrum.sqrt() @ rotation + 10 * torch.randn(len(spectrum))
 

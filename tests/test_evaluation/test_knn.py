@@ -29,7 +29,7 @@ def test_agrees_with_scikit_learn(monkeypatch):
     expected = [votes.set_params(n_neighbors=k).score(queries, z) for k in (20, 1, 200, 1200)]
     assert len(set(expected)) == 4
     assert expected[0] > 0.8
-    found = knn_accuracies(gallery, y, queries, z, neighbours=(20, 1, 200, 5000))  # of 1200 there are
+    found = knn_accuracies(gallery, y, queries, z, neighbors=(20, 1, 200, 5000))  # of 1200 there are
     assert found == pytest.approx(expected, abs=1e-9)
     assert knn_accuracy(gallery, y, queries, z) == found[0]
     assert knn_accuracy(gallery * 1e-30, y, queries * 1e-25, z) == found[0]
@@ -38,7 +38,7 @@ def test_agrees_with_scikit_learn(monkeypatch):
 def test_each_of_several_k_has_its_own_ties():
     images, labels = load_digits(return_X_y=True)
     parts_of_codes = parts(codes_of(images, 12), labels)
-    found = knn_accuracies(*parts_of_codes, neighbours=(5, 50, 500))
+    found = knn_accuracies(*parts_of_codes, neighbors=(5, 50, 500))
     assert found == [knn_accuracy(*parts_of_codes, k=k) for k in (5, 50, 500)]
     assert len(set(found)) == 3
 

@@ -56,12 +56,12 @@ def test_steps_are_those_of_torch():
     for rate, weights in zip(rates, found, strict=True):
         model = torch.nn.Linear(32, 10, bias=False)
         torch.nn.init.zeros_(model.weight)
-        optimiser = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         for _ in range(epochs):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             torch.nn.functional.cross_entropy(model(x), y).backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         torch.testing.assert_close(weights, model.weight.detach(), rtol=1e-4, atol=1e-5)
 

@@ -166,9 +166,9 @@ def test_figures_are_those_of_independent_implementations(measured):
         votes = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
         assert found["knn"][str(k)] == pytest.approx(votes.fit(x, y).score(u, v), abs=1e-9)
     # The best penalty by the queries themselves: an upper reference.
-    centred = [(side - x.mean(0)) / x.std() for side in (x, u)]
+    centered = [(side - x.mean(0)) / x.std() for side in (x, u)]
     scores = [
-        LogisticRegression(C=c, max_iter=3000).fit(centred[0], y).score(centred[1], v) for c in (0.1, 1, 10)
+        LogisticRegression(C=c, max_iter=3000).fit(centered[0], y).score(centered[1], v) for c in (0.1, 1, 10)
     ]
     assert found["linear"]["accuracy"] == pytest.approx(max(scores), abs=0.012)  # four of 360 images
     similarity = [a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x.astype(float), u.astype(float))]
@@ -367,23 +367,23 @@ def test_what_was_measured_is_told_though_what_follows_fails(run, tmp_path, caps
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--davis=unlabelled", "--protocols=knn"], "protocols: they measure on --data, got none"),
+        (["--davis=unlabeled", "--protocols=knn"], "protocols: they measure on --data, got none"),
         (["--output=nowhere/found.json"], "output: expected a file in a folder that exists"),
-        (["--output=unlabelled"], "output: expected a file in a folder that exists"),
+        (["--output=unlabeled"], "output: expected a file in a folder that exists"),
         (["--protocols=knn, mpa"], "protocols: there is none named 'mpa'"),
         (["--davis=nowhere"], "davis: expected a folder, got nowhere"),
         (["--segmentation=nowhere"], "segmentation: expected a folder, got nowhere"),
-        (["--davis=unlabelled"], "unlabelled/ImageSets/2017/val.txt: cannot be read"),
+        (["--davis=unlabeled"], "unlabeled/ImageSets/2017/val.txt: cannot be read"),
         (["--data=two"], "data: expected folders train and val, or five images of a class at least"),
         (["--backbone=resnet18"], "backbone: expected resnetv2_18, as "),
-        (["--data=unlabelled"], "data: expected images with labels"),
+        (["--data=unlabeled"], "data: expected images with labels"),
         (["--data=nowhere"], "data: 'nowhere' does not exist"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(run, tmp_path, capsys, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "unlabelled").mkdir()
-    Image.new("RGB", (20, 20)).save(tmp_path / "unlabelled" / "1.png")
+    (tmp_path / "unlabeled").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "unlabeled" / "1.png")
     for name in "ab":
         (tmp_path / "two" / name).mkdir(parents=True)
         Image.new("RGB", (20, 20)).save(tmp_path / "two" / name / "1.png")

@@ -25,11 +25,11 @@ from bincomm.models import create_networks
 from bincomm.pretrain import export_backbone
 
 STRIDE = 16
-COLOURS = np.array([[40, 40, 40], [230, 20, 20], [20, 20, 230], [20, 230, 20]], np.uint8)  # by object
+COLORS = np.array([[40, 40, 40], [230, 20, 20], [20, 20, 230], [20, 230, 20]], np.uint8)  # by object
 
 
-class Colours(nn.Module):
-    """The mean colour of every patch, as a conv net's map."""
+class Colors(nn.Module):
+    """The mean color of every patch, as a conv net's map."""
 
     feature_info = ({"reduction": STRIDE},)
 
@@ -38,7 +38,7 @@ class Colours(nn.Module):
 
 
 def pretrained(backbone=None):
-    return Pretrained("test", backbone or Colours(), None, PretrainConfig(), torch.device("cpu"))
+    return Pretrained("test", backbone or Colors(), None, PretrainConfig(), torch.device("cpu"))
 
 
 def square(shape, row, column, side, value=1):
@@ -49,7 +49,7 @@ def square(shape, row, column, side, value=1):
 
 
 def codes(masks, stride=STRIDE):
-    """Ideal features: a one-hot code of the object at the centre of every patch."""
+    """Ideal features: a one-hot code of the object at the center of every patch."""
     for mask in masks:
         patches = torch.from_numpy(mask[stride // 2 :: stride, stride // 2 :: stride]).long()
         yield F.one_hot(patches, 4).float()
@@ -167,8 +167,8 @@ def test_an_object_that_disappears_is_gone():
 def test_looks_twelve_patches_far(step, followed):
     masks = [square((480, 480), 16 * y, 16 * x, 16) for y, x in ((2, 2), (2 + step[0], 2 + step[1]))]
     (found,) = propagate(codes(masks), masks[0])
-    centre = found[16 * (2 + step[0]) + 8, 16 * (2 + step[1]) + 8]
-    assert bool(centre) == followed
+    center = found[16 * (2 + step[0]) + 8, 16 * (2 + step[1]) + 8]
+    assert bool(center) == followed
     assert followed or not found.any()
 
 
@@ -183,7 +183,7 @@ def test_first_labels_are_those_of_the_nearest_pixels(width, stride):
     assert (labels.argmax(-1).numpy() == np.array(expected)).all()
 
 
-def test_of_two_pixels_beside_a_centre_the_later_gives_the_first_label():
+def test_of_two_pixels_beside_a_center_the_later_gives_the_first_label():
     for width, patches in ((848, 52), (736, 44), (36, 3)):
         places = [math.floor(Fraction((2 * patch + 1) * width, 2 * patches)) for patch in range(patches)]
         mask = torch.arange(width)[None]
@@ -241,7 +241,7 @@ def test_the_size_of_tiles_makes_no_difference(monkeypatch):
         assert (found[1] != found[2]).float().mean() < 1e-4
 
 
-def test_only_neighbourhoods_are_compared(monkeypatch):
+def test_only_neighborhoods_are_compared(monkeypatch):
     class Largest(TorchDispatchMode):
         numbers = 0
 
@@ -321,9 +321,9 @@ def write_davis(folder, sequences):
         for place in places:
             place.mkdir(parents=True)
         for number, (seen, annotated) in enumerate(frames):
-            Image.fromarray(COLOURS[seen]).save(places[0] / f"{number:05}.jpg", quality=95, subsampling=0)
+            Image.fromarray(COLORS[seen]).save(places[0] / f"{number:05}.jpg", quality=95, subsampling=0)
             mask = Image.fromarray(annotated)
-            # Of 256 colours, as DAVIS has it: with fewer, Pillow would write fewer bits.
+            # Of 256 colors, as DAVIS has it: with fewer, Pillow would write fewer bits.
             mask.putpalette(np.random.default_rng(0).integers(256, size=768).tolist())
             assert mask.mode == "P"
             mask.save(places[1] / f"{number:05}.png")
@@ -409,10 +409,10 @@ def test_frames_are_resized_as_by_dino(shape, stride, expected):
     assert video._shown_size(shape, stride) == expected
 
 
-def test_colours_are_normalised_and_frames_resized(tmp_path):
+def test_colors_are_normalized_and_frames_resized(tmp_path):
     seen = []
 
-    class Watched(Colours):
+    class Watched(Colors):
         def forward_features(self, images):
             seen.append(images)
             return super().forward_features(images)
@@ -431,7 +431,7 @@ def test_a_vit_of_timm_is_evaluated(tmp_path, monkeypatch):
     write_davis(tmp_path, {"a": list(zip(masks, masks, strict=True))})
     backbone = timm.create_model("test_vit", num_classes=0, dynamic_img_size=True).eval()
     found = evaluate_davis(pretrained(backbone), str(tmp_path))
-    assert found["j"] > 0.5  # untrained; the colours tell
+    assert found["j"] > 0.5  # untrained; the colors tell
     assert 0 < found["f"] <= 1
 
 

@@ -7,7 +7,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("timm", reason="training needs the packages of bincomm[train]")
 
-from bincomm.engine.optimiser import create_optimiser
+from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.step import Step
 from bincomm.networks import Head, Network, create_backbone, create_teacher, feature_width
 from bincomm.objectives import DINO, DiscreteCommunication, SimDINO
@@ -24,7 +24,7 @@ def create(objective=None, precision="fp32", **options):
     student = student.cuda()
     objective = (objective or DiscreteCommunication()).cuda()
     return Step(
-        student, teacher, objective, create_optimiser(student), clip=1.0, precision=precision, **options
+        student, teacher, objective, create_optimizer(student), clip=1.0, precision=precision, **options
     )
 
 

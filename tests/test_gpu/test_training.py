@@ -36,7 +36,7 @@ def test_batches_are_those_of_the_cpu():
     for _ in range(6):
         for mine, other in zip(*(loader.next() for loader in batches), strict=True):
             assert mine.is_cuda
-            assert (mine.cpu() - other).abs().mean() < 0.05  # in deviations of ImageNet's colours
+            assert (mine.cpu() - other).abs().mean() < 0.05  # in deviations of ImageNet's colors
 
 
 @pytest.mark.parametrize("form", ["--compile=off", "--compile=on", "--cuda_graph=true"])
@@ -45,7 +45,7 @@ def test_a_short_run(tmp_path, form):
     run = ["--output", str(tmp_path / "run"), "--max_steps", "60"]
     result = pretrain(parse([*options, *run])[0])
     assert result["machine"]["device"] == "cuda"
-    assert result["last_metrics"]["loss"] < 0.47  # 0.52 where nothing is learnt
+    assert result["last_metrics"]["loss"] < 0.47  # 0.52 where nothing is learned
 
 
 def photographs(folder, count=40):
@@ -87,7 +87,7 @@ def test_photographs_of_all_kinds(tmp_path, dtype, channels_last):
         for x, y in zip(mine, other, strict=True):
             assert x.dtype == dtype
             assert x.flatten(0, 1).data_ptr() == x.data_ptr()
-            assert (x.cpu().float() - y.float()).abs().mean() < 0.1  # in deviations of ImageNet's colours
+            assert (x.cpu().float() - y.float()).abs().mean() < 0.1  # in deviations of ImageNet's colors
         kept.append((mine, [x.clone() for x in mine]))
     for mine, copies in kept:
         assert all(torch.equal(x, y) for x, y in zip(mine, copies, strict=True))

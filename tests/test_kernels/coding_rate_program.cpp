@@ -1,4 +1,4 @@
-// The coding rate's kernels on fibres, launched as csrc/coding_rate.cu launches them on a GPU.
+// The coding rate's kernels on fibers, launched as csrc/coding_rate.cu launches them on a GPU.
 //
 //     program SIDE OF_IMAGES SEED V n K ALPHA PERMUTED < logits and arriving gradients, floats > results, floats
 //
@@ -6,7 +6,7 @@
 // heap allocation of its own size, filled with NaN, so that sanitizers see an access beyond its ends, and a result
 // that was not written shows.
 
-#include "fibres.h"
+#include "fibers.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -42,7 +42,7 @@ template <int kSide>
 void launch_sweep(const SweepArguments& arguments, int views, unsigned seed) {
   const int tiles = tiles_of(arguments.n);
   const size_t bytes = SweepMemory<kSide>(tiles).size(tiles) * sizeof(float);
-  fibres::launch(views * kSide * kSide, kSweepThreads, kSide * kSide, bytes, seed,
+  fibers::launch(views * kSide * kSide, kSweepThreads, kSide * kSide, bytes, seed,
                  [&] { sweep_kernel<kSide>(arguments); });
 }
 
@@ -62,20 +62,20 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
   const auto warps = [](int depth) { return std::min<int>(kProductWarps, tiles_of(depth)); };
   const auto bytes = [](int warps) { return 2 * warps * kTileSize * sizeof(float); };
   const unsigned blocks_of_rows = (rows + kProductWarps - 1) / kProductWarps;
-  fibres::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed,
+  fibers::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed,
                  [&] { reciprocal_norms_kernel(logits, reciprocal.data(), rows); });
   int depth = warps(kOfImages ? bits : n);
-  fibres::launch(views * tiles * (tiles + 1) / 2, depth * kTile, 1, bytes(depth), seed + 1,
+  fibers::launch(views * tiles * (tiles + 1) / 2, depth * kTile, 1, bytes(depth), seed + 1,
                  [&] { gram_kernel<float, kOfImages>(logits, alpha, out.data()); });
   const SweepArguments arguments{out.data(), inverse.data(), rate.data(), smallest.data(), clamped.data(), m};
   if (side == 1) launch_sweep<1>(arguments, views, seed + 2);
   if (side == 2) launch_sweep<2>(arguments, views, seed + 2);
   if (side == 4) launch_sweep<4>(arguments, views, seed + 2);
   depth = warps(m);
-  fibres::launch(views * row_tiles * bit_tiles, depth * kTile, 1, bytes(depth), seed + 3, [&] {
+  fibers::launch(views * row_tiles * bit_tiles, depth * kTile, 1, bytes(depth), seed + 3, [&] {
     direction_kernel<float, kOfImages>(logits, inverse.data(), gradient_of_a.data(), radial.data());
   });
-  fibres::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed + 4, [&] {
+  fibers::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed + 4, [&] {
     gradient_kernel(logits, arriving.data(), alpha, gradient_of_a.data(), radial.data(), gradient_of_a.data(), rows);
   });
   for (const auto* result : {&out, &inverse, &rate, &smallest, &gradient_of_a}) write(*result);

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from on_fibres import NEEDS_COMPILER, build
+from on_fibers import NEEDS_COMPILER, build
 
 from bincomm.ops import reference
 
@@ -21,7 +21,7 @@ pytestmark = NEEDS_COMPILER
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return build(PROGRAM, tmp_path_factory.mktemp("fibres"), CSRC)
+    return build(PROGRAM, tmp_path_factory.mktemp("fibers"), CSRC)
 
 
 def execute(program, logits, side, seed, permuted=False):
@@ -55,7 +55,7 @@ def check(found, logits):
     rate, gradient = truth(logits)
     torch.testing.assert_close(found[0], rate, rtol=1e-5, atol=0)
     assert (found[4] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5
-    matrix, _ = reference.regularised_gram(logits.double(), of_images=logits.shape[1] < logits.shape[2])
+    matrix, _ = reference.regularized_gram(logits.double(), of_images=logits.shape[1] < logits.shape[2])
     factor = torch.linalg.cholesky(matrix)
     exact = torch.cholesky_inverse(factor)
     assert (found[3] - exact).norm() <= 1e-5 * exact.norm()

@@ -252,7 +252,7 @@ def test_opcheck(shape):
 
 
 def test_the_reference_is_the_log_determinant():
-    matrix, images = reference.regularised_gram(torch.randn(7, 5, dtype=torch.float64))
+    matrix, images = reference.regularized_gram(torch.randn(7, 5, dtype=torch.float64))
     assert images == 7
     assert reference.half_logdet(matrix).item() == pytest.approx(
         math.log(numpy.linalg.det(matrix.numpy())) / 2

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 
-def create_optimiser(network: nn.Module) -> torch.optim.AdamW:
+def create_optimizer(network: nn.Module) -> torch.optim.AdamW:
     """AdamW in two groups: matrices with weight decay, biases and other one-dimensional parameters without.
 
     Learning rate and decay are set every step; a group's key "decays" tells whether it takes the decay. It is
@@ -18,14 +18,14 @@ def create_optimiser(network: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def set_rates(optimiser: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Set this step's learning rate and weight decay."""
-    for group in optimiser.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
-def clear_state(optimiser: torch.optim.Optimizer, module: nn.Module) -> None:
+def clear_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     """Forget the moments and step counts of a module's parameters, as if they were new."""
     for parameter in module.parameters():
-        optimiser.state.pop(parameter, None)
+        optimizer.state.pop(parameter, None)

@@ -8,7 +8,7 @@ from torch import Tensor
 RESOLUTION = 1 << 30
 
 
-def check_labelled(name: str, features: Tensor, labels: Tensor) -> None:
+def check_labeled(name: str, features: Tensor, labels: Tensor) -> None:
     """Raise ValueError, naming the argument, unless there are features, all finite, and a label for each."""
     if len(features) == 0 or len(features) != len(labels):
         raise ValueError(

@@ -1,16 +1,16 @@
-"""fibres.h itself: correct device code gives its result for every seed, and errors are caught."""
+"""fibers.h itself: correct device code gives its result for every seed, and errors are caught."""
 
 import subprocess
 
 import pytest
-from on_fibres import NEEDS_COMPILER, build
+from on_fibers import NEEDS_COMPILER, build
 
 pytestmark = NEEDS_COMPILER
 
 PROGRAM = r"""
 #include <map>
 #include <string>
-#include "fibres.h"
+#include "fibers.h"
 
 constexpr unsigned kAll = 0xffffffff;
 bool wrong;
@@ -28,11 +28,11 @@ __device__ __forceinline__ float block_sum(float* __restrict__ s, bool barrier) 
 }
 
 __global__ void __launch_bounds__(256) reduction(bool barrier) {
-  expect(block_sum(fibres::shared(), barrier) == blockDim.x * (blockDim.x - 1) / 2);
+  expect(block_sum(fibers::shared(), barrier) == blockDim.x * (blockDim.x - 1) / 2);
 }
 
 void rotation(bool barrier) {
-  float* s = fibres::shared();
+  float* s = fibers::shared();
   const unsigned next = (threadIdx.x + 1) % blockDim.x;
   s[threadIdx.x] = threadIdx.x;
   for (unsigned step = 1; step < 4; ++step) {
@@ -46,7 +46,7 @@ void rotation(bool barrier) {
 
 // The first warp overwrites what the others read, but only after many shuffles.
 void late_writer(bool barrier) {
-  float* s = fibres::shared();
+  float* s = fibers::shared();
   if (threadIdx.x == 0) s[0] = 1;
   __syncthreads();
   if (threadIdx.x >= 32) expect(s[0] == 1);
@@ -59,7 +59,7 @@ void late_writer(bool barrier) {
 }
 
 void lanes(bool barrier) {
-  float* s = fibres::shared() + threadIdx.x / 32 * 32;
+  float* s = fibers::shared() + threadIdx.x / 32 * 32;
   const unsigned lane = threadIdx.x % 32, other = lane < 8 ? 7 - lane : 39 - lane;
   s[lane] = lane;
   if (barrier) __syncwarp(lane < 8 ? 0xff : ~0xff);
@@ -84,33 +84,33 @@ void shuffles() {
 }
 
 void cluster(bool barrier) {
-  float* s = fibres::shared();
-  const unsigned rank = fibres::cluster_rank();
-  fibres::cluster_barrier();  // all blocks have started
+  float* s = fibers::shared();
+  const unsigned rank = fibers::cluster_rank();
+  fibers::cluster_barrier();  // all blocks have started
   s[threadIdx.x] = blockIdx.x;
   for (int i = 0; i < 5; ++i) __syncthreads();  // which do not hold back the other blocks
-  if (barrier) fibres::cluster_barrier();
+  if (barrier) fibers::cluster_barrier();
   for (unsigned other = 0; other < 4; ++other) {
-    expect(fibres::shared_of(other)[threadIdx.x] == blockIdx.x - rank + other);
+    expect(fibers::shared_of(other)[threadIdx.x] == blockIdx.x - rank + other);
   }
-  fibres::cluster_barrier();  // no block has ended
+  fibers::cluster_barrier();  // no block has ended
 }
 
 void indices() {
   static std::map<std::pair<unsigned, unsigned>, int> seen;
   __syncthreads();
   ++seen[{blockIdx.x, threadIdx.x}];
-  expect(gridDim.x == 8 && blockDim.x == 256 && blockIdx.x % 4 == fibres::cluster_rank());
-  fibres::cluster_barrier();
+  expect(gridDim.x == 8 && blockDim.x == 256 && blockIdx.x % 4 == fibers::cluster_rank());
+  fibers::cluster_barrier();
   expect(seen[{blockIdx.x, threadIdx.x}] == 1);
-  fibres::cluster_barrier();
+  fibers::cluster_barrier();
   seen.erase({blockIdx.x, threadIdx.x});
 }
 
-void uninitialised() {
-  for (size_t i = 0; i < fibres::shared_bytes() / 4; ++i) expect(std::isnan(fibres::shared()[i]));
+void uninitialized() {
+  for (size_t i = 0; i < fibers::shared_bytes() / 4; ++i) expect(std::isnan(fibers::shared()[i]));
   __syncthreads();
-  fibres::shared()[threadIdx.x] = 0;  // gone when the next block starts
+  fibers::shared()[threadIdx.x] = 0;  // gone when the next block starts
 }
 
 void arithmetic() {
@@ -119,12 +119,12 @@ void arithmetic() {
 }
 
 void outside() {
-  if (threadIdx.x == 0) fibres::shared()[fibres::shared_bytes() / 4] = 0;
+  if (threadIdx.x == 0) fibers::shared()[fibers::shared_bytes() / 4] = 0;
 }
 
 void misaligned() {
   __syncthreads();
-  reinterpret_cast<float4*>(fibres::shared() + 1)->x = 0;
+  reinterpret_cast<float4*>(fibers::shared() + 1)->x = 0;
 }
 
 void local() {
@@ -135,13 +135,13 @@ void local() {
 }
 
 void ended_block() {
-  fibres::cluster_barrier();
-  const float* other = fibres::shared_of((fibres::cluster_rank() + 1) % 4);
-  fibres::cluster_barrier();
+  fibers::cluster_barrier();
+  const float* other = fibers::shared_of((fibers::cluster_rank() + 1) % 4);
+  fibers::cluster_barrier();
   for (int i = 0; i < 1000; ++i) __syncthreads(), expect(other[0] != 0);
 }
 
-void not_started_block() { fibres::shared_of((fibres::cluster_rank() + 1) % 4); }
+void not_started_block() { fibers::shared_of((fibers::cluster_rank() + 1) % 4); }
 
 void divergent_end() {
   if (threadIdx.x < 64) __syncthreads();
@@ -174,7 +174,7 @@ void deadlock() {
 }
 
 void half_a_cluster() {
-  if (fibres::cluster_rank() % 2) fibres::cluster_barrier();
+  if (fibers::cluster_rank() % 2) fibers::cluster_barrier();
 }
 
 int main(int, char** argv) {
@@ -182,13 +182,13 @@ int main(int, char** argv) {
 #define CASE(name) cases[#name] = name
 #define PAIR(name) cases[#name] = [] { name(true); }, cases[#name " without a barrier"] = [] { name(false); }
   PAIR(reduction), PAIR(rotation), PAIR(late_writer), PAIR(lanes), PAIR(cluster);
-  CASE(shuffles), CASE(indices), CASE(uninitialised), CASE(arithmetic), CASE(outside), CASE(misaligned);
+  CASE(shuffles), CASE(indices), CASE(uninitialized), CASE(arithmetic), CASE(outside), CASE(misaligned);
   CASE(local), CASE(ended_block), CASE(not_started_block), CASE(divergent_end), CASE(divergent_places);
   CASE(divergent_operations), CASE(divergent_masks), CASE(deadlock), CASE(half_a_cluster);
   int count = 0;
   for (int seed = 0; seed < std::atoi(argv[2]); ++seed) {
     wrong = false;
-    fibres::launch(8, 256, 4, 256 * sizeof(float), seed, cases.at(argv[1]));
+    fibers::launch(8, 256, 4, 256 * sizeof(float), seed, cases.at(argv[1]));
     count += wrong;
   }
   std::printf("%d", count);
@@ -198,7 +198,7 @@ int main(int, char** argv) {
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    return build(PROGRAM, tmp_path_factory.mktemp("fibres"))
+    return build(PROGRAM, tmp_path_factory.mktemp("fibers"))
 
 
 def run(program, case, seeds=1):
@@ -215,7 +215,7 @@ def run(program, case, seeds=1):
         "shuffles",
         "cluster",
         "indices",
-        "uninitialised",
+        "uninitialized",
         "arithmetic",
     ],
 )
@@ -242,13 +242,13 @@ def test_a_missing_barrier_gives_wrong_values(program, case, least):
         ("local", "stack-buffer-overflow"),
         ("misaligned", "misaligned address"),
         ("ended_block", "heap-use-after-free"),
-        ("not_started_block", "fibres: shared memory of a block that has not started"),
-        ("divergent_end", "fibres: a thread"),
-        ("divergent_places", "fibres: threads wait for each other at different places"),
-        ("divergent_operations", "fibres: lanes of a warp wait for each other at different operations"),
-        ("divergent_masks", "fibres: "),
-        ("deadlock", "fibres: deadlock"),
-        ("half_a_cluster", "fibres: a thread"),
+        ("not_started_block", "fibers: shared memory of a block that has not started"),
+        ("divergent_end", "fibers: a thread"),
+        ("divergent_places", "fibers: threads wait for each other at different places"),
+        ("divergent_operations", "fibers: lanes of a warp wait for each other at different operations"),
+        ("divergent_masks", "fibers: "),
+        ("deadlock", "fibers: deadlock"),
+        ("half_a_cluster", "fibers: a thread"),
     ],
 )
 def test_errors_end_the_program(program, case, message):

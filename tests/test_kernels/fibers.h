@@ -1,9 +1,9 @@
-// CUDA device code on the CPU, for tests: every thread of a block, or of a cluster of blocks, is a fibre.
+// CUDA device code on the CPU, for tests: every thread of a block, or of a cluster of blocks, is a fiber.
 //
-//     fibres::launch(blocks, threads, blocks_per_cluster, shared_bytes, seed, [&] { kernel(arguments); });
+//     fibers::launch(blocks, threads, blocks_per_cluster, shared_bytes, seed, [&] { kernel(arguments); });
 //
 // A kernel's own source compiles as C++20 after this header, so that sanitizers see its memory accesses. One
-// fibre runs at a time, and alone until it comes to a switch point: a barrier, a shuffle or its end. There
+// fiber runs at a time, and alone until it comes to a switch point: a barrier, a shuffle or its end. There
 // the scheduler draws who continues.
 //
 // A missing barrier shows when the threads it should keep apart run in the wrong order: a reader before the
@@ -48,10 +48,10 @@ struct dim3 { unsigned x = 1, y = 1, z = 1; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-inline uint3 threadIdx, blockIdx;  // of the fibre that runs: set at each switch
+inline uint3 threadIdx, blockIdx;  // of the fiber that runs: set at each switch
 inline dim3 blockDim, gridDim;
 
-namespace fibres {
+namespace fibers {
 
 using Where = std::source_location;
 constexpr unsigned kFull = 0xffffffff;
@@ -60,7 +60,7 @@ constexpr size_t kStack = 128 << 10;
 struct Block;
 struct Warp;
 
-struct Fibre {
+struct Fiber {
   std::unique_ptr<char[]> stack;  // kept for the next launch; none for the program's own thread
   const void* bottom = nullptr;   // of the stack, as AddressSanitizer knows it
   size_t size = 0;
@@ -76,7 +76,7 @@ struct Fibre {
 
 struct Warp {
   unsigned runnable = 0, arrived = 0;  // a bit for each lane
-  Fibre* lanes[32];
+  Fiber* lanes[32];
   uint64_t values[2][32];  // two, as a lane may come to the next shuffle before another has read this one's
 };
 
@@ -95,24 +95,24 @@ struct Block {
 
 inline std::mt19937 generator;
 inline std::function<void()> body;
-inline std::vector<Fibre> pool;
-inline Fibre program, *running = &program, *left = nullptr;
+inline std::vector<Fiber> pool;
+inline Fiber program, *running = &program, *left = nullptr;
 inline size_t bytes = 0;           // of a block's shared memory
 inline std::vector<Block> blocks;  // of the cluster that runs; what follows is for it as for a block
 inline Block* current = nullptr;
 inline unsigned ended = 0, scale = 0;
 inline Barrier barrier;
 
-// Reports an error of the device code, and where the threads are: neighbours at one place share a line.
+// Reports an error of the device code, and where the threads are: neighbors at one place share a line.
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "fibres: %s\n", what);
+  std::fprintf(stderr, "fibers: %s\n", what);
   const char* last = nullptr;
   for (size_t i = 0; i < blocks.size() * blockDim.x; ++i) {
-    const Fibre& fibre = pool[i];
-    const char* state = &fibre == running && !fibre.state ? "runs" : fibre.state;
-    if (state && (state != last || fibre.where.line() != pool[i - 1].where.line())) {
+    const Fiber& fiber = pool[i];
+    const char* state = &fiber == running && !fiber.state ? "runs" : fiber.state;
+    if (state && (state != last || fiber.where.line() != pool[i - 1].where.line())) {
       std::fprintf(stderr, "  block %u, from thread %u: %s; last barrier or shuffle: %s:%u\n",
-                   fibre.block->index, fibre.thread, state, fibre.where.file_name(), fibre.where.line());
+                   fiber.block->index, fiber.thread, state, fiber.where.file_name(), fiber.where.line());
     }
     last = state;
   }
@@ -121,40 +121,40 @@ inline Barrier barrier;
 
 // The switch. Unlike swapcontext, __builtin_setjmp and __builtin_longjmp make no system call; they must be in
 // two functions, and none that changes the stack may be instrumented.
-#define FIBRES_SWITCH [[gnu::noinline, gnu::no_sanitize("address", "undefined")]] inline
+#define FIBERS_SWITCH [[gnu::noinline, gnu::no_sanitize("address", "undefined")]] inline
 void begin_thread();
 void end_thread();
 
-FIBRES_SWITCH void arrive_on_stack() {
+FIBERS_SWITCH void arrive_on_stack() {
   if (running != &program) threadIdx.x = running->thread, blockIdx.x = running->block->index;
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(running->fake_stack, &left->bottom, &left->size);
 #endif
 }
 
-FIBRES_SWITCH void enter() {
+FIBERS_SWITCH void enter() {
   for (arrive_on_stack();; end_thread()) begin_thread(), body();
 }
 
-[[noreturn]] FIBRES_SWITCH void jump(Fibre& fibre) {
-  if (fibre.entered) __builtin_longjmp(fibre.registers, 1);
-  fibre.entered = true;
+[[noreturn]] FIBERS_SWITCH void jump(Fiber& fiber) {
+  if (fiber.entered) __builtin_longjmp(fiber.registers, 1);
+  fiber.entered = true;
   ucontext_t context;
   getcontext(&context);
-  context.uc_stack.ss_sp = fibre.stack.get();
-  context.uc_stack.ss_size = kStack - fibre.lane * 128;  // equal offsets would share few cache lines
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStack - fiber.lane * 128;  // equal offsets would share few cache lines
   makecontext(&context, enter, 0);
   setcontext(&context);
   std::abort();
 }
 
-FIBRES_SWITCH void switch_to(Fibre& fibre) {
+FIBERS_SWITCH void switch_to(Fiber& fiber) {
   left = running;
-  running = &fibre;
+  running = &fiber;
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(&left->fake_stack, fibre.bottom, fibre.size);
+  __sanitizer_start_switch_fiber(&left->fake_stack, fiber.bottom, fiber.size);
 #endif
-  if (!__builtin_setjmp(left->registers)) jump(fibre);
+  if (!__builtin_setjmp(left->registers)) jump(fiber);
   arrive_on_stack();
 }
 
@@ -171,7 +171,7 @@ void choose(T*& current, std::vector<T>& from, unsigned scale) {
   }
 }
 
-// Continues with a fibre that can run, or with launch() when all have ended.
+// Continues with a fiber that can run, or with launch() when all have ended.
 inline void schedule() {
   choose(current, blocks, scale);
   if (!current) {
@@ -181,7 +181,7 @@ inline void schedule() {
   choose(current->current, current->warps, current->scale);
   unsigned lanes = current->current->runnable;
   for (unsigned skip = draw(std::popcount(lanes)); skip; --skip) lanes &= lanes - 1;
-  Fibre& next = *current->current->lanes[std::countr_zero(lanes)];
+  Fiber& next = *current->current->lanes[std::countr_zero(lanes)];
   if (&next != running) switch_to(next);
 }
 
@@ -241,7 +241,7 @@ inline void wait_for_lanes(unsigned mask, const char* state, Where where) {
   warp.arrived |= 1u << running->lane;
   if ((warp.arrived & mask) == mask) {
     for (unsigned rest = warp.arrived; rest; rest &= rest - 1) {
-      const Fibre& lane = *warp.lanes[std::countr_zero(rest)];
+      const Fiber& lane = *warp.lanes[std::countr_zero(rest)];
       if ((lane.mask & mask) && (lane.mask != mask || std::strcmp(lane.state, state))) {
         fail("lanes of a warp wait for each other at different operations or with different masks");
       }
@@ -297,10 +297,10 @@ inline void launch(unsigned grid, unsigned threads, unsigned blocks_per_cluster,
   gridDim = {grid};
   program.entered = true;
   while (pool.size() < size * threads) {
-    Fibre& fibre = pool.emplace_back();
-    fibre.stack = std::make_unique_for_overwrite<char[]>(kStack);
-    fibre.bottom = fibre.stack.get();
-    fibre.size = kStack;
+    Fiber& fiber = pool.emplace_back();
+    fiber.stack = std::make_unique_for_overwrite<char[]>(kStack);
+    fiber.bottom = fiber.stack.get();
+    fiber.size = kStack;
   }
   std::vector<unsigned> order(grid / size);
   std::iota(order.begin(), order.end(), 0);
@@ -316,12 +316,12 @@ inline void launch(unsigned grid, unsigned threads, unsigned blocks_per_cluster,
       block.warps.resize(threads / 32);
       for (unsigned thread = 0; thread < threads; ++thread) {
         Warp& warp = block.warps[thread / 32];
-        Fibre& fibre = *(warp.lanes[thread % 32] = &pool[block.rank * threads + thread]);
-        fibre.block = &block;
-        fibre.warp = &warp;
-        fibre.thread = thread;
-        fibre.lane = thread % 32;
-        fibre.where = {};
+        Fiber& fiber = *(warp.lanes[thread % 32] = &pool[block.rank * threads + thread]);
+        fiber.block = &block;
+        fiber.warp = &warp;
+        fiber.thread = thread;
+        fiber.lane = thread % 32;
+        fiber.where = {};
       }
       wake(block);
     }
@@ -329,35 +329,35 @@ inline void launch(unsigned grid, unsigned threads, unsigned blocks_per_cluster,
   }
 }
 
-}  // namespace fibres
+}  // namespace fibers
 
 // As in CUDA, but the threads of a block must all come to the same __syncthreads of the source, and a shuffle
 // is among all lanes of a warp.
-#define FIBRES_WHERE fibres::Where where = fibres::Where::current()
+#define FIBERS_WHERE fibers::Where where = fibers::Where::current()
 
-inline void __syncthreads(FIBRES_WHERE) {
-  fibres::Block& block = *fibres::running->block;
+inline void __syncthreads(FIBERS_WHERE) {
+  fibers::Block& block = *fibers::running->block;
   if (arrive(block.barrier, blockDim.x, block.ended, "waits at __syncthreads", where)) wake(block);
-  fibres::schedule();
+  fibers::schedule();
 }
 
-inline void __syncwarp(unsigned mask = fibres::kFull, FIBRES_WHERE) {
-  fibres::wait_for_lanes(mask, "waits at __syncwarp", where);
-}
-
-template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, FIBRES_WHERE) {
-  return fibres::shuffle(mask, value, lane & 31, "waits at __shfl_sync", where);
+inline void __syncwarp(unsigned mask = fibers::kFull, FIBERS_WHERE) {
+  fibers::wait_for_lanes(mask, "waits at __syncwarp", where);
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, FIBRES_WHERE) {
-  return fibres::shuffle(mask, value, fibres::running->lane ^ bits, "waits at __shfl_xor_sync", where);
+T __shfl_sync(unsigned mask, T value, int lane, FIBERS_WHERE) {
+  return fibers::shuffle(mask, value, lane & 31, "waits at __shfl_sync", where);
 }
 
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned lanes, FIBRES_WHERE) {
-  return fibres::shuffle(mask, value, fibres::running->lane + lanes, "waits at __shfl_down_sync", where);
+T __shfl_xor_sync(unsigned mask, T value, int bits, FIBERS_WHERE) {
+  return fibers::shuffle(mask, value, fibers::running->lane ^ bits, "waits at __shfl_xor_sync", where);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes, FIBERS_WHERE) {
+  return fibers::shuffle(mask, value, fibers::running->lane + lanes, "waits at __shfl_down_sync", where);
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-"""Build a program that runs a kernel's own source on the CPU (fibres.h), under sanitizers."""
+"""Build a program that runs a kernel's own source on the CPU (fibers.h), under sanitizers."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-saniti
 
 
 def build(source: str, folder: Path, *includes: Path) -> Path:
-    """The program compiled in `folder` from C++ `source`, which finds fibres.h and what is in `includes`."""
+    """The program compiled in `folder` from C++ `source`, which finds fibers.h and what is in `includes`."""
     (folder / "program.cpp").write_text(source)
     folders = [f"-I{path}" for path in (Path(__file__).parent, *includes)]
     command = [shutil.which("g++") or "g++", *FLAGS, *folders, "program.cpp", "-o", "program"]

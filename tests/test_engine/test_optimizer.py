@@ -1,0 +1,32 @@
+import torch
+from torch import nn
+
+from bincomm.engine.optimizer import clear_state, create_optimizer, set_rates
+
+
+def network():
+    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
+
+
+def test_no_decay_on_biases_and_norms():
+    model = network()
+    optimizer = create_optimizer(model)
+    set_rates(optimizer, lr=0.5, weight_decay=0.1)
+    for group in optimizer.param_groups:
+        dimensions = {p.ndim for p in group["params"]}
+        assert group["lr"] == 0.5
+        assert (dimensions, group["weight_decay"]) in (({2}, 0.1), ({1}, 0.0))
+
+
+def test_clearing_makes_a_module_new_to_the_optimizer():
+    model = network()
+    optimizer = create_optimizer(model)
+    set_rates(optimizer, 0.1, 0.0)
+    for _ in range(3):
+        model(torch.randn(3, 6)).square().sum().backward()
+        optimizer.step()
+    clear_state(optimizer, model[2])
+    assert all(p not in optimizer.state for p in model[2].parameters())
+    assert all(optimizer.state[p]["step"] == 3 for p in model[0].parameters())
+    optimizer.step()
+    assert all(optimizer.state[p]["step"] == 1 for p in model[2].parameters())
