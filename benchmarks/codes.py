@@ -21,7 +21,7 @@ from benchmarks.measuring import in_words, machine
 from bincomm import hamming_topk
 from bincomm.codes.encode import read_codes, to_messages, write_part
 from bincomm.codes.search import build_index, search
-from bincomm.engine.run import write_json, write_text
+from bincomm.files import write_json, write_text
 
 CODES, BITS, QUERIES, K = 1_000_000, 256, 1000, 20
 ROWS = 1 << 16  # of a file

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import GPU, in_words, machine
+from bincomm.building import create_networks
 from bincomm.codes.factors import (
     dci,
     disentanglement,
@@ -32,11 +33,10 @@ from bincomm.codes.factors import (
 )
 from bincomm.config import PretrainConfig, parse
 from bincomm.data.sources import open_source
-from bincomm.engine.run import write_json, write_text
 from bincomm.evaluation.features import extract
 from bincomm.evaluation.pretrained import Pretrained, load_pretrained
-from bincomm.models import create_networks
-from bincomm.pretrain import pretrain
+from bincomm.files import write_json, write_text
+from bincomm.pretraining import pretrain
 from tests.scenes import FACTORS, read_factors, write_scenes
 
 TRAIN, TEST, SEED = 6000, 4000, 0
@@ -231,7 +231,7 @@ def channel(found: dict[str, Any]) -> list[str]:
     entropy = found["networks"][UNTRAINED]["bit_entropy"]
     lines.append(row([UNTRAINED, "", "", f"{entropy:.3f}"]))
     for name, last in found["channel"].items():
-        shares = (f"{last[key]:.1%}" for key in ("bit_agreement", "bit_majority"))
+        shares = (f"{last[key]:.1%}" for key in ("bit_accuracy", "bit_majority"))
         lines.append(row([name, *shares, f"{last['bit_entropy']:.3f}"]))
     return lines
 

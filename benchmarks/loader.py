@@ -30,9 +30,9 @@ from bincomm.data.crops import Crops
 from bincomm.data.loader import Loader
 from bincomm.data.multicrop import decode, fn, pipeline_def
 from bincomm.data.sources import Files, Source, open_source
-from bincomm.engine.ranks import join_ranks
-from bincomm.engine.run import write_json, write_text, write_whole
-from bincomm.pretrain import Signals, train
+from bincomm.distributed.ranks import join_ranks
+from bincomm.files import write_file, write_json, write_text
+from bincomm.pretraining import Signals, train
 
 PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "bincomm")
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -65,7 +65,7 @@ def main() -> None:
     write_json(options.results.with_suffix(".json"), found)
     write_text(options.results.with_suffix(".md"), page(found, options.results.name))
     figure = plot(found["memory"])
-    write_whole(options.results.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=110))
+    write_file(options.results.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=110))
     print(page(found, options.results.name))
 
 

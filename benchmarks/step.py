@@ -28,11 +28,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plain_loop
 from benchmarks.measuring import GPU, events, in_words, machine
+from bincomm.building import create_networks, create_objective
 from bincomm.config import PretrainConfig
 from bincomm.engine.optimizer import create_optimizer
-from bincomm.engine.run import write_json, write_text
 from bincomm.engine.step import Step
-from bincomm.models import create_networks, create_objective
+from bincomm.files import write_json, write_text
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 ROUNDS = 5

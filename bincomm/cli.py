@@ -93,7 +93,7 @@ def run_pretrain(arguments: list[str]) -> int:
     """`bincomm pretrain`."""
     try:
         from bincomm.config import parse
-        from bincomm.pretrain import pretrain
+        from bincomm.pretraining import pretrain
     except ImportError as error:
         return fail(NEEDS_MORE.format(error), status=1)
     try:
@@ -113,7 +113,7 @@ def run_pretrain(arguments: list[str]) -> int:
 def run_adapt(arguments: list[str]) -> int:
     """`bincomm adapt`."""
     try:
-        from bincomm.adapt import adapt, configure, summary
+        from bincomm.adaptation import adapt, configure, summary
     except ImportError as error:
         return fail(NEEDS_MORE.format(error), status=1)
     parser = argparse.ArgumentParser(
@@ -151,7 +151,7 @@ def run_compare(arguments: list[str]) -> int:
     if ranks() > 1:
         return fail("compare: expected to be started without torchrun, which is for single runs", once=True)
     try:
-        from bincomm.compare import DEFAULT_METHODS, METHODS, as_markdown, compare
+        from bincomm.comparison import DEFAULT_METHODS, METHODS, as_markdown, compare
         from bincomm.config import parse
     except ImportError as error:
         return fail(NEEDS_MORE.format(error), status=1)
@@ -209,12 +209,12 @@ def run_evaluate(arguments: list[str]) -> int:
     try:
         from bincomm.config import parse_data
         from bincomm.data.sources import evaluation_sources, open_source
-        from bincomm.engine.ranks import join_ranks
-        from bincomm.engine.run import write_json
+        from bincomm.distributed.ranks import join_ranks
         from bincomm.evaluation.dense import evaluate_segmentation
         from bincomm.evaluation.pretrained import load_pretrained
         from bincomm.evaluation.protocols import PROTOCOLS, describe, evaluate_images
         from bincomm.evaluation.video import evaluate_davis
+        from bincomm.files import write_json
     except ImportError as error:
         return fail(MEASURING_NEEDS_MORE.format(error), status=1)
     parser = weights_parser(
@@ -292,7 +292,7 @@ def run_encode(arguments: list[str]) -> int:
         from bincomm.codes.search import build_index
         from bincomm.config import parse_data
         from bincomm.data.sources import open_source
-        from bincomm.engine.ranks import join_ranks
+        from bincomm.distributed.ranks import join_ranks
         from bincomm.evaluation.pretrained import load_pretrained
     except ImportError as error:
         return fail(MEASURING_NEEDS_MORE.format(error), status=1)
@@ -346,8 +346,8 @@ def run_search(arguments: list[str]) -> int:
 
         from bincomm.codes.encode import open_parts
         from bincomm.codes.search import MOST, contact_sheet, nearest
-        from bincomm.engine.run import write_whole
         from bincomm.evaluation.pretrained import load_pretrained
+        from bincomm.files import write_file
     except ImportError as error:
         return fail(MEASURING_NEEDS_MORE.format(error), status=1)
     parser = argparse.ArgumentParser(
@@ -378,7 +378,7 @@ def run_search(arguments: list[str]) -> int:
         model = load_pretrained(weights, torch.device("cpu"))
         (found,) = nearest(model, options.folder, [options.query], options.k)
         sheet = contact_sheet(options.query, found)
-        write_whole(Path(options.sheet), lambda file: sheet.save(file, format="png"))
+        write_file(Path(options.sheet), lambda file: sheet.save(file, format="png"))
         lines = [f"{n.distance:5}  {n.path}" + (f"  ({n.label})" if n.label else "") for n in found]
         lines.append(f"in {options.sheet}: the query and " + ("these" if len(found) < MOST else "the first"))
         whole = -(-made.get("images", 0) // made.get("rows", 1))
@@ -397,7 +397,7 @@ def run_codes(arguments: list[str]) -> int:
         from bincomm.codes.report import report
         from bincomm.config import parse_data
         from bincomm.data.sources import open_source
-        from bincomm.engine.ranks import join_ranks
+        from bincomm.distributed.ranks import join_ranks
         from bincomm.evaluation.pretrained import load_pretrained
     except ImportError as error:
         return fail(MEASURING_NEEDS_MORE.format(error), status=1)
@@ -447,13 +447,13 @@ def attempt(run: Callable[[], str | None]) -> int:
     """Carry out a command that trains nothing, print what it returns, and put into words what ended it."""
     from torch import OutOfMemoryError
 
-    from bincomm.engine.ranks import ToldByAnotherRank
+    from bincomm.distributed.ranks import FirstRankError
 
     try:
         text = run()
         if text is not None:
             print(text, flush=True)
-    except ToldByAnotherRank:
+    except FirstRankError:
         return 1
     except BrokenPipeError:
         raise
@@ -544,8 +544,8 @@ def run_profile(arguments: list[str]) -> int:
 def carry_out(run: Callable[[], str | None], output: str) -> int:
     """Train, print what it returns, and put into words what ended it early; returns the exit status."""
     from bincomm.data.loader import TooManyUnusableError
-    from bincomm.engine.ranks import ToldByAnotherRank
-    from bincomm.pretrain import Interrupted, TrainingError
+    from bincomm.distributed.ranks import FirstRankError
+    from bincomm.pretraining import Interrupted, TrainingError
 
     try:
         text = run()
@@ -553,7 +553,7 @@ def carry_out(run: Callable[[], str | None], output: str) -> int:
         return fail(str(error), status=1)
     except ValueError as error:
         return fail(str(error))
-    except ToldByAnotherRank:
+    except FirstRankError:
         return 1
     except Interrupted as error:
         if rank() == 0:
@@ -591,12 +591,12 @@ def summary(result: dict[str, Any], output: str) -> str:
         lines.append("\nno k-NN: the data has no usable images with labels (folders named after classes)")
     if "bit_entropy" in metrics:
         entropy, least = metrics["bit_entropy"], metrics["bit_entropy_min"]
-        gain = metrics["bit_agreement"] - metrics["bit_majority"]
+        gain = metrics["bit_accuracy"] - metrics["bit_majority"]
         lines.append(
             f"channel: bit entropy {entropy:.3f} (least {least:.3f}), {metrics['dead_bits']:.1%} dead bits,"
         )
         lines.append(
-            f"  {metrics['bit_agreement']:.1%} of bits agree, {gain:+.1%} over always sending the commoner "
+            f"  {metrics['bit_accuracy']:.1%} of bits agree, {gain:+.1%} over always sending the commoner "
             "value"
         )
     lines.append(
@@ -630,9 +630,9 @@ def run_data(arguments: list[str]) -> int:
 def look(arguments: list[str]) -> int:
     """`bincomm data look`."""
     from bincomm.config import parse
-    from bincomm.data.look import contact_sheet
+    from bincomm.data.contact_sheet import contact_sheet
     from bincomm.data.sources import open_source
-    from bincomm.engine.run import write_whole
+    from bincomm.files import write_file
 
     parser = argparse.ArgumentParser(
         prog="bincomm data look",
@@ -645,7 +645,7 @@ def look(arguments: list[str]) -> int:
     own, rest = parser.parse_known_args(arguments)
     config, recipe = parse(rest)
     sheet, names = contact_sheet(open_source(config.data), config.crops, seed=config.seed, images=own.images)
-    write_whole(Path(own.sheet), lambda file: sheet.save(file, format="png"))
+    write_file(Path(own.sheet), lambda file: sheet.save(file, format="png"))
     lines = [f"recipe {recipe}, data {config.data}", *names, f"in {own.sheet}, a row each"]
     print("\n".join(lines))
     return 0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from bincomm.engine.ranks import split_like
+from bincomm.distributed.sharding import shard_like
 
 try:
     import timm
@@ -95,7 +95,7 @@ class Head(nn.Module):
                 weight = torch.empty(layer.weight.shape)
                 nn.init.trunc_normal_(weight, std=self.std, generator=generator)
                 with torch.no_grad():
-                    layer.weight.copy_(split_like(weight, layer.weight))
+                    layer.weight.copy_(shard_like(weight, layer.weight))
                     layer.bias.zero_()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class PrototypeHead(nn.Module):
         limit = self.prototypes.shape[1] ** -0.5
         rows = torch.empty(self.prototypes.shape).uniform_(-limit, limit, generator=generator)  # on the CPU
         with torch.no_grad():
-            self.prototypes.copy_(split_like(rows, self.prototypes))
+            self.prototypes.copy_(shard_like(rows, self.prototypes))
 
     def forward(self, features: Tensor) -> Tensor:
         # Not by a parametrization of torch: a plain parameter can be copied, averaged and saved.

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bincomm.building import create_networks, create_objective, write_attention_out
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import open_source
+from bincomm.distributed.ranks import join_ranks
 from bincomm.engine.optimizer import create_optimizer
-from bincomm.engine.ranks import join_ranks
-from bincomm.models import create_networks, create_objective, write_attention_out
 from bincomm.networks import Network
-from bincomm.pretrain import create_loader, create_step
+from bincomm.pretraining import create_loader, create_step
 
 WARM_UP = 3  # steps
 PARTS = ("data", "teacher", "student", "loss", "backward", "clip", "optimizer", "average")

@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from bincomm.data.images import UnusableImageError, read
 from bincomm.data.sources import Source
-from bincomm.engine.ranks import ALONE, Ranks
-from bincomm.engine.run import open_run, write_json, write_whole
+from bincomm.distributed.ranks import ALONE, Ranks
+from bincomm.engine.run import open_run
 from bincomm.evaluation.identity import images_identity, weights_identity
+from bincomm.files import write_file, write_json
 from bincomm.ops.messages import pack_signs
 
 if TYPE_CHECKING:  # the codes at rest are read without timm and DALI
@@ -186,7 +187,7 @@ def write_part(
             write_page_checksum=True,
         )
 
-    write_whole(path, write)
+    write_file(path, write)
 
 
 def open_parts(folder: str | Path) -> list[Part]:

@@ -18,9 +18,9 @@ from bincomm.codes import statistics
 from bincomm.codes.page import FEWEST_OF_CLASS, draw_page
 from bincomm.data.loader import Loader
 from bincomm.data.sources import Source
-from bincomm.engine.run import write_json, write_text
 from bincomm.evaluation.features import look
 from bincomm.evaluation.pretrained import Pretrained
+from bincomm.files import write_json, write_text
 from bincomm.ops.hamming import hamming_distance
 from bincomm.ops.messages import pack_signs
 

@@ -22,8 +22,8 @@ from bincomm.data.images import eight_bits
 from bincomm.data.listing import Files
 from bincomm.data.shards import open_shards
 from bincomm.data.sources import Source
-from bincomm.engine.run import write_json, write_whole
 from bincomm.evaluation.identity import weights_identity
+from bincomm.files import write_file, write_json
 from bincomm.ops.hamming import hamming_topk
 from bincomm.ops.messages import pack_signs
 
@@ -197,7 +197,7 @@ def build_index(folder: str | Path) -> Path:
     for some in iterate_codes(parts):
         index.add(some)
     beside.unlink(missing_ok=True)  # at no time does it tell of another index than that beside it
-    write_whole(path, lambda file: faiss.write_index_binary(index, faiss.PyCallbackIOWriter(file.write)))
+    write_file(path, lambda file: faiss.write_index_binary(index, faiss.PyCallbackIOWriter(file.write)))
     write_json(beside, stamps)
     return path
 

@@ -15,8 +15,8 @@ from scipy.stats import beta, binom
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from bincomm.bits import DEAD_SHARE, binary_entropy
 from bincomm.codes import factors
-from bincomm.engine.logs import DEAD_SHARE, binary_entropy
 from bincomm.evaluation.retrieval import mean_average_precision
 from bincomm.ops.hamming import hamming_distance, hamming_topk
 from bincomm.ops.messages import pack_signs

@@ -19,7 +19,7 @@ from bincomm.data.images import UnusableImageError, examine, read
 from bincomm.data.loader import usable_batches
 from bincomm.data.multicrop import decoding_pipeline
 from bincomm.data.sources import Source
-from bincomm.engine.run import write_text
+from bincomm.files import write_text
 
 BATCH = 64  # images decoded or read at once
 # What an image is called in a shard; images of other kinds, which no extension would promise, become PNGs.

@@ -14,7 +14,7 @@ import numpy as np
 
 from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS, read_file
-from bincomm.engine.run import LOCK, write_text
+from bincomm.files import LOCK, write_text
 
 FORMAT = f"2 {EXTENSIONS}"  # of the cache; one of another format is not looked at
 RECENT = 2_000_000_000  # ns; a folder changed so lately may change again without another time stamp

@@ -14,7 +14,7 @@ import numpy as np
 
 from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS, read_file
-from bincomm.engine.run import write_text
+from bincomm.files import write_text
 
 FORMAT = f"4 {EXTENSIONS}"  # of an index; one of another format is not looked at
 SEVERAL = 4  # shards from which on processes of their own are worth their start

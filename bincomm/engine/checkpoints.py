@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from bincomm.engine.run import write_whole
+from bincomm.files import write_file
 
 
 class Checkpoints:
@@ -109,7 +109,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             file.flush()
             raise
 
-    write_whole(path, write)
+    write_file(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

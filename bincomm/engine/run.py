@@ -2,18 +2,13 @@
 
 import errno
 import fcntl
-import json
-import os
-import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
 
-from bincomm.engine.ranks import Ranks
+from bincomm.distributed.ranks import Ranks
+from bincomm.files import LOCK, UNFINISHED
 
-LOCK = ".bincomm.lock"  # marks a directory as a run's, and is locked while a process trains in it
-UNFINISHED = ".*.unfinished"  # what `write_whole` has not put in place yet
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems without
 
 
@@ -48,39 +43,3 @@ def open_run(output: str, ranks: Ranks) -> Iterator[Path]:
 
         ranks.first(take)
         yield path
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place; on a failure `path` stays as it was.
-
-    Raises:
-        OSError: it cannot be written, for want of space for example; the message names `path`.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        with open(temporary, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        # That it is in place is to outlast a power failure, too: an older file may be removed after it.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole; names of files in it may be of any bytes."""
-    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole."""
-    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bincomm.engine.guard import Guard
 from bincomm.engine.optimizer import set_rates
 from bincomm.networks import Network, update_teacher
 from bincomm.ops.clip import clip_gradients_
 
 
-class Done(NamedTuple):
+class StepOutput(NamedTuple):
     """What a step leaves for the log, all on the device."""
 
     losses: dict[str, Tensor]
@@ -32,7 +32,7 @@ class Step:
     ranks alike; see `Guard`. The teacher takes its average of the student, as ever.
 
     Where torch.distributed is initialized gradients are averaged over the ranks, by DistributedDataParallel
-    unless the parameters are split by `bincomm.engine.ranks.shard`.
+    unless the parameters are split by `bincomm.distributed.ranks.shard`.
 
     Args:
         student, teacher: equal networks; the teacher becomes the student's moving average.
@@ -86,7 +86,7 @@ class Step:
         # Once captured: the graph, the crops that it reads, and what it leaves.
         self.graph: torch.cuda.CUDAGraph | None = None
         self.static: list[Tensor | None] = []
-        self.captured: tuple[Done, Tensor] | None = None
+        self.captured: tuple[StepOutput, Tensor] | None = None
         self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part, by name
 
     def __call__(
@@ -97,7 +97,7 @@ class Step:
         lr: float,
         weight_decay: float,
         momentum: float,
-    ) -> Done:
+    ) -> StepOutput:
         """One step on crops (n, 2, 3, S, S) and (n, L, 3, s, s).
 
         Raises:
@@ -123,7 +123,7 @@ class Step:
         self.guard.copy_to_host()
         return done
 
-    def _gradient(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Done, Tensor]:
+    def _gradient(self, global_views: Tensor, local_views: Tensor | None) -> tuple[StepOutput, Tensor]:
         """The student's clipped gradient, and whether the step is to be skipped: 0 or 1, on the device."""
         before = [buffer.clone() for buffer in self.buffers]
         cut = [_cut(views, self.accumulate) for views in (global_views, local_views)]
@@ -167,7 +167,7 @@ class Step:
         for buffer, old in zip(self.buffers, before, strict=True):
             buffer.copy_(torch.where(skip > 0, old, buffer))
         self.mark("clip")
-        return Done(losses, norm, logits.detach(), message), skip
+        return StepOutput(losses, norm, logits.detach(), message), skip
 
     def _run(self, network: nn.Module, global_views: Tensor, local_views: Tensor | None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -263,73 +263,13 @@ class Step:
         for buffer, old in zip(self.buffers, before, strict=True):
             buffer.copy_(old)
 
-    def _replay(self, global_views: Tensor, local_views: Tensor | None) -> tuple[Done, Tensor]:
+    def _replay(self, global_views: Tensor, local_views: Tensor | None) -> tuple[StepOutput, Tensor]:
         for static, views in zip(self.static, (global_views, local_views), strict=True):
             if static is not None:
                 static.copy_(views)
         self.graph.replay()
         self.mark("clip")
         return self.captured
-
-
-class Guard:
-    """Counts the steps that were skipped because something was not finite, and tells when to stop.
-
-    The counts live on the device. The host reads those of the step before the last, which are there by then,
-    so it never waits for a step that it has only just begun; meanwhile, after more than `LIMIT` such steps in
-    a row, the student moves no more.
-    """
-
-    LIMIT = 3
-
-    def __init__(self, device: torch.device, ranks: int):
-        self.ranks = ranks
-        self.lag = 0 if device.type == "cpu" else 1  # steps that `read` is behind
-        # Skipped steps in all; in a row; whether a rank asks for the end, here and on any of them.
-        self.counts = torch.zeros(4, dtype=torch.float32, device=device)
-        self.copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque(maxlen=self.lag + 1)
-
-    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """0 where loss and gradient are finite on all ranks, else 1."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) | (self.counts[1] > self.LIMIT)
-        flags = torch.stack([bad.float(), self.counts[2]])
-        if self.ranks > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        skip = flags[0]
-        in_row = (self.counts[1] + 1) * skip
-        self.counts.copy_(torch.stack([self.counts[0] + skip, in_row, self.counts[2], flags[1]]))
-        return skip
-
-    def ask_to_stop(self) -> None:
-        """Let all ranks stop after the same step, soon."""
-        self.counts[2] = 1
-
-    def copy_to_host(self) -> None:
-        """Begin to copy the counts of the step just launched."""
-        if self.counts.device.type == "cpu":
-            self.copies.append((self.counts.clone(), None))
-            return
-        copy = torch.empty(4, pin_memory=True).copy_(self.counts, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.copies.append((copy, event))
-
-    def read(self, last: bool = False) -> tuple[int, int, bool]:
-        """Skipped steps in all, those in a row, and whether to stop, as of this step on a CPU or where it is
-        the `last`, else of the one before it; to be read once a step."""
-        if len(self.copies) <= self.lag and not last:
-            return 0, 0, False
-        copy, event = self.copies.pop() if last else self.copies.popleft()
-        if event is not None:
-            event.synchronize()
-        skipped, in_row, _, stop = copy.tolist()
-        return int(skipped), int(in_row), bool(stop)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"skipped": self.counts[:2]}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.counts[:2].copy_(state["skipped"])
 
 
 def has_batch_norm(network: nn.Module) -> bool:

@@ -9,13 +9,15 @@ import timm
 import torch
 
 from bincomm import __version__
+from bincomm.bits import bit_statistics
+from bincomm.building import create_networks
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import Source
-from bincomm.engine.logs import bit_statistics, printable, read_lines
+from bincomm.engine.records import printable
 from bincomm.evaluation.features import extract
 from bincomm.evaluation.knn import knn_accuracy
 from bincomm.evaluation.pretrained import Pretrained
-from bincomm.models import create_networks
+from bincomm.files import read_json_lines
 from bincomm.networks import Network
 from bincomm.ops.coding_rate import rate_ceiling
 
@@ -28,7 +30,7 @@ def evaluate(
     device: torch.device,
 ) -> dict[str, Any]:
     """k-NN of the teacher, of the same network before training, of pixels and codes; use of the bits."""
-    metrics = read_lines(run / "metrics.jsonl")
+    metrics = read_json_lines(run / "metrics.jsonl")
     result: dict[str, Any] = {
         "last_metrics": metrics[-1] if metrics else {},
         "rate_ceiling": rate_ceiling(

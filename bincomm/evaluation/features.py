@@ -21,10 +21,10 @@ import bincomm
 from bincomm.data.cache import cache_folder
 from bincomm.data.loader import eval_batches
 from bincomm.data.sources import Source
-from bincomm.engine.ranks import ALONE, Ranks
-from bincomm.engine.run import write_whole
+from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.evaluation.identity import images_identity, weights_identity
 from bincomm.evaluation.pretrained import Pretrained
+from bincomm.files import write_file
 
 PIXELS = 16  # a million images of more would not fit in memory, and k-NN on pixels gains nothing from it
 Report = Callable[[int, str], None]
@@ -155,6 +155,6 @@ def _write(path: Path, values: dict[str, Tensor], left_out: list[tuple[int, str]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         data = safetensors.torch.save(kept, metadata={"left_out": json.dumps(left_out)})
-        write_whole(path, lambda file: file.write(data))
+        write_file(path, lambda file: file.write(data))
     except OSError:
         pass

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bincomm.bits import bit_statistics
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import Source
-from bincomm.engine.logs import bit_statistics
 from bincomm.evaluation.features import extract
 from bincomm.evaluation.geometry import effective_dimensions
 from bincomm.evaluation.knn import knn_accuracy

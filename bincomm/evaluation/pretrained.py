@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, read_config
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
-from bincomm.models import create_networks, keys_of, load_weights
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone, feature_width
+from bincomm.weights import load_weights, read_metadata
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _load(weights: str, device: torch.device, backbone: str | None, shown: dict[
         if checkpoint is not None:
             return _of_state(checkpoint, weights, device, shown)
         keys = read_config(path, "weights")
-    keys = {**keys_of(weights, "weights"), **keys}
+    keys = {**read_metadata(weights, "weights"), **keys}
     if not keys.setdefault("backbone", backbone):
         raise ValueError(f"weights: {weights} does not say of which backbone it is; say --backbone")
     # Made for the size that is shown: position embeddings are then resampled to it, and once.

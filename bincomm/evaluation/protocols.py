@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bincomm.bits import bit_statistics
 from bincomm.data.sources import Source
-from bincomm.engine.logs import bit_statistics
-from bincomm.engine.ranks import ALONE, Ranks
+from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.evaluation.augmented import augmented_probe
 from bincomm.evaluation.features import extract_cached
 from bincomm.evaluation.geometry import effective_dimensions

@@ -14,7 +14,7 @@ from scipy.spatial import KDTree
 from torch import Tensor
 from tqdm import tqdm
 
-from bincomm.engine.ranks import ALONE, Ranks
+from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.evaluation.dense import IGNORED, centers, open_image, open_mask, patch_features, show, stride_of
 from bincomm.evaluation.pretrained import Pretrained
 

@@ -14,7 +14,7 @@ from bincomm import cli  # noqa: E402
 from bincomm.codes import encode as encoding  # noqa: E402
 from bincomm.config import parse  # noqa: E402
 from bincomm.data.sources import digits  # noqa: E402
-from bincomm.pretrain import pretrain  # noqa: E402
+from bincomm.pretraining import pretrain  # noqa: E402
 
 OPTIONS = {
     "recipe": "digits",

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq  # noqa: E402
 from ranks import run_on_ranks  # noqa: E402
 
 from bincomm import pack_signs  # noqa: E402
+from bincomm.building import create_networks  # noqa: E402
 from bincomm.codes import encode as encoding  # noqa: E402
 from bincomm.codes.encode import (  # noqa: E402
     encode,
@@ -30,11 +31,10 @@ from bincomm.codes.encode import (  # noqa: E402
 from bincomm.config import PretrainConfig  # noqa: E402
 from bincomm.data.export import write_shards  # noqa: E402
 from bincomm.data.sources import Mix, Source, open_source  # noqa: E402
-from bincomm.engine.ranks import Ranks, ToldByAnotherRank  # noqa: E402
+from bincomm.distributed.ranks import FirstRankError, Ranks  # noqa: E402
 from bincomm.evaluation.features import extract, look  # noqa: E402
 from bincomm.evaluation.identity import images_identity, weights_identity  # noqa: E402
 from bincomm.evaluation.pretrained import Pretrained  # noqa: E402
-from bincomm.models import create_networks  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -180,7 +180,7 @@ def on_two(rank, world, folder):
     torch.distributed.barrier()
     found = encode(model, source, output, rows=25, ranks=ranks)
     assert (found.codes, found.parts, found.made) == (90, 4, 1)
-    with pytest.raises(ToldByAnotherRank if rank else ValueError, match="rows 25 there and 30 here"):
+    with pytest.raises(FirstRankError if rank else ValueError, match="rows 25 there and 30 here"):
         encode(model, source, output, rows=30, ranks=ranks)
 
 

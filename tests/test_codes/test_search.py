@@ -15,6 +15,7 @@ for package in ("pyarrow", "timm", "nvidia.dali", "sklearn"):
     pytest.importorskip(package, reason="searching needs the packages of bincomm[eval]")
 
 from bincomm import hamming_distance, hamming_topk  # noqa: E402
+from bincomm.building import create_networks  # noqa: E402
 from bincomm.codes import search as searching  # noqa: E402
 from bincomm.codes.encode import encode, open_parts, read_codes, read_rows, to_messages, write_part  # noqa: E402
 from bincomm.codes.search import (  # noqa: E402
@@ -35,7 +36,6 @@ from bincomm.data.export import write_shards  # noqa: E402
 from bincomm.data.sources import open_source  # noqa: E402
 from bincomm.evaluation.features import look  # noqa: E402
 from bincomm.evaluation.pretrained import Pretrained  # noqa: E402
-from bincomm.models import create_networks  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from bincomm.data.sources import digits, evaluation_sources, open_source
-from bincomm.engine.ranks import ALONE
+from bincomm.distributed.ranks import ALONE
 from bincomm.engine.run import open_run
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")

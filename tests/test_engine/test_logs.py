@@ -5,18 +5,23 @@ import math
 import pytest
 import torch
 
-from bincomm.engine.logs import Log, Watch, Window, bit_statistics, plot_curves, read_lines
-from bincomm.engine.ranks import ALONE
-from bincomm.engine.step import Done
+from bincomm.bits import bit_statistics
+from bincomm.distributed.ranks import ALONE
+from bincomm.engine.collapse import CollapseMonitor
+from bincomm.engine.curves import plot_curves
+from bincomm.engine.metrics import MetricsWindow
+from bincomm.engine.records import Records
+from bincomm.engine.step import StepOutput
+from bincomm.files import read_json_lines
 
 
 def done(loss, gradient_norm, student, teacher):
     losses = {"loss": torch.tensor(loss), "agreement": torch.tensor(0.5), "rate": torch.tensor(7.0)}
-    return Done(losses, torch.tensor(gradient_norm), student, teacher)
+    return StepOutput(losses, torch.tensor(gradient_norm), student, teacher)
 
 
 def new_window():
-    return Window(4, ("loss", "agreement", "rate"), 6, torch.device("cpu"))
+    return MetricsWindow(4, ("loss", "agreement", "rate"), 6, torch.device("cpu"))
 
 
 def test_bit_statistics():
@@ -39,11 +44,11 @@ def test_window_averages_over_steps_and_compares_views_crosswise():
     metrics = window.report()
     assert metrics["loss"] == 2.0
     assert metrics["gradient_norm"] == 3.0
-    assert metrics["bit_agreement"] == 1.0
+    assert metrics["bit_accuracy"] == 1.0
     expected = bit_statistics((teacher > 0).sum((0, 1)), 10)
     assert metrics["bit_entropy"] == pytest.approx(expected["bit_entropy"])
     window.add(done(5.0, 0.0, -student, teacher))
-    assert window.report()["bit_agreement"] == 0.0
+    assert window.report()["bit_accuracy"] == 0.0
 
 
 @pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.inf)])
@@ -97,7 +102,7 @@ def test_window_of_two_ranks_goes_on_on_any_number(monkeypatch, later):
 
 
 def test_log_writes_when_there_is_room_again_and_at_the_end_or_tells(tmp_path, monkeypatch):
-    log = Log(tmp_path, 0, 30, ALONE)
+    log = Records(tmp_path, 0, 30, ALONE)
     (tmp_path / "metrics.jsonl").rename(tmp_path / "away")
     (tmp_path / "metrics.jsonl").mkdir()  # no file to write to
     log.write(10, {"loss": 1.0})
@@ -108,27 +113,27 @@ def test_log_writes_when_there_is_room_again_and_at_the_end_or_tells(tmp_path, m
     log.flush()
     log.flush()
     log.close()
-    assert [record["step"] for record in read_lines(tmp_path / "metrics.jsonl")] == [10]
+    assert [record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")] == [10]
 
 
 def test_log_drops_what_came_after_the_checkpoint(tmp_path):
     metrics = {"loss": 1.0, "agreement": 0.5, "rate": 7.0, "bit_entropy": 1.0, "bit_entropy_min": 0.5}
-    metrics |= {"dead_bits": 0.0, "bit_agreement": 0.9, "bit_majority": 0.5, "lr": 0.1}
-    log = Log(tmp_path, 0, 30, ALONE)
+    metrics |= {"dead_bits": 0.0, "bit_accuracy": 0.9, "bit_majority": 0.5, "lr": 0.1}
+    log = Records(tmp_path, 0, 30, ALONE)
     for step in (10, 20, 30):
         log.write(step, {**metrics, "loss": float(step)})
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # cut off by a kill
-    log = Log(tmp_path, 20, 30, ALONE)
+    log = Records(tmp_path, 20, 30, ALONE)
     log.write(30, {**metrics, "loss": 31.0})
     log.close()
-    assert [(r["step"], r["loss"]) for r in read_lines(tmp_path / "metrics.jsonl")] == [
+    assert [(r["step"], r["loss"]) for r in read_json_lines(tmp_path / "metrics.jsonl")] == [
         (10, 10),
         (20, 20),
         (30, 31),
     ]
-    assert [r["step"] for r in read_lines(tmp_path / "speed.jsonl")] == [10, 20, 30]
+    assert [r["step"] for r in read_json_lines(tmp_path / "speed.jsonl")] == [10, 20, 30]
     assert json.loads((tmp_path / "speed.jsonl").read_text().splitlines()[0]).keys() == {
         "step", "images_per_second", "data_wait",
     }  # fmt: skip
@@ -138,7 +143,7 @@ def test_log_drops_what_came_after_the_checkpoint(tmp_path):
 
 
 HEALTHY = {"dead_bits": 0.0, "agreement": 0.5, "bit_entropy": 0.9, "rate": 50.0}
-HEALTHY |= {"bit_agreement": 0.8, "bit_majority": 0.6}
+HEALTHY |= {"bit_accuracy": 0.8, "bit_majority": 0.6}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ HEALTHY |= {"bit_agreement": 0.8, "bit_majority": 0.6}
         ({"rate": 5.0}, "rate, 5.0 nats, is near its least, 4.0 (its ceiling is 100.0)", "raise beta"),
         ({"agreement": 0.692}, "nothing is transmitted", "lower beta (now 0.1), say to 0.05"),
         (
-            {"agreement": 0.62, "bit_agreement": 0.57, "bit_majority": 0.67},
+            {"agreement": 0.62, "bit_accuracy": 0.57, "bit_majority": 0.67},
             "57.0% of the bits agree, 67.0% would by always sending the commoner value",
             "lower beta (now 0.1), say to 0.05",
         ),
@@ -157,7 +162,7 @@ HEALTHY |= {"bit_agreement": 0.8, "bit_majority": 0.6}
 )
 def test_watch_warns_once_of_every_collapse(signs, words, advice):
     def new_watch():
-        return Watch(beta=0.1, floor=4.0, ceiling=100.0, hard_bits=True)
+        return CollapseMonitor(beta=0.1, floor=4.0, ceiling=100.0, hard_bits=True)
 
     watch, bad = new_watch(), HEALTHY | signs
     assert [watch.look(HEALTHY) for _ in range(9)] == [[]] * 9
@@ -173,7 +178,7 @@ def test_watch_warns_once_of_every_collapse(signs, words, advice):
 
 
 def test_watch_knows_what_an_objective_has_no_part_in():
-    watch = Watch(beta=None, floor=4.0, ceiling=100.0, hard_bits=False)
+    watch = CollapseMonitor(beta=None, floor=4.0, ceiling=100.0, hard_bits=False)
     assert [watch.look({"loss": 1.0}) for _ in range(9)] == [[]] * 9
     assert [watch.look(HEALTHY | {"agreement": 0.999}) for _ in range(9)] == [[]] * 9  # a cosine
     warnings = [warning for _ in range(9) for warning in watch.look(HEALTHY | {"dead_bits": 0.9})]
@@ -182,7 +187,7 @@ def test_watch_knows_what_an_objective_has_no_part_in():
 
 
 def test_metrics_that_a_full_disk_did_not_take_are_written_later(tmp_path, monkeypatch, capsys):
-    log = Log(tmp_path, 0, 30, ALONE)
+    log = Records(tmp_path, 0, 30, ALONE)
     log.write(10, HEALTHY | {"loss": 1.0})
     whole = (tmp_path / "metrics.jsonl").read_text()
 
@@ -200,5 +205,5 @@ def test_metrics_that_a_full_disk_did_not_take_are_written_later(tmp_path, monke
     assert "metrics could not be written" in capsys.readouterr().out
     log.write(30, HEALTHY | {"loss": 3.0})
     log.close()
-    assert [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
-    assert [line["step"] for line in read_lines(tmp_path / "speed.jsonl")] == [10, 20, 30]
+    assert [line["loss"] for line in read_json_lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
+    assert [line["step"] for line in read_json_lines(tmp_path / "speed.jsonl")] == [10, 20, 30]

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from bincomm.engine.ranks import ALONE
-from bincomm.engine.run import open_run, write_text, write_whole
+from bincomm.distributed.ranks import ALONE
+from bincomm.engine.run import open_run
+from bincomm.files import write_file, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -20,7 +21,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left on device: .*/file"):
-        write_whole(path, fail)
+        write_file(path, fail)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -36,7 +37,7 @@ def test_files_can_be_read_by_others_as_the_umask_allows(tmp_path):
 
 def test_a_run_is_held_by_one_process(tmp_path):
     hold = "import sys, time; from bincomm.engine.run import open_run\n"
-    hold += "from bincomm.engine.ranks import ALONE\n"
+    hold += "from bincomm.distributed.ranks import ALONE\n"
     hold += f"with open_run({str(tmp_path)!r}, ALONE): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
     try:

@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 timm = pytest.importorskip("timm", reason="training needs the packages of bincomm[train]")
 
+from bincomm.engine.guard import Guard  # noqa: E402
 from bincomm.engine.optimizer import create_optimizer  # noqa: E402
-from bincomm.engine.step import Guard, Step  # noqa: E402
+from bincomm.engine.step import Step  # noqa: E402
 from bincomm.networks import (  # noqa: E402
     Head,
     Network,

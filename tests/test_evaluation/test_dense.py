@@ -12,6 +12,7 @@ from torch import nn
 sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="the independent check is scikit-learn")
 
 from bincomm import cli  # noqa: E402
+from bincomm.building import create_networks  # noqa: E402
 from bincomm.config import PretrainConfig, parse  # noqa: E402
 from bincomm.evaluation import dense  # noqa: E402
 from bincomm.evaluation.dense import (  # noqa: E402
@@ -21,8 +22,7 @@ from bincomm.evaluation.dense import (  # noqa: E402
     patch_features,
 )
 from bincomm.evaluation.pretrained import Pretrained, load_pretrained  # noqa: E402
-from bincomm.models import create_networks  # noqa: E402
-from bincomm.pretrain import export_backbone  # noqa: E402
+from bincomm.pretraining import export_backbone  # noqa: E402
 
 # Of classes 2, 9 and 254, and of what is not annotated.
 COLORS = {2: (230, 20, 20), 9: (20, 230, 20), 254: (20, 20, 230), 255: (120, 120, 120)}

@@ -18,17 +18,17 @@ from sklearn.metrics import average_precision_score  # noqa: E402
 from sklearn.neighbors import KNeighborsClassifier  # noqa: E402
 
 from bincomm import cli  # noqa: E402
+from bincomm.building import create_networks  # noqa: E402
 from bincomm.config import parse  # noqa: E402
 from bincomm.data.sources import digits, evaluation_sources, open_source  # noqa: E402
+from bincomm.distributed.ranks import ALONE, Ranks  # noqa: E402
 from bincomm.engine.checkpoints import save_checkpoint  # noqa: E402
-from bincomm.engine.ranks import ALONE, Ranks  # noqa: E402
 from bincomm.evaluation import features as module  # noqa: E402
 from bincomm.evaluation.augmented import augmented_probe  # noqa: E402
 from bincomm.evaluation.features import extract, extract_cached, identity  # noqa: E402
 from bincomm.evaluation.pretrained import Pretrained, load_pretrained  # noqa: E402
 from bincomm.evaluation.protocols import PROTOCOLS, evaluate_images  # noqa: E402
-from bincomm.models import create_networks  # noqa: E402
-from bincomm.pretrain import export_backbone, pretrain  # noqa: E402
+from bincomm.pretraining import export_backbone, pretrain  # noqa: E402
 
 CPU = torch.device("cpu")
 OPTIONS = {

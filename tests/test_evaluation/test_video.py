@@ -17,12 +17,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bincomm import cli
+from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, parse
 from bincomm.evaluation import video
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.video import contour_accuracy, evaluate_davis, propagate, region_similarity
-from bincomm.models import create_networks
-from bincomm.pretrain import export_backbone
+from bincomm.pretraining import export_backbone
 
 STRIDE = 16
 COLORS = np.array([[40, 40, 40], [230, 20, 20], [20, 20, 230], [20, 230, 20]], np.uint8)  # by object

@@ -17,7 +17,7 @@ from bincomm.config import parse  # noqa: E402
 from bincomm.data.crops import Crops  # noqa: E402
 from bincomm.data.loader import Loader  # noqa: E402
 from bincomm.data.sources import open_source  # noqa: E402
-from bincomm.pretrain import pretrain  # noqa: E402
+from bincomm.pretraining import pretrain  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

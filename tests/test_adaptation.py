@@ -14,17 +14,17 @@ import safetensors.torch  # noqa: E402
 import timm  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from bincomm import cli, models  # noqa: E402
-from bincomm.adapt import configure  # noqa: E402
+from bincomm import building, cli  # noqa: E402
+from bincomm.adaptation import configure  # noqa: E402
+from bincomm.building import create_networks  # noqa: E402
 from bincomm.config import PretrainConfig, parse  # noqa: E402
 from bincomm.data.sources import digits, evaluation_sources, open_source  # noqa: E402
-from bincomm.engine.logs import Log  # noqa: E402
+from bincomm.engine.records import Records  # noqa: E402
 from bincomm.evaluation.features import extract  # noqa: E402
 from bincomm.evaluation.knn import knn_accuracy  # noqa: E402
 from bincomm.evaluation.linear import linear_probe  # noqa: E402
 from bincomm.evaluation.pretrained import Pretrained  # noqa: E402
-from bincomm.models import create_networks  # noqa: E402
-from bincomm.pretrain import pretrain  # noqa: E402
+from bincomm.pretraining import pretrain  # noqa: E402
 
 OPTIONS = {
     "recipe": "digits",
@@ -122,16 +122,16 @@ def test_another_recipe_says_all_but_the_backbone(source, target):
 
 def test_it_begins_with_the_backbone_under_a_new_head_and_never_resets(source, target, tmp_path, monkeypatch):
     began, resets = [], []
-    create, reset = create_networks, models.reset_head
+    create, reset = create_networks, building.reset_head
 
     def watched(config, device):
         networks = create(config, device)
         began.append([{name: x.clone() for name, x in n.state_dict().items()} for n in networks])
         return networks
 
-    monkeypatch.setattr("bincomm.pretrain.create_networks", watched)
+    monkeypatch.setattr("bincomm.pretraining.create_networks", watched)
     monkeypatch.setattr(
-        "bincomm.pretrain.reset_head", lambda *args, **named: resets.append(reset(*args, **named))
+        "bincomm.pretraining.reset_head", lambda *args, **named: resets.append(reset(*args, **named))
     )
     # Images for five steps an epoch: there are ends of epochs at which a reset could come.
     assert cli.main(arguments(source, target, tmp_path / "run", reset_every=1)) == 0
@@ -155,7 +155,7 @@ def test_it_begins_with_the_backbone_under_a_new_head_and_never_resets(source, t
 
 
 def test_the_same_command_goes_on_and_is_done_once(source, target, adapted, tmp_path, monkeypatch, capsys):
-    steps, step = [], Log.step
+    steps, step = [], Records.step
 
     def interrupted(self, *args):
         steps.append(step(self, *args))
@@ -163,7 +163,7 @@ def test_the_same_command_goes_on_and_is_done_once(source, target, adapted, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "step", interrupted)
+        patch.setattr(Records, "step", interrupted)
         assert cli.main(arguments(source, target, tmp_path / "run")) == cli.SAVED
     assert cli.main(arguments(source, target, tmp_path / "run")) == 0
     assert "resuming at step 8" in capsys.readouterr().out

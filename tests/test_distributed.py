@@ -16,8 +16,8 @@ for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors")
 from bincomm import cli  # noqa: E402
 from bincomm.config import parse  # noqa: E402
 from bincomm.engine.checkpoints import load_checkpoint  # noqa: E402
-from bincomm.engine.logs import read_lines  # noqa: E402
-from bincomm.pretrain import pretrain  # noqa: E402
+from bincomm.files import read_json_lines  # noqa: E402
+from bincomm.pretraining import pretrain  # noqa: E402
 
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 OPTIONS = {
@@ -80,7 +80,8 @@ def finish(process):
 
 def curve(run):
     return [
-        [line[key] for key in ("loss", "agreement", "rate")] for line in read_lines(run / "metrics.jsonl")
+        [line[key] for key in ("loss", "agreement", "rate")]
+        for line in read_json_lines(run / "metrics.jsonl")
     ]
 
 
@@ -182,7 +183,7 @@ def test_without_torchrun_the_ranks_watch_each_other(tmp_path, frozen, reason):
 
 JOINED = """
 import os, sys, time, torch, torch.distributed as dist
-from bincomm.engine.ranks import join_ranks
+from bincomm.distributed.ranks import join_ranks
 
 def together(ranks, steps=1000):
     print("joined", flush=True)
@@ -253,8 +254,8 @@ def test_a_rank_that_finds_no_device_tells_the_others():
 def no_gpu(*arguments):
     raise ValueError("device: no GPU here")
 if os.environ["RANK"] == "1":
-    import bincomm.engine.ranks
-    bincomm.engine.ranks._choose_device = no_gpu
+    import bincomm.distributed.ranks
+    bincomm.distributed.ranks._choose_device = no_gpu
 """
     statuses, texts = run_ranks(2, "together(ranks)", before)
     assert statuses == [1, 1]
@@ -267,8 +268,8 @@ if os.environ["RANK"] == "1":
 )
 def test_a_rank_does_not_wait_for_one_that_never_starts(absent, reason):
     before = f"""
-import bincomm.engine.ranks
-bincomm.engine.ranks.MEETING = 3
+import bincomm.distributed.ranks
+bincomm.distributed.rendezvous.RENDEZVOUS_SECONDS = 3
 if os.environ["RANK"] == "{absent}":
     os._exit(9)
 """
@@ -302,18 +303,20 @@ def test_an_error_without_a_text_is_one_on_all_ranks():
     statuses, texts = run_ranks(2, body)
     assert statuses == [1, 1]
     assert texts[0].endswith("ValueError \n")
-    assert texts[1].endswith("ToldByAnotherRank \n")
+    assert texts[1].endswith("FirstRankError \n")
 
 
 def test_whole_values_are_kept_where_they_are_wanted():
-    before = "from bincomm.engine.ranks import shard, whole; from types import SimpleNamespace"
+    before = (
+        "from bincomm.distributed.sharding import gather_tensors, shard; from types import SimpleNamespace"
+    )
     body = """
         layer = torch.nn.Linear(4, 3)
         layer.backbone = torch.nn.Identity()
         with torch.no_grad():
             layer.weight.fill_(2)
         shard(layer, ranks)
-        found = whole({"step": 1, "own": torch.ones(2), **layer.state_dict()}, keep=ranks.rank == 0)
+        found = gather_tensors({"step": 1, "own": torch.ones(2), **layer.state_dict()}, keep=ranks.rank == 0)
         assert found["step"] == 1
         if ranks.rank:
             assert found["own"] is None and found["weight"] is None

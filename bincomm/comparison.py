@@ -15,16 +15,15 @@ import torch
 from matplotlib.figure import Figure
 
 from bincomm import __version__
+from bincomm.building import create_networks
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.checkpoints import Checkpoints
-from bincomm.engine.logs import read_lines
-from bincomm.engine.run import write_json, write_text, write_whole
 from bincomm.evaluation.measure import Labeled, device_of, look_at, measure, of_features
 from bincomm.evaluation.pretrained import Pretrained
-from bincomm.models import create_networks
+from bincomm.files import read_json_lines, write_file, write_json, write_text
 from bincomm.networks import Network
-from bincomm.pretrain import TrainingError, pretrain
+from bincomm.pretraining import TrainingError, pretrain
 
 # A method's keys; everything else is the same for all. The ablations are of bits-fixed, as in the paper.
 METHODS: dict[str, dict[str, Any]] = {
@@ -158,7 +157,7 @@ def compare(
     write_json(output / "table.json", table)
     write_text(output / "table.md", as_markdown(table))
     figure = plot(rows)
-    write_whole(output / "plot.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    write_file(output / "plot.png", lambda file: figure.savefig(file, format="png", dpi=110))
     if failed:
         raise TrainingError(
             f"{', '.join(failed)}: could not be trained to the end; the table, in {config.output}, is of the "
@@ -217,7 +216,7 @@ def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
     """
     run = Path(config.output)
     checkpoint = Checkpoints(run / "checkpoints", config.keep, print).load()
-    last = read_lines(run / "metrics.jsonl")[-1]["step"]
+    last = read_json_lines(run / "metrics.jsonl")[-1]["step"]
     if checkpoint is None or checkpoint["step"] != last:
         raise ValueError(
             f"output: {run} holds no checkpoint of its last step, {last}; remove it to train it anew"
@@ -230,7 +229,7 @@ def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
 def seconds_trained(config: PretrainConfig) -> float:
     """How long a run's steps took, waiting for data included and without what comes before and after them."""
     seconds, step = 0.0, 0
-    for line in read_lines(Path(config.output) / "speed.jsonl"):
+    for line in read_json_lines(Path(config.output) / "speed.jsonl"):
         seconds += (line["step"] - step) * config.batch_size / line["images_per_second"]
         step = line["step"]
     return seconds

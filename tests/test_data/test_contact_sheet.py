@@ -8,9 +8,9 @@ from PIL import Image  # noqa: E402
 
 from bincomm import cli  # noqa: E402
 from bincomm.config import parse  # noqa: E402
+from bincomm.data.contact_sheet import GAP, LEAST, TITLE, contact_sheet  # noqa: E402
 from bincomm.data.crops import Crops  # noqa: E402
 from bincomm.data.loader import Loader  # noqa: E402
-from bincomm.data.look import GAP, LEAST, TITLE, contact_sheet  # noqa: E402
 from bincomm.data.sources import open_source  # noqa: E402
 
 MEAN, STD = (255 * np.array(values, np.float32) for values in (Crops.mean, Crops.std))

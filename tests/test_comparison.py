@@ -14,17 +14,18 @@ for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors")
 from PIL import Image  # noqa: E402
 
 from bincomm import cli  # noqa: E402
-from bincomm.compare import BEFORE, METHODS, method_configs, prototypes_for  # noqa: E402
+from bincomm.bits import bit_statistics  # noqa: E402
+from bincomm.building import create_networks  # noqa: E402
+from bincomm.comparison import BEFORE, METHODS, method_configs, prototypes_for  # noqa: E402
 from bincomm.config import PretrainConfig, parse  # noqa: E402
 from bincomm.data.sources import evaluation_sources, open_source  # noqa: E402
-from bincomm.engine.logs import Log, bit_statistics  # noqa: E402
+from bincomm.engine.records import Records  # noqa: E402
 from bincomm.evaluation.features import extract  # noqa: E402
 from bincomm.evaluation.geometry import effective_dimensions  # noqa: E402
 from bincomm.evaluation.knn import knn_accuracy  # noqa: E402
 from bincomm.evaluation.linear import linear_probe  # noqa: E402
 from bincomm.evaluation.pretrained import Pretrained  # noqa: E402
 from bincomm.evaluation.retrieval import mean_average_precision  # noqa: E402
-from bincomm.models import create_networks  # noqa: E402
 from bincomm.objectives import DINO  # noqa: E402
 
 OPTIONS = {
@@ -180,7 +181,7 @@ def test_the_same_command_trains_nothing_again(compared, capsys):
 def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, capsys):
     """A signal in the second run: the first is not trained again, the second ends as if nothing had been."""
     output, steps = tmp_path / "run", []
-    step = Log.step
+    step = Records.step
 
     def interrupted(self, *args):
         steps.append(step(self, *args))
@@ -189,7 +190,7 @@ def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, caps
 
     options = {"methods": "bits-reset,simdino", "seeds": "1"}
     with monkeypatch.context() as patch:
-        patch.setattr(Log, "step", interrupted)
+        patch.setattr(Records, "step", interrupted)
         assert cli.main(arguments(output, **options)) == cli.SAVED
     assert "SIGTERM: saved" in capsys.readouterr().err
     assert not (output / "table.json").exists()

@@ -9,13 +9,14 @@ from typing import Any
 
 import yaml
 
+from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, parse, read_config, recipe_path
 from bincomm.data.sources import evaluation_sources, open_source
-from bincomm.engine.run import write_json
 from bincomm.evaluation.measure import classify, device_of, look_at
 from bincomm.evaluation.pretrained import Pretrained
-from bincomm.models import create_networks, keys_of
-from bincomm.pretrain import pretrain
+from bincomm.files import write_json
+from bincomm.pretraining import pretrain
+from bincomm.weights import read_metadata
 
 # What is not taken over from the run that a backbone comes from, besides what the recipe says.
 OWN = ("data", "output", "resume", "init_from", "device")
@@ -54,7 +55,7 @@ def configure(source: str, arguments: list[str]) -> PretrainConfig:
 
 def keys_taken(source: str) -> dict[str, Any]:
     """What an adaptation takes over from its source: of a run all keys but `OWN`, else `SOURCES`."""
-    theirs, kept = keys_of(source, "from"), list(SOURCES)
+    theirs, kept = read_metadata(source, "from"), list(SOURCES)
     if os.path.isdir(os.path.expanduser(source)):
         theirs |= read_config(Path(source).expanduser(), "from")
         kept = [f.name for f in fields(PretrainConfig) if f.name not in OWN]

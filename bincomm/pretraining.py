@@ -18,19 +18,25 @@ import yaml
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from bincomm.building import create_networks, create_objective, hash_seed, reset_head
 from bincomm.config import PretrainConfig, read_config
 from bincomm.data.export import write_unusable
 from bincomm.data.loader import Loader, TooManyUnusableError, merge_states
 from bincomm.data.sources import Source, evaluation_sources, open_source
+from bincomm.distributed.ranks import FirstRankError, Ranks, join_ranks
+from bincomm.distributed.sharding import gather_tensors, load_sharded, load_sharded_optimizer, shard
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint, save_checkpoint
-from bincomm.engine.logs import Log, Watch, Window, plot_curves
+from bincomm.engine.collapse import CollapseMonitor
+from bincomm.engine.curves import plot_curves
+from bincomm.engine.guard import Guard
+from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.optimizer import create_optimizer
-from bincomm.engine.ranks import Ranks, ToldByAnotherRank, join_ranks, shard, whole
-from bincomm.engine.run import open_run, write_json, write_text, write_whole
+from bincomm.engine.records import Records
+from bincomm.engine.run import open_run
 from bincomm.engine.schedules import cosine, warmup_cosine
-from bincomm.engine.step import Guard, Step, has_batch_norm
+from bincomm.engine.step import Step, has_batch_norm
 from bincomm.evaluation.evaluate import evaluate
-from bincomm.models import create_networks, create_objective, hash_seed, place, place_optimizer, reset_head
+from bincomm.files import write_file, write_json, write_text
 from bincomm.networks import Network, create_backbone
 from bincomm.ops.coding_rate import rate_ceiling
 
@@ -100,7 +106,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signa
     optimizer = create_optimizer(student)
     one_step = create_step(config, student, teacher, objective, optimizer)
     bits = config.bits if objective.outputs_are_bits else None
-    window = Window(config.log_every, objective.scalars, bits, ranks.device)
+    window = MetricsWindow(config.log_every, objective.scalars, bits, ranks.device)
     watch = create_watch(config)
     parts = {
         "student": student,
@@ -114,7 +120,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signa
     }
     checkpoints = Checkpoints(run / "checkpoints", config.keep, print)
     step = resume(checkpoints, config, parts, ranks)
-    log = Log(run, step, steps, ranks)
+    log = Records(run, step, steps, ranks)
     checkpoints.say = log.say
     if ranks.rank == 0:
         announce(config, loader, source, step, steps, ranks, log)
@@ -166,7 +172,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signa
                 skipped = count
             if in_row > guard.LIMIT:
                 evidence = keep_evidence(run, step, config, parts, ranks, batches[-1 if last else 0])
-                raise ToldByAnotherRank(evidence) if ranks.rank else TrainingError(evidence)
+                raise FirstRankError(evidence) if ranks.rank else TrainingError(evidence)
             # Alone, a rank reads the signal itself, once: one that comes from here on is for the next step.
             stop = signals.received is not None if ranks.world == 1 else stop
             if last or step % config.log_every == 0:
@@ -195,7 +201,7 @@ def train(config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signa
         signals.wait_for_step = False
         log.close()
     if config.fsdp:
-        weights = whole(teacher.state_dict(), keep=ranks.rank == 0)
+        weights = gather_tensors(teacher.state_dict(), keep=ranks.rank == 0)
         if ranks.rank == 0:
             del student, optimizer, one_step, parts  # one GPU is to hold all of the teacher
             teacher = create_networks(replace(config, fsdp=False), ranks.device)[1]
@@ -251,7 +257,7 @@ def create_step(
 
 
 def announce(
-    config: PretrainConfig, loader: Loader, source: Source, step: int, steps: int, ranks: Ranks, log: Log
+    config: PretrainConfig, loader: Loader, source: Source, step: int, steps: int, ranks: Ranks, log: Records
 ) -> None:
     """Say what is about to be done."""
     where = ranks.device.type if ranks.world == 1 else f"{ranks.world} ranks ({ranks.device.type})"
@@ -269,7 +275,9 @@ def announce(
         )
 
 
-def prepare(one_step: Step, config: PretrainConfig, views: tuple[Tensor, Tensor | None], log: Log) -> None:
+def prepare(
+    one_step: Step, config: PretrainConfig, views: tuple[Tensor, Tensor | None], log: Records
+) -> None:
     """Compile and capture what the configuration asks for, before the first step, and say so."""
     on_gpu = one_step.device.type == "cuda"
     if one_step.ranks > 1 and has_batch_norm(one_step.student) and not on_gpu:
@@ -282,10 +290,10 @@ def prepare(one_step: Step, config: PretrainConfig, views: tuple[Tensor, Tensor 
         log.say("cuda_graph: steps up to the gradient are replayed from a CUDA graph")
 
 
-def create_watch(config: PretrainConfig) -> Watch:
+def create_watch(config: PretrainConfig) -> CollapseMonitor:
     """Limits between which the configuration's coding rate lies, and what its agreement means."""
     images = torch.tensor(config.batch_size, dtype=torch.float64)
-    return Watch(
+    return CollapseMonitor(
         config.beta if config.method == "bits" else None,
         floor=math.log1p(config.bits / config.eps_squared) / 2,
         ceiling=rate_ceiling(images, config.bits, config.eps_squared).item(),
@@ -313,7 +321,7 @@ def collect(step: int, config: PretrainConfig, parts: dict[str, Any], ranks: Ran
     every = ranks.gather(own)
     if ranks.rank == 0 or config.fsdp:  # where every rank has a share of the tensors
         alike = {name: part.state_dict() for name, part in parts.items() if name not in OWN}
-        state |= whole(alike, keep=ranks.rank == 0)
+        state |= gather_tensors(alike, keep=ranks.rank == 0)
     state["loader"] = merge_states([rank.pop("loader") for rank in every])
     return {**state, "ranks": every}
 
@@ -329,9 +337,9 @@ def resume(checkpoints: Checkpoints, config: PretrainConfig, parts: dict[str, An
     every = state["ranks"]
     for name, part in parts.items():
         if isinstance(part, nn.Module):
-            place(part, state[name])
+            load_sharded(part, state[name])
         elif name == "optimizer":
-            place_optimizer(part, state[name])
+            load_sharded_optimizer(part, state[name])
         elif name == "window":
             part.load_state_dicts([rank[name] for rank in every], ranks.rank, ranks.world)
         else:
@@ -401,7 +409,7 @@ def keep_evidence(
     )
 
 
-def tell_unusable(loader: Loader, named: int, run: Path, log: Log, ranks: Ranks) -> int:
+def tell_unusable(loader: Loader, named: int, run: Path, log: Records, ranks: Ranks) -> int:
     """Name the unusable images beyond the first `named`, and keep a list of all that rank 0 knows, which are
     those of all ranks as of the last checkpoint that was gone on from; returns how many."""
     found = loader.unusable
@@ -428,7 +436,7 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
     }
     # One key: safetensors writes several in random order, and two equal runs leave equal files.
     data = safetensors.torch.save(weights, metadata={"create_model": json.dumps(arguments)})
-    write_whole(run / "backbone.safetensors", lambda file: file.write(data))
+    write_file(run / "backbone.safetensors", lambda file: file.write(data))
 
 
 def begin(run: Path, config: PretrainConfig) -> str:

@@ -21,13 +21,14 @@ import timm  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from bincomm import cli  # noqa: E402
+from bincomm.building import create_networks  # noqa: E402
 from bincomm.config import PretrainConfig, parse  # noqa: E402
 from bincomm.data.loader import TooManyUnusableError  # noqa: E402
 from bincomm.engine.checkpoints import load_checkpoint  # noqa: E402
-from bincomm.engine.logs import Log, read_lines  # noqa: E402
-from bincomm.models import create_networks  # noqa: E402
+from bincomm.engine.records import Records  # noqa: E402
+from bincomm.files import read_json_lines  # noqa: E402
 from bincomm.networks import Network  # noqa: E402
-from bincomm.pretrain import Interrupted, TrainingError, dump, pretrain, save  # noqa: E402
+from bincomm.pretraining import Interrupted, TrainingError, dump, pretrain, save  # noqa: E402
 
 # A small network on small crops; the head is reset twice, and drop path draws random numbers in the network.
 OPTIONS = {
@@ -107,10 +108,10 @@ def test_what_a_run_leaves(finished):
     }
     assert left <= set(os.listdir(output))
     assert json.loads((output / "result.json").read_text()) == result
-    records = read_lines(output / "metrics.jsonl")
+    records = read_json_lines(output / "metrics.jsonl")
     assert [record["step"] for record in records] == [*range(4, 50, 4), 50]
     keys = "loss agreement rate gradient_norm lr momentum "
-    keys += "bit_entropy bit_entropy_min dead_bits bit_agreement bit_majority"
+    keys += "bit_entropy bit_entropy_min dead_bits bit_accuracy bit_majority"
     for record in records:
         assert set(keys.split()) <= record.keys()
         assert all(torch.tensor(float(value)).isfinite() for value in record.values())
@@ -142,7 +143,9 @@ def test_the_same_again(finished, tmp_path):
 
 def test_another_seed_is_another_run(finished, tmp_path):
     pretrain(configuration(tmp_path / "other", seed=1, max_steps=4))
-    first, other = (read_lines(run / "metrics.jsonl")[0]["loss"] for run in (finished[0], tmp_path / "other"))
+    first, other = (
+        read_json_lines(run / "metrics.jsonl")[0]["loss"] for run in (finished[0], tmp_path / "other")
+    )
     assert first != other
 
 
@@ -189,13 +192,13 @@ def test_ctrl_c_saves_and_resumes(finished, tmp_path):
 
 @pytest.mark.parametrize("moment", ["step", "write"])
 def test_a_signal_at_any_moment_is_saved_before_it_ends_the_run(tmp_path, monkeypatch, moment):
-    method = getattr(Log, moment)
+    method = getattr(Records, moment)
 
     def interrupted(self, *args):
         os.kill(os.getpid(), signal.SIGTERM)
         return method(self, *args)
 
-    monkeypatch.setattr(Log, moment, interrupted)
+    monkeypatch.setattr(Records, moment, interrupted)
     with pytest.raises(Interrupted):
         pretrain(configuration(tmp_path / "run", log_every=2, save_every=1000))
     assert newest(tmp_path / "run")["step"] in (1, 3)
@@ -255,7 +258,7 @@ def test_a_step_that_is_not_finite_is_skipped(tmp_path, monkeypatch, capsys, bac
     text = capsys.readouterr().out
     assert "a step was skipped, its loss or gradient was not finite (1 so far)" in text
     assert "(4 so far)" in text
-    records = read_lines(tmp_path / "run" / "metrics.jsonl")
+    records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [record["skipped"] for record in records] == [1, 3, 0]
     assert all(math.isfinite(record["loss"]) for record in records)
     assert result["knn"]["teacher"] > 0.1
@@ -294,7 +297,7 @@ def test_beginning_from_a_run_is_not_going_on_with_it(finished, tmp_path):
     theirs = safetensors.torch.load_file(finished[0] / "backbone.safetensors")
     for name, value in before.backbone.state_dict().items():
         assert torch.equal(value, theirs[name])
-    assert read_lines(tmp_path / "run" / "metrics.jsonl") == []
+    assert read_json_lines(tmp_path / "run" / "metrics.jsonl") == []
     result = pretrain(config)
     assert result["last_metrics"]["step"] == 2
     deeper = configuration(tmp_path, init_from=finished[0], backbone_args='{"patch_size": 4, "depth": 3}')
@@ -306,7 +309,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(finished, tmp_path):
     """Even where the run's own record of it is lost."""
     config = configuration(tmp_path / "run", max_steps=8, log_every=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bincomm.pretrain.export_backbone", stop_here)
+        patch.setattr("bincomm.pretraining.export_backbone", stop_here)
         with pytest.raises(KeyboardInterrupt):
             pretrain(config)
     other = configuration(tmp_path / "run", max_steps=8, log_every=2, lr=0.5)
@@ -320,7 +323,7 @@ def stop_here(*args):
 
 
 def test_training_goes_on_where_the_disk_is_full(finished, small_disk, monkeypatch, capsys):
-    step, taken = Log.step, []
+    step, taken = Records.step, []
 
     def fill(self, *args):
         step(self, *args)
@@ -337,7 +340,7 @@ def test_training_goes_on_where_the_disk_is_full(finished, small_disk, monkeypat
             assert newest(small_disk / "run")["step"] == 6
             (small_disk / "filler").unlink()
 
-    monkeypatch.setattr(Log, "step", fill)
+    monkeypatch.setattr(Records, "step", fill)
     pretrain(configuration(small_disk / "run", keep=1))
     text = capsys.readouterr().out
     assert "the checkpoint of step 12 could not be written" in text
@@ -352,7 +355,7 @@ def test_resumed_around_a_reset_with_batch_norm(tmp_path, stop):
     options = {**BATCH_NORM, "max_steps": 26, "save_every": stop}
     pretrain(configuration(tmp_path / "whole", **options))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bincomm.pretrain.save", save_and_end)
+        patch.setattr("bincomm.pretraining.save", save_and_end)
         with pytest.raises(KeyboardInterrupt):
             pretrain(configuration(tmp_path / "run", **options))
     assert newest(tmp_path / "run")["step"] == stop
@@ -366,14 +369,14 @@ def save_and_end(checkpoints, *args):
 
 
 def test_an_interruption_in_the_last_step_is_heeded(finished, tmp_path, monkeypatch):
-    steps, method = [], Log.step
+    steps, method = [], Records.step
 
     def interrupted(self, *args):
         steps.append(method(self, *args))
         if len(steps) == 50:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Log, "step", interrupted)
+    monkeypatch.setattr(Records, "step", interrupted)
     with pytest.raises(Interrupted):
         pretrain(configuration(tmp_path / "run"))
     assert not (tmp_path / "run" / "result.json").exists()
@@ -398,7 +401,7 @@ def test_what_an_interruption_promises_is_there(tmp_path, capsys, monkeypatch, s
             (tmp_path / "run" / "checkpoints" / "step-000000001.ckpt").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bincomm.pretrain.pretrain", interrupted)
+    monkeypatch.setattr("bincomm.pretraining.pretrain", interrupted)
     assert cli.main(["pretrain", *arguments(tmp_path / "run")]) == 130
     words = "goes on from the last checkpoint" if saved else "nothing was saved"
     assert words in capsys.readouterr().err
@@ -479,13 +482,13 @@ def test_a_file_deleted_while_training(tmp_path, monkeypatch):
     for number in range(96):
         Image.new("RGB", (20, 20), (2 * number, 0, 0)).save(tmp_path / "images" / f"{number:02}.png")
     options = {"data": tmp_path / "images", "batch_size": 8, "max_steps": 36}
-    step = Log.step
+    step = Records.step
 
     def delete(self, *args):
         (tmp_path / "images" / "07.png").unlink(missing_ok=True)
         step(self, *args)
 
-    monkeypatch.setattr(Log, "step", delete)
+    monkeypatch.setattr(Records, "step", delete)
     with pytest.raises(TooManyUnusableError, match=r"1 of 96 images .*\n  .*07\.png: No such file"):
         pretrain(configuration(tmp_path / "strict", **options))
     Image.new("RGB", (20, 20)).save(tmp_path / "images" / "07.png")

@@ -1,0 +1,25 @@
+"""Use of the bits of a code: entropy, dead bits, the share of the commoner value."""
+
+import math
+
+import torch
+from torch import Tensor
+
+DEAD_SHARE = 0.01  # a bit is dead when it takes its rarer value in less than this share of the messages
+
+
+def binary_entropy(p: Tensor) -> Tensor:
+    """`-p log₂ p - (1-p) log₂(1-p)` of shares p, in bits."""
+    return (0 - torch.xlogy(p, p) - torch.xlogy(1 - p, 1 - p)) / math.log(2)
+
+
+def bit_statistics(ones: Tensor, messages: int) -> dict[str, float]:
+    """Use of the bits, from how often each of the K bits was 1 in so many messages; entropies in bits."""
+    p = ones.double() / messages
+    entropy = binary_entropy(p)
+    return {
+        "bit_entropy": entropy.mean().item(),
+        "bit_entropy_min": entropy.min().item(),
+        "dead_bits": (torch.minimum(p, 1 - p) < DEAD_SHARE).double().mean().item(),
+        "bit_majority": torch.maximum(p, 1 - p).mean().item(),
+    }

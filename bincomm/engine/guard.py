@@ -1,0 +1,67 @@
+"""Steps that are not finite: counted on the device, skipped, and the end after several in a row."""
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Guard:
+    """Counts the steps that were skipped because something was not finite, and tells when to stop.
+
+    The counts live on the device. The host reads those of the step before the last, which are there by then,
+    so it never waits for a step that it has only just begun; meanwhile, after more than `LIMIT` such steps in
+    a row, the student moves no more.
+    """
+
+    LIMIT = 3
+
+    def __init__(self, device: torch.device, ranks: int):
+        self.ranks = ranks
+        self.lag = 0 if device.type == "cpu" else 1  # steps that `read` is behind
+        # Skipped steps in all; in a row; whether a rank asks for the end, here and on any of them.
+        self.counts = torch.zeros(4, dtype=torch.float32, device=device)
+        self.copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque(maxlen=self.lag + 1)
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """0 where loss and gradient are finite on all ranks, else 1."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) | (self.counts[1] > self.LIMIT)
+        flags = torch.stack([bad.float(), self.counts[2]])
+        if self.ranks > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        skip = flags[0]
+        in_row = (self.counts[1] + 1) * skip
+        self.counts.copy_(torch.stack([self.counts[0] + skip, in_row, self.counts[2], flags[1]]))
+        return skip
+
+    def ask_to_stop(self) -> None:
+        """Let all ranks stop after the same step, soon."""
+        self.counts[2] = 1
+
+    def copy_to_host(self) -> None:
+        """Begin to copy the counts of the step just launched."""
+        if self.counts.device.type == "cpu":
+            self.copies.append((self.counts.clone(), None))
+            return
+        copy = torch.empty(4, pin_memory=True).copy_(self.counts, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.copies.append((copy, event))
+
+    def read(self, last: bool = False) -> tuple[int, int, bool]:
+        """Skipped steps in all, those in a row, and whether to stop, as of this step on a CPU or where it is
+        the `last`, else of the one before it; to be read once a step."""
+        if len(self.copies) <= self.lag and not last:
+            return 0, 0, False
+        copy, event = self.copies.pop() if last else self.copies.popleft()
+        if event is not None:
+            event.synchronize()
+        skipped, in_row, _, stop = copy.tolist()
+        return int(skipped), int(in_row), bool(stop)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"skipped": self.counts[:2]}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.counts[:2].copy_(state["skipped"])

@@ -1,0 +1,60 @@
+"""Messages on the terminal: every module has a logger of its name, and commands show what it logs.
+
+Progress, notes and warnings go to standard error, above any bar; results go to standard output. From Python
+nothing is shown but warnings until `logging` is set up, by `bincomm.logs.show()` or in any other way.
+"""
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+ROOT = logging.getLogger("bincomm")
+
+
+class TerminalHandler(logging.Handler):
+    """Writes to standard error, above the bars of tqdm, what the terminal can show."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; its rank stands before it where it is not the first one's."""
+        from tqdm import tqdm
+
+        try:
+            rank = int(os.environ.get("RANK", 0))
+            level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+            text = f"{f'rank {rank}: ' if rank else ''}{level}{self.format(record)}"
+            tqdm.write(printable(text), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def only_first_rank(record: logging.LogRecord) -> bool:
+    """Whether a record is to be shown: those of other ranks only where they are logged with
+    `extra={"every_rank": True}`, for all ranks log the same."""
+    return int(os.environ.get("RANK", 0)) == 0 or getattr(record, "every_rank", False)
+
+
+def show(level: int = logging.INFO) -> None:
+    """Show on the terminal what bincomm logs from a level on, and bars if that is INFO or lower."""
+    handler = TerminalHandler()
+    handler.addFilter(only_first_rank)
+    ROOT.handlers = [handler]
+    ROOT.setLevel(level)
+    ROOT.propagate = False
+
+
+def progress_bar(**options: Any) -> "tqdm":
+    """A bar of tqdm on standard error, where that is a terminal, unless only warnings are to be shown."""
+    from tqdm import tqdm
+
+    hidden = options.pop("disable", False) or ROOT.level > logging.INFO
+    return tqdm(dynamic_ncols=True, disable=True if hidden else None, **options)
+
+
+def printable(text: str) -> str:
+    """Text that the terminal takes, for names of files may be of any bytes."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)

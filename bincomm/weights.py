@@ -1,0 +1,106 @@
+"""Weights of a backbone: from a run, a .safetensors file or timm, and what they know of themselves."""
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+
+def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") -> None:
+    """Fill a backbone from a run's directory, a .safetensors file, or timm's pretrained weights by name.
+
+    Position embeddings are resampled to the backbone's size; weights of a classifier are left out.
+
+    Raises:
+        ValueError: there are no such weights, or they are of another backbone; the message begins with
+            `argument`, which the source was named by.
+    """
+    weights = read_weights(source, argument)
+    ours = backbone.state_dict()
+    positions = [state.get("pos_embed", torch.empty(0, 0)).shape[1] for state in (weights, ours)]
+    if all(positions) and positions[0] != positions[1]:
+        weights["pos_embed"] = resample_abs_pos_embed(
+            weights["pos_embed"], backbone.patch_embed.grid_size, num_prefix_tokens=backbone.num_prefix_tokens
+        )
+    missing = sorted(set(ours) - set(weights))
+    other = sorted(name for name in set(ours) & set(weights) if ours[name].shape != weights[name].shape)
+    if missing or other:
+        name, what = (missing[0], "is missing") if missing else (other[0], "has another shape")
+        raise ValueError(
+            f"{argument}: {source} holds weights of another backbone: {name} {what} there "
+            f"({len(missing)} missing, {len(other)} of another shape)"
+        )
+    backbone.load_state_dict({name: weights[name] for name in ours})
+
+
+def read_weights(source: str, argument: str) -> dict[str, Tensor]:
+    """A backbone's weights by name; see `load_weights`."""
+    file = weights_file(source, argument)
+    if file is not None:
+        try:
+            return safetensors.torch.load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{argument}: {file} cannot be read as safetensors: {error}") from error
+    try:
+        return timm.create_model(source, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # of whatever library timm fetches them with
+        raise ValueError(f"{argument}: timm has no weights of {source} here: {error}") from error
+
+
+def weights_file(source: str, argument: str) -> Path | None:
+    """The file of a backbone's weights, given it or a run's directory; None for those of timm."""
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        if not (path / "backbone.safetensors").exists():
+            raise ValueError(f"{argument}: {source} holds no finished run (there is no backbone.safetensors)")
+        return path / "backbone.safetensors"
+    if path.exists():
+        return path
+    if timm.is_model(source):
+        return None
+    near = difflib.get_close_matches(source, timm.list_models(), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"{argument}: expected a run's directory, a .safetensors file or a timm model, got {source!r}{hint}"
+    )
+
+
+def read_metadata(source: str, argument: str = "init_from") -> dict[str, Any]:
+    """The keys of a configuration that weights know: backbone, backbone_args, mean, std, and the global_size
+    and eval_crop at which they were evaluated; of timm's all but the last, of a file that is not ours none.
+
+    Raises:
+        ValueError: there is no such source, or it cannot be read; see `load_weights`.
+    """
+    file = weights_file(source, argument)
+    if file is None:
+        try:
+            theirs = timm.get_pretrained_cfg(source)
+        except RuntimeError as error:  # it has the model, but no such weights
+            raise ValueError(f"{argument}: {error}") from error
+        named = {"backbone": source, "backbone_args": {}, "global_size": theirs.input_size[-1]}
+        return {**named, "mean": list(theirs.mean), "std": list(theirs.std)}
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            created = (opened.metadata() or {}).get("create_model")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{argument}: {file} cannot be read as safetensors: {error}") from error
+    if created is None:
+        return {}
+    arguments = json.loads(created)
+    for key in ("num_classes", "img_size", "dynamic_img_size"):
+        arguments.pop(key, None)
+    shown = arguments.pop("pretrained_cfg_overlay", {})
+    known = {"backbone": arguments.pop("model_name"), "backbone_args": arguments}
+    known |= {key: shown[key] for key in ("mean", "std") if key in shown}
+    if "input_size" in shown:
+        known |= {"global_size": shown["input_size"][-1], "eval_crop": shown["crop_pct"]}
+    return known
