@@ -1,4 +1,4 @@
-# make pretrain · make test · make bench · make lint: each sets up what it needs first, once.
+# make pretrain · make test · make check · make bench: each sets up what it needs first, once.
 #
 # Variables: PYTHON (the interpreter the virtual environment is made from), ARGS (passed on to the command),
 # DATA (a folder of images for the benchmarks of the data path).
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup pretrain test lint bench bench-codes bench-data bench-factors bench-step \
+.PHONY: setup pretrain check test test-long lint types bench bench-codes bench-data bench-factors bench-step \
   gpu-test gpu-sanitize gpu-bench gpu-bench-data gpu-bench-step clean
 .DELETE_ON_ERROR:
 
@@ -25,13 +25,25 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 pretrain: setup
 	$(BIN)/bincomm pretrain --recipe digits $(ARGS)
 
-# Two at a time, whose threads do not spin while they wait for one another.
+# Threads that wait for one another do not spin: several tests run at a time.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --dist worksteal
+
+# In under a minute: what every change should pass before it is committed.
+check: lint types
+	$(PYTEST) -n 2 -q -m "not slow and not kernels and not gpu and not long" $(ARGS)
+
 test: setup
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) -n 3 -m "not long" $(ARGS)
+
+test-long: setup
+	$(PYTEST) -n 2 -m long --timeout 3600 $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
 
 bench: setup
 	@mkdir -p build

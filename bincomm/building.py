@@ -1,10 +1,11 @@
 """From a configuration to the networks and the objective, as they are before the first step."""
 
+from dataclasses import replace
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bincomm.config import PretrainConfig
-from bincomm.engine.optimizer import clear_state
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone, create_teacher, feature_width
 from bincomm.objectives import DINO, DiscreteCommunication, SimDINO
 from bincomm.weights import load_weights, read_metadata
@@ -24,7 +25,9 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
     sizes = [config.global_size] + [config.local_size] * (config.local_crops > 0)
     width = feature_width(backbone, sizes)
     if config.method == "dino":
-        head = PrototypeHead(width, config.hidden, config.bits, config.prototypes, config.head_std)
+        head: Head | PrototypeHead = PrototypeHead(
+            width, config.hidden, config.bits, config.prototypes, config.head_std
+        )
     else:
         head = Head(width, config.hidden, config.bits, config.head_std)
     if config.init_from is not None:
@@ -37,18 +40,31 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
                     f"{key}: expected {known[key]}, with which {config.init_from} was trained, got {ours}"
                 )
     if config.checkpoint_activations:
-        if not hasattr(backbone, "set_grad_checkpointing"):
-            raise ValueError(f"checkpoint_activations: expected false, for {config.backbone} cannot")
-        backbone.set_grad_checkpointing(True)
+        enable = getattr(backbone, "set_grad_checkpointing", None)
+        if enable is None:
+            raise ValueError(f"checkpoint_activations: expected false, because {config.backbone} cannot")
+        enable(True)
     student = Network(backbone, head)
-    # The teacher's message is to be certain: nothing is dropped in it, neither paths nor features.
-    certain = {key: value for key, value in arguments.items() if "drop" not in key}
-    still, _ = create_backbone(config.backbone, config.global_size, **certain)
-    teacher = create_teacher(student, still)
+    # Nothing is dropped in the teacher, neither paths nor features, so that its message is deterministic.
+    without_dropping = {key: value for key, value in arguments.items() if "drop" not in key}
+    teacher_backbone, _ = create_backbone(config.backbone, config.global_size, **without_dropping)
+    teacher = create_teacher(student, teacher_backbone)
     if device.type == "cpu" and config.precision == "bf16":
         write_attention_out(student, teacher)  # PyTorch's fused one takes two to five times as long there
-    layout = torch.channels_last if config.channels_last else torch.preserve_format
-    return student.to(device, memory_format=layout), teacher.to(device, memory_format=layout)
+    student, teacher = student.to(device), teacher.to(device)
+    if config.channels_last:
+        student = student.to(memory_format=torch.channels_last)
+        teacher = teacher.to(memory_format=torch.channels_last)
+    return student, teacher
+
+
+def create_trained_teacher(
+    config: PretrainConfig, weights: dict[str, Tensor], device: torch.device
+) -> Network:
+    """The teacher of a run with the weights it ended with, on one device."""
+    _, teacher = create_networks(replace(config, fsdp=False, init_from=None), device)
+    teacher.load_state_dict(weights)
+    return teacher
 
 
 def write_attention_out(*networks: nn.Module) -> None:
@@ -56,26 +72,16 @@ def write_attention_out(*networks: nn.Module) -> None:
     for network in networks:
         for module in network.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+                setattr(module, "fused_attn", False)  # noqa: B010  (a plain attribute of timm's)
 
 
-def create_objective(config: PretrainConfig) -> nn.Module:
+def create_objective(config: PretrainConfig) -> DiscreteCommunication | SimDINO | DINO:
     """What the configuration's method trains."""
     if config.method == "simdino":
         return SimDINO(config.eps_squared, expa_type=config.expa_type)
     if config.method == "dino":
         return DINO(config.prototypes)
     return DiscreteCommunication(config.beta, config.eps_squared, agreement=config.agreement, tau=config.tau)
-
-
-def reset_head(
-    student: Network, teacher: Network, optimizer: torch.optim.Optimizer, seed: tuple[int, int]
-) -> None:
-    """Draw the head anew, the same for student and teacher, and clear the optimizer's state of it."""
-    # Every rank draws it, on the CPU: the same numbers for all.
-    for head in (student.head, teacher.head):
-        head.reset(torch.Generator().manual_seed(hash_seed(*seed)))
-    clear_state(optimizer, student.head)
 
 
 def hash_seed(seed: int, number: int) -> int:

@@ -37,6 +37,9 @@ USAGE = """usage: bincomm COMMAND [OPTIONS]
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 failed, 2 bad arguments, SAVED, or 130 interrupted with
     nothing saved since the last checkpoint."""
+    from bincomm import logs
+
+    logs.show()
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -1,6 +1,7 @@
 """Networks: a timm backbone under a three-layer head; the teacher is the student's moving average."""
 
 import difflib
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -166,10 +167,10 @@ def create_teacher(student: Network, backbone: nn.Module) -> Network:
 
 
 @torch.no_grad()
-def update_teacher(teacher: list[Tensor], student: list[Tensor], momentum: float) -> None:
+def update_teacher(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float) -> None:
     """Exponential moving average of every parameter, those of both in the same order:
     `θ_t ← m θ_t + (1-m) θ_s`.
 
     Buffers (the running statistics of batch norm) are the teacher's own, gathered in its forward passes.
     """
-    get_ema_multi_avg_fn(momentum)(teacher, student, None)
+    get_ema_multi_avg_fn(momentum)(list(teacher), list(student), None)

@@ -13,9 +13,9 @@ from bincomm.building import create_networks, create_objective, write_attention_
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import open_source
 from bincomm.distributed.ranks import join_ranks
+from bincomm.engine.job import create_loader, create_step, prepare
 from bincomm.engine.optimizer import create_optimizer
 from bincomm.networks import Network
-from bincomm.pretraining import create_loader, create_step
 
 WARM_UP = 3  # steps
 PARTS = ("data", "teacher", "student", "loss", "backward", "clip", "optimizer", "average")
@@ -32,21 +32,21 @@ class Clock:
     def mark(self, name: str) -> None:
         """The end of a part."""
         if self.gpu:
-            moment = torch.cuda.Event(enable_timing=True)
-            moment.record()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((name, event))
         else:
-            moment = time.perf_counter()
-        self.marks.append((name, moment))
+            self.marks.append((name, time.perf_counter()))
 
     def read(self) -> dict[str, float]:
         """Milliseconds of each part since the mark before it, from the first mark on; then it is empty."""
         if self.gpu:
             torch.cuda.synchronize()
-        found = {}
-        for (_, begun), (name, ended) in zip(self.marks, self.marks[1:], strict=False):
-            found[name] = begun.elapsed_time(ended) if self.gpu else 1e3 * (ended - begun)
+        milliseconds = {}
+        for (_, start), (name, end) in zip(self.marks, self.marks[1:], strict=False):
+            milliseconds[name] = start.elapsed_time(end) if self.gpu else 1e3 * (end - start)
         self.marks.clear()
-        return found
+        return milliseconds
 
 
 def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
@@ -58,7 +58,8 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
         matrix products and convolutions of both networks, forward and backward, without what is computed
         twice to need less memory; "mfu", the share of "peak",
         operations a second of one large matrix product in the same precision, measured here; "memory_bytes",
-        of the GPU at its most, None on a CPU; "compiled", what came of torch.compile.
+        of the GPU at its most, None on a CPU; "compiled", whether the networks went
+        through torch.compile.
 
     Raises:
         ValueError: the configuration or the data does not allow it; the message names the key.
@@ -77,42 +78,39 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
     flops = count_flops(*create_networks(replace(config, checkpoint_activations=False), device), *views)
     student, teacher = create_networks(config, device)
     objective = create_objective(config).to(device)
-    step = create_step(config, student, teacher, objective, create_optimizer(student))
+    clock = Clock(device)
+    step = create_step(config, student, teacher, objective, create_optimizer(student), mark=clock.mark)
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     peak = measure_peak(device, dtype)
     on_gpu = device.type == "cuda"
     torch.backends.cudnn.benchmark = on_gpu
-    compiled = "no torch.compile"
-    if config.compile == "on" or (config.compile == "auto" and on_gpu):
-        compiled = step.compile(*views)
-    if config.cuda_graph:
-        step.capture(*views)
-    clock = Clock(device)
-    step.mark = clock.mark
-    found: list[dict[str, float]] = []
+    prepared = prepare(step, config, views)
+    samples: list[dict[str, float]] = []
     for number in range(WARM_UP + steps):
         if on_gpu and number == WARM_UP:
             torch.cuda.reset_peak_memory_stats()
         clock.mark("begin")
         views = loader.next()
         clock.mark("data")
-        step(*views, lr=0.0, weight_decay=0.0, momentum=1.0)
+        prepared(*views, lr=0.0, weight_decay=0.0, momentum=1.0)
         step.guard.read()
-        found.append(clock.read())
+        samples.append(clock.read())
     peak = max(peak, measure_peak(device, dtype))  # should the machine have been busy before
-    kept = found[WARM_UP:]
-    total = statistics.median(sum(one.values()) for one in kept)
+    measured = samples[WARM_UP:]
+    total = statistics.median(sum(one.values()) for one in measured)
     rate = 1e3 * config.batch_size / total
     return {
         "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "parts": {part: statistics.median(one[part] for one in kept) for part in PARTS if part in kept[0]},
+        "parts": {
+            part: statistics.median(one[part] for one in measured) for part in PARTS if part in measured[0]
+        },
         "step_ms": total,
         "images_per_second": rate,
         "flops_per_image": flops,
         "peak": peak,
         "mfu": rate * flops / peak,
         "memory_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
-        "compiled": compiled,
+        "compiled": step.forward.compiled,
     }
 
 
@@ -142,17 +140,18 @@ def measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / (best / 1e3)
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(result: dict[str, Any]) -> str:
     """A profile as a table."""
-    total = found["step_ms"]
-    lines = [f"{found['device']}, {found['compiled']}", ""]
-    lines += [f"  {part:10} {ms:9.2f} ms  {ms / total:6.1%}" for part, ms in found["parts"].items()]
-    memory = found["memory_bytes"]
+    total = result["step_ms"]
+    compiled = "with" if result["compiled"] else "without"
+    lines = [f"{result['device']}, {compiled} torch.compile", ""]
+    lines += [f"  {part:10} {ms:9.2f} ms  {ms / total:6.1%}" for part, ms in result["parts"].items()]
+    memory = result["memory_bytes"]
     lines += [
         f"  {'a step':10} {total:9.2f} ms",
         "",
-        f"{found['images_per_second']:.1f} images/s; {found['flops_per_image'] / 1e9:.2f} GFLOP an image, "
-        f"MFU {found['mfu']:.1%} of {found['peak'] / 1e12:.3g} TFLOP/s, a large matrix product's"
+        f"{result['images_per_second']:.1f} images/s; {result['flops_per_image'] / 1e9:.2f} GFLOP an image, "
+        f"MFU {result['mfu']:.1%} of {result['peak'] / 1e12:.3g} TFLOP/s, a large matrix product's"
         + ("" if memory is None else f"; {memory / 2**30:.1f} GiB at most"),
     ]
     return "\n".join(lines)

@@ -24,21 +24,23 @@ def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") 
             `argument`, which the source was named by.
     """
     weights = read_weights(source, argument)
-    ours = backbone.state_dict()
-    positions = [state.get("pos_embed", torch.empty(0, 0)).shape[1] for state in (weights, ours)]
+    expected = backbone.state_dict()
+    positions = [state.get("pos_embed", torch.empty(0, 0)).shape[1] for state in (weights, expected)]
     if all(positions) and positions[0] != positions[1]:
+        vit: Any = backbone
         weights["pos_embed"] = resample_abs_pos_embed(
-            weights["pos_embed"], backbone.patch_embed.grid_size, num_prefix_tokens=backbone.num_prefix_tokens
+            weights["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=vit.num_prefix_tokens
         )
-    missing = sorted(set(ours) - set(weights))
-    other = sorted(name for name in set(ours) & set(weights) if ours[name].shape != weights[name].shape)
-    if missing or other:
-        name, what = (missing[0], "is missing") if missing else (other[0], "has another shape")
+    missing = sorted(set(expected) - set(weights))
+    shared = set(expected) & set(weights)
+    misshapen = sorted(name for name in shared if expected[name].shape != weights[name].shape)
+    if missing or misshapen:
+        name, what = (missing[0], "is missing") if missing else (misshapen[0], "has another shape")
         raise ValueError(
             f"{argument}: {source} holds weights of another backbone: {name} {what} there "
-            f"({len(missing)} missing, {len(other)} of another shape)"
+            f"({len(missing)} missing, {len(misshapen)} of another shape)"
         )
-    backbone.load_state_dict({name: weights[name] for name in ours})
+    backbone.load_state_dict({name: weights[name] for name in expected})
 
 
 def read_weights(source: str, argument: str) -> dict[str, Tensor]:
@@ -83,24 +85,29 @@ def read_metadata(source: str, argument: str = "init_from") -> dict[str, Any]:
     file = weights_file(source, argument)
     if file is None:
         try:
-            theirs = timm.get_pretrained_cfg(source)
+            pretrained: Any = timm.get_pretrained_cfg(source)
         except RuntimeError as error:  # it has the model, but no such weights
             raise ValueError(f"{argument}: {error}") from error
-        named = {"backbone": source, "backbone_args": {}, "global_size": theirs.input_size[-1]}
-        return {**named, "mean": list(theirs.mean), "std": list(theirs.std)}
+        return {
+            "backbone": source,
+            "backbone_args": {},
+            "global_size": pretrained.input_size[-1],
+            "mean": list(pretrained.mean),
+            "std": list(pretrained.std),
+        }
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            created = (opened.metadata() or {}).get("create_model")
+            text = (opened.metadata() or {}).get("create_model")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{argument}: {file} cannot be read as safetensors: {error}") from error
-    if created is None:
+    if text is None:
         return {}
-    arguments = json.loads(created)
+    arguments = json.loads(text)
     for key in ("num_classes", "img_size", "dynamic_img_size"):
         arguments.pop(key, None)
-    shown = arguments.pop("pretrained_cfg_overlay", {})
-    known = {"backbone": arguments.pop("model_name"), "backbone_args": arguments}
-    known |= {key: shown[key] for key in ("mean", "std") if key in shown}
-    if "input_size" in shown:
-        known |= {"global_size": shown["input_size"][-1], "eval_crop": shown["crop_pct"]}
-    return known
+    overlay = arguments.pop("pretrained_cfg_overlay", {})
+    keys = {"backbone": arguments.pop("model_name"), "backbone_args": arguments}
+    keys |= {key: overlay[key] for key in ("mean", "std") if key in overlay}
+    if "input_size" in overlay:
+        keys |= {"global_size": overlay["input_size"][-1], "eval_crop": overlay["crop_pct"]}
+    return keys

@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 
@@ -20,6 +21,14 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """A command shows what is logged; after the test nothing does, and caplog gets it again."""
+    yield
+    logger = logging.getLogger("bincomm")
+    logger.handlers, logger.level, logger.propagate = [], logging.NOTSET, True
 
 
 @pytest.fixture

@@ -2,11 +2,10 @@ import json
 from copy import deepcopy
 
 import pytest
+import timm
 import torch
 
-timm = pytest.importorskip("timm", reason="networks need timm")
-
-from bincomm.networks import (  # noqa: E402
+from bincomm.networks import (
     Head,
     Network,
     PrototypeHead,

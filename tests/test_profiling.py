@@ -4,27 +4,25 @@ import pytest
 import torch
 from torch import nn
 
-for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors"):
-    pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
+from bincomm import cli
+from bincomm.config import parse
+from bincomm.networks import Head, Network, create_teacher
+from bincomm.profiling import PARTS, count_flops, measure_peak, profile
 
-from bincomm import cli  # noqa: E402
-from bincomm.config import parse  # noqa: E402
-from bincomm.networks import Head, Network, create_teacher  # noqa: E402
-from bincomm.profiling import PARTS, count_flops, measure_peak, profile  # noqa: E402
-
+pytestmark = pytest.mark.slow
 OPTIONS = ["--recipe=digits", "--backbone=test_vit", '--backbone_args={"patch_size": 4, "depth": 2}']
 OPTIONS += ["--global_size=16", "--local_size=12", "--bits=16", "--hidden=32", "--batch_size=16"]
 
 
 def test_a_profile_adds_up():
-    found = profile(parse(OPTIONS)[0], steps=6)
-    assert tuple(found["parts"]) == PARTS
-    assert all(ms > 0 for ms in found["parts"].values())
-    assert sum(found["parts"].values()) == pytest.approx(found["step_ms"], rel=0.5)  # medians
-    assert found["images_per_second"] == pytest.approx(16 / (found["step_ms"] / 1e3))
-    expected = found["images_per_second"] * found["flops_per_image"] / found["peak"]
-    assert found["mfu"] == pytest.approx(expected)
-    assert 0 < found["mfu"] < 1
+    result = profile(parse(OPTIONS)[0], steps=6)
+    assert tuple(result["parts"]) == PARTS
+    assert all(ms > 0 for ms in result["parts"].values())
+    assert sum(result["parts"].values()) == pytest.approx(result["step_ms"], rel=0.5)  # medians
+    assert result["images_per_second"] == pytest.approx(16 / (result["step_ms"] / 1e3))
+    expected = result["images_per_second"] * result["flops_per_image"] / result["peak"]
+    assert result["mfu"] == pytest.approx(expected)
+    assert 0 < result["mfu"] < 1
 
 
 def test_operations_are_counted_as_by_hand():

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from bincomm.data.images import UnusableImageError, read
 from bincomm.data.sources import Source
 from bincomm.distributed.ranks import ALONE, Ranks
-from bincomm.engine.run import open_run
+from bincomm.engine.lock import open_run
 from bincomm.evaluation.identity import images_identity, weights_identity
 from bincomm.files import write_file, write_json
 from bincomm.ops.messages import pack_signs

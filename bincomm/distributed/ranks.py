@@ -56,19 +56,21 @@ class Ranks:
     def leaders_first(self, function: Callable[[], T]) -> T:
         """Call a function on all ranks, on the first of every machine before the others: what it fetches or
         lists is then in that machine's cache."""
-        leads = self.local_rank == 0
-        found = function() if leads else None
+        if self.local_rank > 0:
+            dist.barrier()
+            return function()
+        value = function()
         if self.world > 1:
             dist.barrier()
-        return found if leads else function()
+        return value
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, on all of them."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -77,14 +79,14 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the process group that torchrun, or another launcher that sets its variables, made; every rank
-    takes the GPU of its number on its machine. While the group exists no rank outlives another by much.
+    takes the GPU of its number on its machine. While the group exists, no rank outlives another by much.
 
     Args:
         device: "auto" (a GPU where there is one), "cuda" or "cpu".
 
     Raises:
         ValueError: there is no GPU for this rank, or the launcher's variables are incomplete.
-        OSError: the ranks did not all come to their meeting point.
+        OSError: not all ranks came to their meeting point.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if dist.is_initialized():
@@ -98,29 +100,29 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         raise ValueError(f"ranks: WORLD_SIZE is set, but {', '.join(missing)} is not; start with torchrun")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, name = rendezvous(rank, world)  # the store may live in rank 0: it is held here, to the very end
-    pulse = Heartbeat(rank, world, name)
+    heartbeat = Heartbeat(rank, world, name)
 
     def leave() -> None:
-        if not pulse.ended.is_set():
-            pulse.stop()
+        if not heartbeat.ended.is_set():
+            heartbeat.stop()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
     try:
-        chosen = _take_device(device, local_rank)
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        # Under the meeting's name, for a launcher that starts the ranks again may keep its store, and in it
+        torch_device = _take_device(device, local_rank)
+        backend = "cpu:gloo,cuda:nccl" if torch_device.type == "cuda" else "gloo"
+        # Under the rendezvous' name: a launcher that starts the ranks again may keep its store, which holds
         # the addresses of the last time.
         meeting = dist.PrefixStore(f"bincomm/{name}/group", store)
         dist.init_process_group(
             backend, store=meeting, rank=rank, world_size=world, timeout=COLLECTIVE_TIMEOUT
         )
-        yield Ranks(rank, world, local_rank, chosen, leave)
+        yield Ranks(rank, world, local_rank, torch_device, leave)
     except BaseException as error:
-        if not pulse.ended.is_set():  # else it has left, and what happens to it is nothing to the others
-            pulse.stop(f"rank {rank} ended: {error or type(error).__name__}")
+        if not heartbeat.ended.is_set():  # else it has left, and the others no longer depend on it
+            heartbeat.stop(f"rank {rank} ended: {error or type(error).__name__}")
         if isinstance(error, FirstRankError):
-            # torchrun ends all ranks once one has ended, and rank 0 is to have told it by then.
+            # torchrun ends all ranks once one has ended; rank 0 has reported the error by then.
             time.sleep(BEAT_SECONDS)
         raise
     leave()

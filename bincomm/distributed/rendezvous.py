@@ -8,22 +8,20 @@ from uuid import uuid4
 
 import torch.distributed as dist
 
-RENDEZVOUS_SECONDS = (
-    300.0  # seconds in which all ranks must have started: imports over a network differ by minutes
-)
-COLLECTIVE_TIMEOUT = timedelta(
-    minutes=30
-)  # that ranks wait for one that lives: it may be listing images, or compiling
+# In which all ranks must have started: imports over a network differ by minutes.
+RENDEZVOUS_SECONDS = 300.0
+# That ranks wait for one that lives: it may be listing images, or compiling.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def rendezvous(rank: int, world: int) -> tuple[dist.Store, str]:
     """Wait for all ranks at the address that the launcher gave; returns the store there and a name for this
     meeting, the same on all ranks.
 
-    The store may be of a launcher that started these ranks before, on some machines more often than on
-    others, so nothing in it tells what is of this time. Rank 0 writes down a new name, the others answer
-    under whatever name they find until rank 0 has welcomed them: each by a name of its own, which no earlier
-    rank 0 can have known.
+    The store may belong to a launcher that started these ranks before, on some machines more often than on
+    others, so nothing in it tells which start it is from. Rank 0 writes a new name; the others answer under
+    whatever name they find until rank 0 has welcomed them, each by a name of its own, which no earlier rank 0
+    can have known.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
@@ -40,9 +38,9 @@ def rendezvous(rank: int, world: int) -> tuple[dist.Store, str]:
             while not store.check(answers):
                 if time.monotonic() > deadline:
                     absent = [key.rpartition("/")[2] for key in answers if not store.check([key])]
+                    absent_ranks = ", ".join(absent)
                     raise TimeoutError(
-                        f"ranks: rank {', '.join(absent)} of {world} did not start: "
-                        f"{RENDEZVOUS_SECONDS:.0f} s"
+                        f"ranks: rank {absent_ranks} of {world} did not start in {RENDEZVOUS_SECONDS:.0f} s"
                     )
                 time.sleep(0.1)
             for answer in answers:
@@ -60,9 +58,8 @@ def rendezvous(rank: int, world: int) -> tuple[dist.Store, str]:
             name = store.get(f"{own}/welcome").decode()
     except RuntimeError as error:
         raise ConnectionError(f"ranks: cannot meet at {address}:{port}: {first_line(error)}") from error
-    tcp.set_timeout(
-        COLLECTIVE_TIMEOUT
-    )  # NCCL's ranks find each other through it in their first collective operation
+    # NCCL's ranks find each other through it in their first collective operation.
+    tcp.set_timeout(COLLECTIVE_TIMEOUT)
     return tcp, name
 
 

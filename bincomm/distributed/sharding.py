@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
@@ -12,9 +14,6 @@ from bincomm.distributed.ranks import Ranks
 
 def shard(network: nn.Module, ranks: Ranks) -> None:
     """Split a network's parameters over all ranks, block by block where its backbone has blocks."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in getattr(network.backbone, "blocks", ()):
         fully_shard(block, mesh=mesh)
@@ -41,8 +40,8 @@ def shard_like(value: Tensor, model: Tensor) -> Tensor:
 
 def load_sharded(network: nn.Module, state: dict[str, Tensor]) -> None:
     """Load whole weights into a network, whose parameters may be split over the ranks."""
-    ours = network.state_dict()
-    network.load_state_dict({name: shard_like(value, ours[name]) for name, value in state.items()})
+    current = network.state_dict()
+    network.load_state_dict({name: shard_like(value, current[name]) for name, value in state.items()})
 
 
 def load_sharded_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:

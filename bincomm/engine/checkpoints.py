@@ -1,9 +1,9 @@
 """Checkpoints of a run: written whole, in the background, the last few kept, a failing disk survived."""
 
 import contextlib
+import logging
 import threading
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,24 +11,24 @@ import torch
 
 from bincomm.files import write_file
 
+logger = logging.getLogger(__name__)
+
 
 class Checkpoints:
     """The checkpoints in a folder, one a file, by step.
 
-    A checkpoint that cannot be written, on a full disk for example, is told and not there; the run and the
-    checkpoints before it are as they were.
+    Where a checkpoint cannot be written, on a full disk for example, a warning is logged; the run and the
+    checkpoints before it stay as they were.
 
     Args:
         folder: is made when the first one is written.
         keep: how many of the newest stay.
-        say: told of every failure, in words, by the thread that called `save`, `poll` or `finish`.
     """
 
-    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]):
-        self.folder, self.keep, self.say = folder, keep, say
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
         self.newest = max(self.steps(), default=None)
         self._writer: threading.Thread | None = None
-        self._failure = ""
 
     def steps(self) -> list[int]:
         """The steps there are checkpoints of, in order; other files in the folder are none of ours."""
@@ -46,18 +46,11 @@ class Checkpoints:
         self._writer = threading.Thread(target=self._write, args=(step, state), name="bincomm-checkpoint")
         self._writer.start()
 
-    def poll(self) -> None:
-        """Tell of a failure, if there was one."""
-        if self._failure:
-            failure, self._failure = self._failure, ""
-            self.say(failure)
-
     def finish(self) -> None:
         """Wait until what was saved is written."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        self.poll()
 
     def load(self) -> dict[str, Any] | None:
         """The newest checkpoint that is whole, on the CPU; None where there is none at all.
@@ -73,7 +66,7 @@ class Checkpoints:
             try:
                 state = load_checkpoint(self.path(step))
             except ValueError as error:
-                self.say(f"warning: {error}; going back to the one before it")
+                logger.warning("%s; going back to the one before it", error)
                 with contextlib.suppress(OSError):
                     self.path(step).rename(f"{self.path(step)}.damaged")
                 continue
@@ -94,7 +87,7 @@ class Checkpoints:
                 self.path(old).unlink()
         except Exception as error:  # whatever it is, it must not end the training
             good = "none was written before" if self.newest is None else f"the last good one: {self.newest}"
-            self._failure = f"warning: the checkpoint of step {step} could not be written ({error}); {good}"
+            logger.warning("the checkpoint of step %d could not be written (%s); %s", step, error, good)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -1,18 +1,31 @@
 """Steps that are not finite: counted on the device, skipped, and the end after several in a row."""
 
 from collections import deque
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on; the run's last checkpoint is kept."""
+
+
+class Verdict(NamedTuple):
+    """What the guard knows of the steps up to now."""
+
+    skipped: int  # steps in all
+    in_row: int  # of these the last ones, one after the other
+    stop: bool  # a rank has asked all to stop
+
+
 class Guard:
     """Counts the steps that were skipped because something was not finite, and tells when to stop.
 
-    The counts live on the device. The host reads those of the step before the last, which are there by then,
-    so it never waits for a step that it has only just begun; meanwhile, after more than `LIMIT` such steps in
-    a row, the student moves no more.
+    The counts live on the device. On a GPU the host reads those of the step before the last, which are there
+    by then, so it never waits for a step that it has only just begun; meanwhile, after more than `LIMIT` such
+    steps in a row, the student moves no more.
     """
 
     LIMIT = 3
@@ -49,19 +62,21 @@ class Guard:
         event.record()
         self.copies.append((copy, event))
 
-    def read(self, last: bool = False) -> tuple[int, int, bool]:
-        """Skipped steps in all, those in a row, and whether to stop, as of this step on a CPU or where it is
-        the `last`, else of the one before it; to be read once a step."""
+    def read(self, last: bool = False) -> Verdict:
+        """The counts as of this step on a CPU or where it is the `last`, else as of the step before it; to be
+        read once a step."""
         if len(self.copies) <= self.lag and not last:
-            return 0, 0, False
+            return Verdict(0, 0, False)
         copy, event = self.copies.pop() if last else self.copies.popleft()
         if event is not None:
             event.synchronize()
         skipped, in_row, _, stop = copy.tolist()
-        return int(skipped), int(in_row), bool(stop)
+        return Verdict(int(skipped), int(in_row), bool(stop))
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The counts that a resumed run goes on with."""
         return {"skipped": self.counts[:2]}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on with the counts of another run."""
         self.counts[:2].copy_(state["skipped"])

@@ -1,45 +1,62 @@
-"""A run's directory: who may write in it, and files that are written whole or not at all."""
+"""What a run's directory holds, and whether it is the run that is wanted."""
 
-import errno
-import fcntl
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import json
+import os
 from pathlib import Path
+from typing import Any
 
-from bincomm.distributed.ranks import Ranks
-from bincomm.files import LOCK, UNFINISHED
+import yaml
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems without
+from bincomm.config import PretrainConfig, read_config
+from bincomm.engine.checkpoints import Checkpoints
+from bincomm.files import write_text
 
 
-@contextmanager
-def open_run(output: str, ranks: Ranks) -> Iterator[Path]:
-    """Make a run's directory and hold it for these ranks.
+def begin_run(run: Path, config: PretrainConfig) -> bool:
+    """Note the configuration in a run's directory, and tell whether it holds a run that is finished.
 
     Raises:
-        ValueError: the directory cannot be made or written in, or another process trains in it.
+        ValueError: it holds a run of another configuration, or `config.resume` does not allow what it holds.
     """
-    path = Path(output)
-    with ExitStack() as held:
+    finished = (run / "result.json").exists()
+    if not finished and not Checkpoints(run / "checkpoints", config.keep).steps():
+        if config.resume == "must":
+            raise ValueError(f"resume: expected a run in {run} to go on with, got none")
+        write_text(run / "config.yaml", dump_config(config))
+        return False
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun; the run is our own
+    if config.resume == "never" and not restarted:
+        raise ValueError(f"resume: expected no run in {run}, got one; choose another --output")
+    refuse_differences(config, read_config(run, "output"), str(run))
+    if not finished:
+        write_text(run / "config.yaml", dump_config(config))
+    return finished
 
-        def take() -> None:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                # The file is opened for writing, so this finds out about an unwritable directory too.
-                lock = held.enter_context(open(path / LOCK, "a"))
-            except OSError as error:
-                raise ValueError(f"output: cannot write in {output}: {error.strerror}") from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"output: {output} is in use by another process") from error
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                print(f"warning: {output} cannot be locked ({error.strerror}): see that nobody else uses it")
-            for folder in (path, path / "checkpoints"):  # of a process that was killed while it wrote
-                for unfinished in folder.glob(UNFINISHED):
-                    unfinished.unlink()
 
-        ranks.first(take)
-        yield path
+def dump_config(config: PretrainConfig) -> str:
+    """A configuration as a recipe."""
+    return yaml.safe_dump(config.as_dict(), sort_keys=False)
+
+
+def refuse_differences(config: PretrainConfig, stored: dict[str, Any], where: str) -> None:
+    """Raise ValueError naming the keys in which a stored configuration differs from this one."""
+    different = config.differences(stored)
+    if different:
+        keys = "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in different.items())
+        raise ValueError(
+            f"output: {where} holds a run of another configuration ({keys}); choose another --output"
+        )
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """What a finished run's result.json holds.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return json.loads((run / "result.json").read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"output: {run / 'result.json'} is damaged ({error}); remove it to evaluate anew"
+        ) from error

@@ -13,7 +13,7 @@ from bincomm.bits import bit_statistics
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import Source
-from bincomm.engine.records import printable
+from bincomm.logs import printable
 from bincomm.evaluation.features import extract
 from bincomm.evaluation.knn import knn_accuracy
 from bincomm.evaluation.pretrained import Pretrained

@@ -6,7 +6,7 @@ from PIL import Image
 
 from bincomm.data.sources import digits, evaluation_sources, open_source
 from bincomm.distributed.ranks import ALONE
-from bincomm.engine.run import open_run
+from bincomm.engine.lock import open_run
 
 pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 

@@ -44,9 +44,8 @@ def steps(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_newest_are_kept_and_the_newest_that_can_be_read_is_taken(tmp_path):
-    said = []
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, said.append)
+def test_the_newest_are_kept_and_the_newest_that_can_be_read_is_taken(tmp_path, caplog):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
     assert checkpoints.load() is None
     for step in (8, 9, 10):
         checkpoints.save(step, {"step": step})
@@ -55,10 +54,10 @@ def test_the_newest_are_kept_and_the_newest_that_can_be_read_is_taken(tmp_path):
     assert steps(tmp_path / "checkpoints") == names
     (tmp_path / "checkpoints" / "step-best.ckpt").write_bytes(b"a copy of somebody's own")
     (tmp_path / "checkpoints" / names[1]).write_bytes(b"rotten")
-    again = Checkpoints(tmp_path / "checkpoints", 1, said.append)
+    again = Checkpoints(tmp_path / "checkpoints", 1)
     assert again.load() == {"step": 9}
-    assert len(said) == 1
-    assert "step-000000010.ckpt cannot be read" in said[0]
+    assert len(caplog.messages) == 1
+    assert "step-000000010.ckpt cannot be read" in caplog.text
     again.save(8, {"step": 8})  # gone back further by hand
     again.finish()
     assert steps(tmp_path / "checkpoints") == [names[0], f"{names[1]}.damaged", "step-best.ckpt"]
@@ -76,7 +75,7 @@ def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
         write(path, state)
 
     monkeypatch.setattr(module, "save_checkpoint", slow)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 3, print)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 3)
     checkpoints.save(1, {"step": 1})
     assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
     may_write.set()
@@ -84,19 +83,18 @@ def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     assert steps(tmp_path / "checkpoints") == ["step-000000001.ckpt"]
 
 
-def test_a_full_disk_is_told_and_costs_no_checkpoint(small_disk):
-    said = []
-    checkpoints = Checkpoints(small_disk / "checkpoints", 3, said.append)
+def test_a_full_disk_is_told_and_costs_no_checkpoint(small_disk, caplog):
+    checkpoints = Checkpoints(small_disk / "checkpoints", 3)
     checkpoints.save(1, {"step": 1, "weights": torch.zeros(200_000)})
     checkpoints.finish()
     checkpoints.save(2, {"step": 2, "weights": torch.zeros(400_000)})
     checkpoints.finish()
-    assert len(said) == 1
-    assert "checkpoint of step 2 could not be written" in said[0]
-    assert "No space left on device" in said[0]
-    assert "the last good one: 1" in said[0]
+    assert len(caplog.messages) == 1
+    assert "checkpoint of step 2 could not be written" in caplog.text
+    assert "No space left on device" in caplog.text
+    assert "the last good one: 1" in caplog.text
     assert steps(small_disk / "checkpoints") == ["step-000000001.ckpt"]
     checkpoints.save(3, {"step": 3, "weights": torch.zeros(100_000)})  # there is room again
     checkpoints.finish()
-    assert len(said) == 1
-    assert Checkpoints(small_disk / "checkpoints", 3, said.append).load()["step"] == 3
+    assert len(caplog.messages) == 1
+    assert Checkpoints(small_disk / "checkpoints", 3).load()["step"] == 3

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-timm = pytest.importorskip("timm", reason="training needs the packages of bincomm[train]")
-
-from bincomm.engine.guard import Guard  # noqa: E402
-from bincomm.engine.optimizer import create_optimizer  # noqa: E402
-from bincomm.engine.step import Step  # noqa: E402
-from bincomm.networks import (  # noqa: E402
+from bincomm.engine.accumulation import AccumulatedStep
+from bincomm.engine.compiling import compile_networks
+from bincomm.engine.cuda_graph import CapturedStep
+from bincomm.engine.guard import Guard
+from bincomm.engine.optimizer import create_optimizer
+from bincomm.engine.step import Step
+from bincomm.networks import (
     Head,
     Network,
     create_backbone,
@@ -17,7 +18,7 @@ from bincomm.networks import (  # noqa: E402
     feature_width,
     update_teacher,
 )
-from bincomm.objectives import DINO, DiscreteCommunication, SimDINO  # noqa: E402
+from bincomm.objectives import DINO, DiscreteCommunication, SimDINO
 
 RATES = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.9}
 # Without biases of keys: they have no effect, so their gradient is rounding, which AdamW makes large.
@@ -25,7 +26,7 @@ VIT = ("test_vit", {"patch_size": 4, "depth": 2, "qkv_bias": False})
 RESNET = ("resnetv2_18", {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "stem_chs": 8})
 
 
-def create(model=VIT, objective=None, drop_path=0.0, precision="fp32", clip=0.5, **options):
+def create(model=VIT, objective=None, drop_path=0.0, precision="fp32", clip=0.5, accumulate=1, **options):
     torch.manual_seed(0)
     name, arguments = model
     backbone, _ = create_backbone(
@@ -34,15 +35,10 @@ def create(model=VIT, objective=None, drop_path=0.0, precision="fp32", clip=0.5,
     student = Network(backbone, Head(feature_width(backbone, [16]), 32, 12, 0.1))
     teacher = create_teacher(student, create_backbone(name, 16, **arguments)[0])
     optimizer = create_optimizer(student)
-    return Step(
-        student,
-        teacher,
-        objective or DiscreteCommunication(),
-        optimizer,
-        clip=clip,
-        precision=precision,
-        **options,
-    )
+    networks = (student, teacher, objective or DiscreteCommunication(), optimizer)
+    if accumulate > 1:
+        return AccumulatedStep(*networks, parts=accumulate, clip=clip, precision=precision, **options)
+    return Step(*networks, clip=clip, precision=precision, **options)
 
 
 def batches(count, n=6):
@@ -76,7 +72,7 @@ def test_a_step_is_what_its_parts_are():
     )
     objective = DiscreteCommunication()
     for views in batches(3):
-        done = step(*views, **RATES)
+        output = step(*views, **RATES)
         with torch.no_grad():
             message = teacher(views[0])
         losses = objective(student(*views), message)
@@ -85,8 +81,8 @@ def test_a_step_is_what_its_parts_are():
         adam.step()
         adam.zero_grad()
         update_teacher(list(teacher.parameters()), list(student.parameters()), 0.9)
-        torch.testing.assert_close(done.losses["loss"], losses["loss"].detach())
-        torch.testing.assert_close(done.gradient_norm, torch.stack(norms).norm(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(output.losses["loss"], losses["loss"].detach())
+        torch.testing.assert_close(output.gradient_norm, torch.stack(norms).norm(), rtol=1e-4, atol=1e-6)
     assert_same(step, plain, rtol=1e-4, atol=2e-5)
 
 
@@ -102,11 +98,11 @@ def test_accumulation_takes_the_loss_of_the_whole_batch():
 
 def test_accumulation_drops_the_same_paths_in_both_passes():
     step, logits = create(drop_path=0.4, accumulate=3), []
-    step.forward.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
+    step.student.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
     step(*next(batches(1)), **RATES)
     first, second = torch.cat(logits[:3], 1), torch.cat(logits[3:], 1)
     assert torch.equal(first, second)
-    assert not torch.equal(first, create(accumulate=3).forward(*next(batches(1))))
+    assert not torch.equal(first, create(accumulate=3).student(*next(batches(1))))
 
 
 def test_parts_that_are_not_equal_are_refused():
@@ -156,7 +152,9 @@ def test_after_too_many_in_a_row_the_student_moves_no_more():
 def test_compiled_or_not_it_is_the_same_step():
     plain, compiled = create(), create()
     first, random = next(batches(1)), torch.get_rng_state()
-    assert compiled.compile(*first).startswith("torch.compile: both networks, in ")
+    worked, text = compile_networks(compiled, *first)
+    assert worked
+    assert text.startswith("torch.compile: both networks, in ")
     assert torch.equal(random, torch.get_rng_state())
     assert_same(plain, compiled, rtol=0, atol=0)  # trying it out left no trace
     for views in batches(2):
@@ -164,7 +162,7 @@ def test_compiled_or_not_it_is_the_same_step():
         torch.testing.assert_close(one.losses, other.losses, rtol=1e-4, atol=1e-5)
 
 
-def test_a_compiler_that_fails_is_told_and_done_without(monkeypatch):
+def test_a_compiler_that_fails_is_told_and_output_without(monkeypatch):
     plain, step = create(RESNET), create(RESNET)
 
     def fail(graph, inputs):
@@ -172,10 +170,11 @@ def test_a_compiler_that_fails_is_told_and_done_without(monkeypatch):
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: real(*args, backend=fail, **options))
-    outcome = step.compile(*next(batches(1)))
-    assert outcome.startswith("warning: torch.compile failed, so the networks run without it")
-    assert "no such compiler" in outcome
-    assert "\n" not in outcome
+    worked, text = compile_networks(step, *next(batches(1)))
+    assert not worked
+    assert text.startswith("torch.compile failed, so the networks run without it")
+    assert "no such compiler" in text
+    assert "\n" not in text
     for views in batches(2):
         plain(*views, **RATES)
         step(*views, **RATES)
@@ -212,7 +211,7 @@ def test_all_passes_of_an_accumulating_step_are_compiled_and_tried(monkeypatch):
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: real(*args, backend=count, **options))
-    step.compile(*views)
+    compile_networks(step, *views)
     tried = len(graphs)
     assert tried > 0
     step(*views, **RATES)
@@ -221,12 +220,11 @@ def test_all_passes_of_an_accumulating_step_are_compiled_and_tried(monkeypatch):
 
 def test_capture_needs_a_gpu():
     with pytest.raises(ValueError, match="cuda_graph: expected one GPU .*got 1 × cpu"):
-        create().capture(*next(batches(1)))
+        CapturedStep(create(), *next(batches(1)))
 
 
 def test_the_parts_of_a_step_are_marked():
-    step = create()
     marks = []
-    step.mark = marks.append
+    step = create(mark=marks.append)
     step(*next(batches(1)), **RATES)
     assert marks == ["teacher", "student", "loss", "backward", "clip", "optimizer", "average"]

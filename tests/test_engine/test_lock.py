@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bincomm.distributed.ranks import ALONE
-from bincomm.engine.run import open_run
+from bincomm.engine.lock import open_run
 from bincomm.files import write_file, write_text
 
 
@@ -36,7 +36,7 @@ def test_files_can_be_read_by_others_as_the_umask_allows(tmp_path):
 
 
 def test_a_run_is_held_by_one_process(tmp_path):
-    hold = "import sys, time; from bincomm.engine.run import open_run\n"
+    hold = "import sys, time; from bincomm.engine.lock import open_run\n"
     hold += "from bincomm.distributed.ranks import ALONE\n"
     hold += f"with open_run({str(tmp_path)!r}, ALONE): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
@@ -53,14 +53,14 @@ def test_a_run_is_held_by_one_process(tmp_path):
         assert os.listdir(tmp_path) == [".bincomm.lock"]
 
 
-def test_where_nothing_can_be_locked_it_says_so(tmp_path, monkeypatch, capsys):
+def test_where_nothing_can_be_locked_it_says_so(tmp_path, monkeypatch, caplog):
     def refuse(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with open_run(str(tmp_path), ALONE):
         pass
-    assert "warning: " in capsys.readouterr().out
+    assert "cannot be locked" in caplog.text
 
 
 def test_an_unwritable_place_is_named(tmp_path):

@@ -1,0 +1,99 @@
+"""A step whose batch is cut into parts, to need less memory; the loss stays that of the whole batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bincomm.engine.step import Step, StepOutput
+from bincomm.networks import Network
+
+
+class AccumulatedStep(Step):
+    """Cuts every batch into parts for the forward and backward passes of the networks.
+
+    The coding rate of all images is not the sum of the parts' rates. So its gradient at the logits is taken
+    first, after forward passes of all parts that keep nothing; then every part runs again and takes its share
+    of that gradient. This costs one more forward pass of the student.
+
+    Args:
+        parts: that a batch is cut into; the others are those of `Step`.
+
+    Raises:
+        ValueError: the student has batch norm, whose statistics would be those of a part.
+    """
+
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        parts: int,
+        **options: Any,
+    ):
+        if has_batch_norm(student):
+            raise ValueError(
+                f"accumulate: expected 1 for a backbone with batch norm, got {parts}: its statistics "
+                "would be those of a part of the batch"
+            )
+        super().__init__(student, teacher, objective, optimizer, **options)
+        self.parts = parts
+
+    def gradient(self, global_views: Tensor, local_views: Tensor | None) -> tuple[StepOutput, Tensor]:
+        """The student's clipped gradient, and whether the step is to be skipped: 0 or 1, on the device.
+
+        Raises:
+            ValueError: the number of images is no multiple of `parts`.
+        """
+        if len(global_views) % self.parts:
+            raise ValueError(
+                f"global_views: expected a multiple of accumulate = {self.parts} images, got "
+                f"{len(global_views)}"
+            )
+        before = self.copy_buffers()
+        parts = cut(global_views, local_views, self.parts)
+        message = self.forward.teacher_logits(*(global_part for global_part, _ in parts))
+        self.mark("teacher")
+        draws, outputs = [], []
+        with torch.no_grad():
+            for part in parts:
+                draws.append(get_random_state(self.forward.device))
+                outputs.append(self.forward.student_logits(*part))
+        logits = torch.cat(outputs, dim=1).requires_grad_()
+        self.mark("student")
+        losses = self.objective(logits, message)
+        losses["loss"].backward()
+        self.mark("loss")
+        assert logits.grad is not None
+        gradients = logits.grad.chunk(self.parts, dim=1)
+        for number, (part, draw, gradient) in enumerate(zip(parts, draws, gradients, strict=True), 1):
+            set_random_state(self.forward.device, draw)  # the same paths are dropped again
+            with self.forward.without_averaging(number < self.parts):  # the last part averages the sum
+                self.forward.student_logits(*part).backward(gradient)
+        self.mark("backward")
+        return self.finish(losses, logits, message, before)
+
+
+def cut(global_views: Tensor, local_views: Tensor | None, parts: int) -> list[tuple[Tensor, Tensor | None]]:
+    """A batch in so many parts of equally many images."""
+    local_parts = [None] * parts if local_views is None else local_views.chunk(parts)
+    return list(zip(global_views.chunk(parts), local_parts, strict=True))
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    """Whether an image's features depend on the other images of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+
+
+def get_random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The states of the generators that the networks draw from, of the CPU and, where it is one, a GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    """Go back to a state of `get_random_state`."""
+    torch.set_rng_state(state[0])
+    if state[1] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,44 @@
+"""torch.compile for the networks of a step, which go on without it where it fails."""
+
+import time
+
+import torch
+from torch import Tensor
+
+from bincomm.engine.accumulation import AccumulatedStep, cut
+from bincomm.engine.step import Step
+
+
+def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | None) -> tuple[bool, str]:
+    """Compile both networks for batches of this shape; returns whether that worked, and in words what came
+    of it. Where torch.compile fails the networks stay as they were.
+
+    Raises:
+        ValueError: it failed where parameters are split, because gradients are left then that nothing clears.
+    """
+    forward = step.forward
+    accumulates = isinstance(step, AccumulatedStep)
+    part = cut(global_views, local_views, step.parts if isinstance(step, AccumulatedStep) else 1)[0]
+    before = step.copy_buffers()
+    start = time.perf_counter()
+    try:
+        forward.compile()
+        devices = [forward.device] if forward.device.type == "cuda" else []
+        # Split parameters keep a gradient that is not averaged where zero_grad() does not reach it.
+        with torch.random.fork_rng(devices), forward.without_averaging(not forward.sharded):
+            forward.teacher_logits(part[0])
+            if accumulates:  # its first passes keep nothing, which is a graph of its own
+                with torch.no_grad():
+                    forward.student_logits(*part)
+            forward.student_logits(*part).sum().backward()
+        return True, f"torch.compile: both networks, in {time.perf_counter() - start:.0f} s"
+    except Exception as error:  # of any of its compilers; which exception is theirs to choose
+        forward.undo_compile()
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if forward.sharded:
+            raise ValueError(f"compile: expected off, because torch.compile failed: {reason}") from error
+        return False, f"torch.compile failed, so the networks run without it, slower: {reason}"
+    finally:
+        step.optimizer.zero_grad()
+        forward.reshard_teacher()
+        step.restore_buffers(before)

@@ -1,0 +1,73 @@
+"""A step whose launches are replayed from a CUDA graph."""
+
+import torch
+from torch import Tensor
+
+from bincomm.engine.accumulation import AccumulatedStep
+from bincomm.engine.guard import Guard
+from bincomm.engine.step import Step, StepOutput
+
+
+class CapturedStep:
+    """Replays all of a step up to the gradient, for crops of the shapes it was captured with.
+
+    What follows, the optimizer and the moving average, is few launches, with numbers that change every step.
+
+    Args:
+        step: what is captured; the buffers and the guard's counts are afterwards as they were.
+        global_views, local_views: a batch of crops.
+
+    Raises:
+        ValueError: not on a GPU, on several ranks, or with accumulation.
+    """
+
+    def __init__(self, step: Step, global_views: Tensor, local_views: Tensor | None):
+        device, ranks = step.forward.device, step.forward.ranks
+        if device.type != "cuda" or ranks > 1 or isinstance(step, AccumulatedStep):
+            parts = step.parts if isinstance(step, AccumulatedStep) else 1
+            raise ValueError(
+                "cuda_graph: expected one GPU and accumulate = 1, got "
+                f"{ranks} × {device.type} and accumulate = {parts}"
+            )
+        self.step = step
+        self.static_views = [None if v is None else v.clone() for v in (global_views, local_views)]
+        global_copy, local_copy = self.static_views
+        assert global_copy is not None
+        counts, before = step.guard.counts.clone(), step.copy_buffers()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side), torch.random.fork_rng([device]):
+            for _ in range(3):
+                step.gradient(global_copy, local_copy)
+                step.optimizer.zero_grad()
+        torch.cuda.current_stream(device).wait_stream(side)
+        step.restore_buffers(before)
+        self.graph = torch.cuda.CUDAGraph()
+        # The loader's threads allocate meanwhile, which is no business of this thread's capture.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.output, self.skip = step.gradient(global_copy, local_copy)
+        step.guard.counts.copy_(counts)
+
+    @property
+    def guard(self) -> Guard:
+        """The guard of the step."""
+        return self.step.guard
+
+    def __call__(
+        self,
+        global_views: Tensor,
+        local_views: Tensor | None,
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+    ) -> StepOutput:
+        """One step on crops (n, 2, 3, S, S) and (n, L, 3, s, s)."""
+        for static, views in zip(self.static_views, (global_views, local_views), strict=True):
+            if static is not None and views is not None:
+                static.copy_(views)
+        self.graph.replay()
+        self.step.mark("clip")
+        # Gradients are not cleared: they lie where the graph writes them.
+        self.step.update(self.skip, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        return self.output

@@ -1,0 +1,49 @@
+"""What is kept for inspection when a run ends because its steps are not finite."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from bincomm.config import PretrainConfig
+from bincomm.data.loader import Loader
+from bincomm.distributed.ranks import Ranks
+from bincomm.engine.checkpoints import save_checkpoint
+from bincomm.engine.guard import Guard
+from bincomm.engine.state import RunState
+
+
+def keep_evidence(
+    config: PretrainConfig,
+    run: Path,
+    step: int,
+    state: RunState,
+    batch: tuple[tuple[Tensor, Tensor | None], list[int]],
+    loader: Loader,
+    ranks: Ranks,
+) -> str:
+    """Save the state after so many steps, and every rank's batch, and put what happened into words.
+
+    Args:
+        batch: this rank's crops, and the numbers of the images that they are of.
+    """
+    collected = state.collect(step)
+    (global_views, local_views), images = batch
+    sample = {
+        "global_views": global_views.cpu(),
+        "local_views": None if local_views is None else local_views.cpu(),
+        "images": [loader.images.name(image) for image in images],
+    }
+    outcome = f"the state and the batch are in {run}/not_finite*.ckpt"
+    try:
+        if ranks.rank == 0:
+            save_checkpoint(run / "not_finite.ckpt", collected)
+        save_checkpoint(run / f"not_finite_batch_{ranks.rank}.ckpt", sample)
+    except OSError as error:
+        outcome = f"the state and the batch could not be saved ({error})"
+    ranks.gather(None)  # the first to end ends the others
+    return (
+        f"the loss or its gradient was not finite in more than {Guard.LIMIT} steps in a row, up to step "
+        f"{step}; {outcome}, and {run / 'checkpoints'} holds the last good checkpoints. Lower lr (now "
+        f"{config.lr:g}) or clip (now {config.clip:g}), or use precision fp32 (now {config.precision}), and "
+        "begin again with another --output."
+    )

@@ -1,0 +1,26 @@
+"""The trained backbone as a file that timm loads."""
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+
+from bincomm.config import PretrainConfig
+from bincomm.files import write_file
+from bincomm.networks import Network, create_backbone
+
+
+def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None:
+    """Write the teacher's backbone to backbone.safetensors; its metadata holds the arguments of
+    `timm.create_model`, by which timm also knows how it was evaluated: size, crop, mean and std."""
+    weights = {name: value.contiguous().cpu() for name, value in teacher.backbone.state_dict().items()}
+    _, arguments = create_backbone(config.backbone, config.global_size, **config.backbone_args)
+    arguments["pretrained_cfg_overlay"] = {
+        "input_size": [3, config.global_size, config.global_size],
+        "crop_pct": config.eval_crop,
+        "mean": list(config.mean),
+        "std": list(config.std),
+    }
+    # One key: safetensors writes several in random order, and two equal runs leave equal files.
+    data = safetensors.torch.save(weights, metadata={"create_model": json.dumps(arguments)})
+    write_file(run / "backbone.safetensors", lambda file: file.write(data))

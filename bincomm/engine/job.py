@@ -1,0 +1,255 @@
+"""Everything that a run consists of, put together from its configuration."""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+
+from bincomm.building import create_networks, create_objective, hash_seed
+from bincomm.config import PretrainConfig
+from bincomm.data.loader import Loader, TooManyUnusableError
+from bincomm.data.sources import Source
+from bincomm.distributed.ranks import FirstRankError, Ranks
+from bincomm.distributed.sharding import load_sharded, load_sharded_optimizer, shard
+from bincomm.engine.accumulation import AccumulatedStep, has_batch_norm
+from bincomm.engine.batches import Batches, Views
+from bincomm.engine.checkpoints import Checkpoints
+from bincomm.engine.collapse import create_monitor
+from bincomm.engine.compiling import compile_networks
+from bincomm.engine.cuda_graph import CapturedStep
+from bincomm.engine.evidence import keep_evidence
+from bincomm.engine.guard import Guard, TrainingError
+from bincomm.engine.metrics import MetricsWindow
+from bincomm.engine.optimizer import create_optimizer
+from bincomm.engine.records import Records
+from bincomm.engine.reset import reset_head
+from bincomm.engine.schedules import Schedule
+from bincomm.engine.signals import Interrupted, Signals
+from bincomm.engine.state import LoaderPart, Part, RandomPart, Replicated, RunState, WindowPart
+from bincomm.engine.step import Step
+from bincomm.engine.unusable import UnusableImages
+from bincomm.networks import Network
+
+logger = logging.getLogger(__name__)
+
+
+class Job:
+    """What the loop of `bincomm.pretraining.train` is made of; see there for the order.
+
+    Args:
+        source: the images.
+        run: the run's directory.
+        signals: ask for the end.
+
+    Raises:
+        ValueError: the configuration does not fit the number of ranks or the data; the message names the key.
+    """
+
+    def __init__(self, config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signals: Signals):
+        ranks.first(lambda: check_ranks(config, ranks))
+        self.config, self.source, self.run, self.ranks, self.signals = config, source, run, ranks, signals
+        self.loader = create_loader(config, source, ranks)
+        self.schedule = Schedule(config, self.loader.steps_per_epoch)
+        self.steps = self.schedule.steps
+        # What is to be split does not fit on a GPU before it is.
+        student, teacher = create_networks(config, torch.device("cpu") if config.fsdp else ranks.device)
+        if ranks.world > 1 and ranks.device.type == "cuda":  # there is no such batch norm for CPUs
+            student, teacher = convert_sync_batchnorm(student), convert_sync_batchnorm(teacher)
+        objective = create_objective(config).to(ranks.device)
+        if config.fsdp:
+            shard(student, ranks)
+            shard(teacher, ranks)
+        optimizer = create_optimizer(student)
+        self.train_step: Step | CapturedStep = create_step(config, student, teacher, objective, optimizer)
+        self.student, self.teacher, self.optimizer = student, teacher, optimizer
+        self.guard, self.skipped = self.train_step.guard, 0
+        self.batches = Batches(self.loader, UnusableImages(self.loader, run, ranks), self.guard.lag + 1)
+        bits = config.bits if objective.outputs_are_bits else None
+        window = MetricsWindow(config.log_every, objective.scalars, bits, ranks.device)
+        monitor = create_monitor(config)
+        self.records = Records(config, run, self.schedule, window, monitor, ranks)
+        parts: dict[str, Part] = {
+            "student": Replicated(student.state_dict, partial(load_sharded, student)),
+            "teacher": Replicated(teacher.state_dict, partial(load_sharded, teacher)),
+            "objective": Replicated(objective.state_dict, partial(load_sharded, objective)),
+            "optimizer": Replicated(optimizer.state_dict, partial(load_sharded_optimizer, optimizer)),
+            "guard": Replicated(self.guard.state_dict, self.guard.load_state_dict),
+            "monitor": Replicated(monitor.state_dict, monitor.load_state_dict),
+            "loader": LoaderPart(self.loader),
+            "window": WindowPart(window),
+            "random": RandomPart(config.seed),
+        }
+        self.checkpoints = Checkpoints(run / "checkpoints", config.keep)
+        self.state = RunState(config, parts, self.checkpoints, ranks)
+
+    def resume(self) -> int:
+        """Take up the newest checkpoint, if there is one, and say so; returns the number of steps done."""
+        step = self.state.resume()
+        if step == 0 and self.ranks.rank:
+            # The networks are the same on all ranks, the paths dropped in them are not.
+            torch.manual_seed(hash_seed(self.config.seed, -self.ranks.rank))
+        self.skipped = int(self.guard.counts[0])
+        self.batches.unusable.begin()
+        announce(self, step)
+        return step
+
+    def start(self, step: int) -> "Job":
+        """Compile what the configuration asks for, and open the records, before step `step`; the job is a
+        context manager that closes them."""
+        if self.ranks.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes never change
+        if step < self.steps:
+            views = self.next_batch(step, peek=True)
+            assert isinstance(self.train_step, Step)
+            self.train_step = prepare(self.train_step, self.config, views)
+        self.records.start(step)
+        return self
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoints.finish()
+        self.records.close()
+
+    def reset_head(self, step: int) -> None:
+        """Draw the head anew, by the seed and the epoch that begins."""
+        seed = (self.config.seed, self.schedule.epoch(step))
+        reset_head(self.student, self.teacher, self.optimizer, seed)
+
+    def next_batch(self, step: int, peek: bool = False) -> Views:
+        """The crops of step `step`, which counts from 0; see `Batches.next`.
+
+        Raises:
+            TooManyUnusableError: too many images cannot be used; the run is saved, if it is on one rank.
+        """
+        try:
+            return self.batches.next(peek)
+        except TooManyUnusableError:
+            if step and self.ranks.world == 1:
+                self.state.save(step)
+                self.checkpoints.finish()
+            raise
+
+    def check_finite(self, step: int) -> bool:
+        """Warn of steps that were skipped; returns whether all ranks are to stop now, after `step` steps.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite; state and batch are kept for inspection.
+        """
+        if self.ranks.world > 1 and self.signals.received is not None:
+            self.guard.ask_to_stop()  # all ranks, after one of the next steps
+        last = step == self.steps
+        skipped, in_row, stop = self.guard.read(last)
+        if skipped > self.skipped:
+            logger.warning("a step was skipped, its loss or gradient was not finite (%d so far)", skipped)
+            self.skipped = skipped
+        if in_row > Guard.LIMIT:
+            batch = self.batches.recent[-1 if last else 0]  # that of the step the guard has judged
+            text = keep_evidence(self.config, self.run, step, self.state, batch, self.loader, self.ranks)
+            raise FirstRankError(text) if self.ranks.rank else TrainingError(text)
+        # Alone, a rank reads the signal itself; one that comes from here on is for the next step.
+        return self.signals.received is not None if self.ranks.world == 1 else stop
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after so many steps."""
+        return step == self.steps or step % self.config.save_every == 0
+
+    def finish(self, step: int) -> None:
+        """Wait for the last checkpoint.
+
+        Raises:
+            Interrupted: a signal came, on any rank, and the run is saved.
+            OSError: a signal came, and the run could not be saved.
+        """
+        self.checkpoints.finish()
+        received = [number for number in self.ranks.gather(self.signals.received) if number is not None]
+        if received:
+            self.ranks.leave()
+            if self.ranks.rank == 0 and self.checkpoints.newest != step:
+                raise OSError(f"{self.run}: a signal came, and step {step} could not be saved")
+            raise Interrupted(received[0])
+
+
+def check_ranks(config: PretrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError where the configuration does not fit the number of ranks."""
+    if config.batch_size % (ranks.world * config.accumulate):
+        raise ValueError(
+            f"batch_size: expected a multiple of {ranks.world * config.accumulate} "
+            f"({ranks.world} ranks × accumulate {config.accumulate}), got {config.batch_size}"
+        )
+    if config.fsdp and ranks.world == 1:
+        raise ValueError("fsdp: expected several ranks to split parameters over, got one; use torchrun")
+
+
+def create_loader(config: PretrainConfig, source: Source, ranks: Ranks) -> Loader:
+    """The loader of this rank's batches."""
+    return Loader(
+        source,
+        config.crops,
+        batch_size=config.batch_size // ranks.world,
+        seed=config.seed,
+        device=ranks.device,
+        threads=config.threads,
+        max_unusable=config.max_unusable,
+        dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+        channels_last=config.channels_last,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+
+
+def create_step(
+    config: PretrainConfig,
+    student: Network,
+    teacher: Network,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mark: Callable[[str], None] = lambda part: None,
+) -> Step:
+    """The step that the configuration asks for."""
+    networks = (student, teacher, objective, optimizer)
+    if config.accumulate == 1:
+        return Step(*networks, clip=config.clip, precision=config.precision, mark=mark)
+    return AccumulatedStep(
+        *networks, parts=config.accumulate, clip=config.clip, precision=config.precision, mark=mark
+    )
+
+
+def prepare(step: Step, config: PretrainConfig, views: Views) -> Step | CapturedStep:
+    """Compile and capture what the configuration asks for, before the first step, and say so."""
+    on_gpu = step.forward.device.type == "cuda"
+    if step.forward.ranks > 1 and has_batch_norm(step.student) and not on_gpu:
+        logger.warning("batch norm's statistics are each rank's own, so results depend on the ranks")
+    if config.compile == "on" or (config.compile == "auto" and on_gpu):
+        logger.info("torch.compile: compiling; --compile off does without")
+        compiled, text = compile_networks(step, *views)
+        logger.log(logging.INFO if compiled else logging.WARNING, "%s", text)
+    if not config.cuda_graph:
+        return step
+    captured = CapturedStep(step, *views)
+    logger.info("cuda_graph: steps up to the gradient are replayed from a CUDA graph")
+    return captured
+
+
+def announce(job: Job, step: int) -> None:
+    """Say what is about to be done."""
+    config, ranks, loader = job.config, job.ranks, job.loader
+    where = ranks.device.type if ranks.world == 1 else f"{ranks.world} ranks ({ranks.device.type})"
+    logger.info(
+        f"{'resuming at step ' + str(step) if step else 'training'}: {config.backbone}, {config.bits} bits, "
+        f"{len(job.source.images)} images, {job.steps} steps of {config.batch_size} "
+        f"({loader.steps_per_epoch} an epoch), on {where}, in {config.output}"
+    )
+    for note in job.source.notes:
+        logger.info("note: %s", note)
+    if loader.changed:
+        logger.warning(
+            "the data changed since the run was saved (%s): it goes on with what is there now, and will not "
+            "end as it would have",
+            loader.changed,
+        )

@@ -1,0 +1,165 @@
+"""The state of a run: everything that determines the steps to come, saved and resumed in parts."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from bincomm.building import hash_seed
+from bincomm.config import PretrainConfig
+from bincomm.data.loader import Loader, merge_states
+from bincomm.distributed.ranks import Ranks
+from bincomm.distributed.sharding import gather_tensors
+from bincomm.engine.accumulation import get_random_state, set_random_state
+from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
+from bincomm.engine.metrics import MetricsWindow
+from bincomm.engine.run import refuse_differences
+
+
+class Part(Protocol):
+    """A part of a run's state. All ranks call both methods; what is saved is complete on rank 0 at least."""
+
+    def save(self, ranks: Ranks) -> Any:
+        """The part's state, copied to the CPU."""
+
+    def load(self, state: Any, ranks: Ranks) -> None:
+        """Go on from a state, which another number of ranks may have saved."""
+
+
+class Replicated:
+    """A part that is the same on all ranks, its tensors possibly split over them.
+
+    Args:
+        state_dict: returns its state.
+        load_state_dict: takes it up.
+    """
+
+    def __init__(self, state_dict: Callable[[], Any], load_state_dict: Callable[[Any], Any]):
+        self.state_dict, self.load_state_dict = state_dict, load_state_dict
+
+    def save(self, ranks: Ranks) -> Any:
+        """The whole state on rank 0."""
+        return gather_tensors(self.state_dict(), keep=ranks.rank == 0)
+
+    def load(self, state: Any, ranks: Ranks) -> None:
+        """Take up the whole state, or this rank's shard of it."""
+        self.load_state_dict(state)
+
+
+class LoaderPart:
+    """The place in the data, and the unusable images that any rank has met."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    def save(self, ranks: Ranks) -> Any:
+        """One state for any number of ranks."""
+        return merge_states(ranks.gather(self.loader.state_dict()))
+
+    def load(self, state: Any, ranks: Ranks) -> None:
+        """Go on at that place."""
+        self.loader.load_state_dict(state)
+
+
+class WindowPart:
+    """The metrics that each rank has gathered since the last report."""
+
+    def __init__(self, window: MetricsWindow):
+        self.window = window
+
+    def save(self, ranks: Ranks) -> Any:
+        """A state for every rank."""
+        return ranks.gather(self.window.state_dict())
+
+    def load(self, state: Any, ranks: Ranks) -> None:
+        """Go on with this rank's; a window of another number of ranks begins empty."""
+        if len(state) == ranks.world:
+            self.window.load_state_dict(state[ranks.rank])
+
+
+class RandomPart:
+    """The random numbers that each rank draws in its networks, for example the paths that are dropped.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def save(self, ranks: Ranks) -> Any:
+        """A state for every rank."""
+        return ranks.gather(get_random_state(ranks.device))
+
+    def load(self, state: Any, ranks: Ranks) -> None:
+        """Go on with this rank's; another number of ranks draws anew, every rank for itself."""
+        if len(state) == ranks.world:
+            set_random_state(ranks.device, state[ranks.rank])
+        else:
+            torch.manual_seed(hash_seed(self.seed + int(state[0][0].sum()), -ranks.rank))
+
+
+class RunState:
+    """Saves and resumes the parts of a run; all ranks call, and rank 0 writes.
+
+    Args:
+        parts: by their names in a checkpoint.
+        checkpoints: the run's.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, parts: Mapping[str, Part], checkpoints: Checkpoints, ranks: Ranks
+    ):
+        self.config, self.parts, self.checkpoints, self.ranks = config, parts, checkpoints, ranks
+
+    def collect(self, step: int) -> dict[str, Any]:
+        """The state after so many steps, copied to the CPU; complete on rank 0."""
+        parts = {name: part.save(self.ranks) for name, part in self.parts.items()}
+        return {"step": step, "config": self.config.as_dict(), **parts}
+
+    def save(self, step: int) -> None:
+        """Begin to write a checkpoint."""
+        self.checkpoints.finish()  # so that no two copies are in memory
+        state = self.collect(step)
+        if self.ranks.rank == 0:
+            self.checkpoints.save(step, state)
+
+    def resume(self) -> int:
+        """Take up the newest checkpoint, if there is one; returns the number of steps done.
+
+        Raises:
+            ValueError: it is of another configuration, none is whole, or ranks see different ones.
+        """
+        state = self._read_newest()
+        if state is None:
+            return 0
+        where = str(self.checkpoints.folder)
+        self.ranks.first(lambda: refuse_differences(self.config, state["config"], where))
+        for name, part in self.parts.items():
+            part.load(state[name], self.ranks)
+        return state["step"]
+
+    def _read_newest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that rank 0 finds whole, on all ranks; None where there is none."""
+        checkpoints, ranks = self.checkpoints, self.ranks
+        state: dict[str, Any] | None = None
+
+        def choose() -> int | None:
+            nonlocal state
+            state = checkpoints.load()
+            return None if state is None else checkpoints.newest
+
+        step, trouble = ranks.first(choose), ""
+        if ranks.rank and step is not None:
+            try:
+                state = load_checkpoint(checkpoints.path(step))
+            except (OSError, ValueError) as error:
+                trouble = f"rank {ranks.rank} does not see the checkpoint that rank 0 resumes: {error}"
+        troubles = [text for text in ranks.gather(trouble) if text]
+
+        def raise_trouble() -> None:
+            if troubles:
+                raise ValueError(f"output: expected one folder that all ranks share; {troubles[0]}")
+
+        ranks.first(raise_trouble)
+        return state

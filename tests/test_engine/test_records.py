@@ -1,0 +1,85 @@
+"""The files that a run's metrics are written to."""
+
+import io
+import json
+
+import pytest
+import torch
+
+from bincomm.config import PretrainConfig
+from bincomm.distributed.ranks import ALONE
+from bincomm.engine.collapse import create_monitor
+from bincomm.engine.curves import plot_curves
+from bincomm.engine.metrics import MetricsWindow
+from bincomm.engine.records import Records
+from bincomm.engine.schedules import Schedule
+from bincomm.files import read_json_lines
+
+METRICS = {"loss": 1.0, "agreement": 0.5, "rate": 7.0, "bit_entropy": 1.0, "bit_entropy_min": 0.5}
+METRICS |= {"dead_bits": 0.0, "bit_accuracy": 0.9, "bit_majority": 0.5, "lr": 0.1}
+
+
+def start_records(run, step=0):
+    config = PretrainConfig(max_steps=30)
+    window = MetricsWindow(config.log_every, ("loss",), None, torch.device("cpu"))
+    records = Records(config, run, Schedule(config, 10), window, create_monitor(config), ALONE)
+    records.start(step)
+    return records
+
+
+def test_metrics_are_written_when_there_is_room_again_and_at_the_end_or_an_error_tells(tmp_path):
+    records = start_records(tmp_path)
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "away")
+    (tmp_path / "metrics.jsonl").mkdir()  # no file to write to
+    records.report(10, {"loss": 1.0})
+    with pytest.raises(OSError, match="directory"):
+        records.flush()
+    (tmp_path / "metrics.jsonl").rmdir()
+    (tmp_path / "away").rename(tmp_path / "metrics.jsonl")
+    records.flush()
+    records.flush()
+    records.close()
+    assert [record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")] == [10]
+
+
+def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
+    records = start_records(tmp_path)
+    for step in (10, 20, 30):
+        records.report(step, {**METRICS, "loss": float(step)})
+    records.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "lo')  # cut off by a kill
+    records = start_records(tmp_path, 20)
+    records.report(30, {**METRICS, "loss": 31.0})
+    records.close()
+    lines = read_json_lines(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in lines] == [(10, 10), (20, 20), (30, 31)]
+    assert [line["step"] for line in read_json_lines(tmp_path / "speed.jsonl")] == [10, 20, 30]
+    first = json.loads((tmp_path / "speed.jsonl").read_text().splitlines()[0])
+    assert first.keys() == {"step", "images_per_second", "data_wait"}
+    assert any((tmp_path / "tensorboard").iterdir())
+    plot_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_that_a_full_disk_did_not_take_are_written_later(tmp_path, monkeypatch, caplog):
+    records = start_records(tmp_path)
+    records.report(10, METRICS | {"loss": 1.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+
+    class Full(io.StringIO):
+        def writelines(self, lines):
+            with real(tmp_path / "metrics.jsonl", "a") as file:
+                file.write('{"step": 2')  # as much as there was room for
+            raise OSError(28, "No space left on device")
+
+    real = open
+    monkeypatch.setattr("builtins.open", lambda *args, **options: Full())
+    records.report(20, METRICS | {"loss": 2.0})
+    monkeypatch.undo()
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+    assert "metrics could not be written" in caplog.text
+    records.report(30, METRICS | {"loss": 3.0})
+    records.close()
+    assert [line["loss"] for line in read_json_lines(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0]
+    assert [line["step"] for line in read_json_lines(tmp_path / "speed.jsonl")] == [10, 20, 30]
