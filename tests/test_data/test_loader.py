@@ -19,13 +19,14 @@ from bincomm.data.loader import Loader, TooManyUnusableError
 from bincomm.data.sources import Files, Mix, Source, open_source
 
 CPU = torch.device("cpu")
-CROPS = Crops(global_size=24, local_crops=2, local_size=16)
+CROPS = Crops(global_size=24, local_crops=2, local_size=16)  # all that is random
+WINDOWS = Crops(global_size=24, local_crops=1, local_size=16, blur=(0, 0, 0), solarize=0)  # less to build
 STILL = Crops(
     global_size=8, global_scale=(1, 1), local_crops=0, flip=0, jitter_p=0, gray=0, blur=(0, 0, 0), solarize=0
 )
 
 
-def loader(files, crops=CROPS, batch_size=4, seed=0, threads=2, **options):
+def loader(files, crops=WINDOWS, batch_size=4, seed=0, threads=2, **options):
     source = files if isinstance(files, Source) else Source(Files(files))
     return Loader(source, crops, batch_size=batch_size, seed=seed, device=CPU, threads=threads, **options)
 
@@ -39,7 +40,7 @@ def equal(a, b):
 
 
 def test_shapes_and_memory_of_their_own(images):
-    batches = loader(images)
+    batches = loader(images, CROPS)
     first = batches.next()
     assert first[0].shape == (4, 2, 3, 24, 24)
     assert first[1].shape == (4, 2, 3, 16, 16)
@@ -80,14 +81,15 @@ def test_every_image_once_an_epoch_in_changing_order(images):
 
 @pytest.mark.parametrize("done", [1, 3, 5, 7])
 def test_goes_on_exactly_from_its_state(images, done):
-    first = loader(images)
+    first = loader(images, CROPS)
     take(first, done)
-    second = loader(images, threads=1)
+    second = loader(images, CROPS, threads=1)
     second.load_state_dict(first.state_dict())
     for _ in range(8):
         assert equal(first.next(), second.next())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_fifty_batches_after_a_resume_are_the_same(images, tmp_path, kind, monkeypatch):
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
@@ -96,22 +98,23 @@ def test_fifty_batches_after_a_resume_are_the_same(images, tmp_path, kind, monke
         assert len(os.listdir(tmp_path / "shards")) == 3
     source = open_source(str(tmp_path / "shards") if kind == "shards" else str(tmp_path))
     step = random.randrange(1, 40)
-    first = loader(source)
+    first = loader(source, CROPS)
     take(first, step)
-    second = loader(source, threads=3)
+    second = loader(source, CROPS, threads=3)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for number in range(50):
         assert equal(first.next(), second.next()), f"resumed at {step}, batch {number}"
 
 
 def test_the_seed_determines_everything(images):
-    assert equal(loader(images).next(), loader(images, threads=1).next())
-    assert not torch.equal(loader(images).next()[0], loader(images, seed=1).next()[0])
+    batch = loader(images, CROPS).next()
+    assert equal(batch, loader(images, CROPS, threads=1).next())
+    assert not torch.equal(batch[0], loader(images, CROPS, seed=1).next()[0])
 
 
 def test_ranks_share_the_batches_of_one_process(images):
-    alone = loader(images, batch_size=6)
-    shares = [loader(images, batch_size=2, rank=rank, world=3) for rank in range(3)]
+    alone = loader(images, CROPS, batch_size=6)
+    shares = [loader(images, CROPS, batch_size=2, rank=rank, world=3) for rank in range(3)]
     assert [share.steps_per_epoch for share in shares] == [3, 3, 3]
     for _ in range(7):  # into the third epoch
         parts = zip(*(share.next() for share in shares), strict=True)
@@ -235,6 +238,7 @@ def test_spoiled_images_above_the_limit_end_the_run(images, tmp_path, kind):
         assert equal(second.next(), straight.next())
 
 
+@pytest.mark.slow
 def test_resumed_among_spoiled_images(images, tmp_path):
     """The unusable images of batches handed out are in the state, those of later batches are found again."""
     for number, (spoil, _) in enumerate(SPOILED.values()):
