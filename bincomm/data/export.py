@@ -70,7 +70,7 @@ def write_shards(
 
     Raises:
         ValueError: the folder exists.
-        OSError: it cannot be written, for want of space for example; the message names the folder.
+        OSError: it cannot be written, for example because the disk is full; the message names the folder.
     """
     output = Path(output).expanduser().absolute()
     if output.exists():

@@ -18,6 +18,7 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_it_shows_the_first_batch_of_a_run():
     config, _ = parse(
         ["--recipe", "digits", "--seed", "3", "--jitter", "[0.4, 0.4, 0, 0]", "--blur", "[1, 0, 0]"]

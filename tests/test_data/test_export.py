@@ -26,7 +26,7 @@ def photos(tmp_path):
         Image.fromarray(noise).save(path)
     (root / "cat" / "03.png").write_bytes(b"")
     data = (root / "cat" / "05.png").read_bytes()
-    (root / "cat" / "05.png").write_bytes(data[:400] + bytes(200) + data[600:])  # looks whole from outside
+    (root / "cat" / "05.png").write_bytes(data[:400] + bytes(200) + data[600:])  # looks complete
     (root / "dog" / "08.png").unlink()
     (root / "dog" / "08.png").symlink_to(tmp_path / "nowhere")
     return root

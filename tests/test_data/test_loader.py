@@ -230,6 +230,7 @@ def test_spoiled_images_above_the_limit_end_the_run(images, tmp_path, kind):
     for _ in range(2):  # asking again does not help
         with pytest.raises(TooManyUnusableError):
             take(batches, 20)
+    assert [name for name, _ in batches.all_unusable()] == [images[7]]
     state = batches.state_dict()  # the run can go on from here once the limit is raised
     second, straight = loader(images, max_unusable=1.0), loader(images, max_unusable=1.0)
     second.load_state_dict(state)

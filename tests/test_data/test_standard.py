@@ -258,7 +258,7 @@ def test_what_a_killed_process_left_is_not_used(cache, monkeypatch):
 
 
 def test_two_at_once_make_a_set_once(cache, monkeypatch):
-    """Two threads, between which the lock of a file stands as between processes."""
+    """Two threads: a file that each of them opens is locked for the other, as between processes."""
     flock, second_waits = fcntl.flock, threading.Event()
     arrived = []
 
