@@ -1,7 +1,7 @@
 """Measure the data path on a folder of images: python benchmarks/loader.py FOLDER RESULTS
 
-Writes RESULTS.json, RESULTS.md and RESULTS.png. Every part runs in a process of its own, so that the memory
-it takes is its own; the contenders of a table take turns in one process.
+Writes RESULTS.json, RESULTS.md and RESULTS.png. Every part runs in a process of its own, so that its memory
+is that part's alone; the contenders of a table take turns in one process.
 """
 
 import argparse
@@ -20,15 +20,16 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from benchmarks.measuring import CORES, GPU, in_words, machine
-from benchmarks.torchvision_loader import Images, batches, views
+from benchmarks.torchvision_loader import Images, batches, view_transforms
 from bincomm.config import parse
 from bincomm.data.crops import Crops
+from bincomm.data.dali import decode, fn, pipeline_def
 from bincomm.data.loader import Loader
-from bincomm.data.multicrop import decode, fn, pipeline_def
 from bincomm.data.sources import Files, Source, open_source
 from bincomm.distributed.ranks import join_ranks
 from bincomm.files import write_file, write_json, write_text
@@ -55,18 +56,18 @@ def main() -> None:
     if options.part:
         print(json.dumps((PARTS | {"start": start})[options.part](options.folder)))
         return
-    found: dict[str, Any] = {"machine": machine(*PACKAGES), "date": date.today().isoformat()}
+    results: dict[str, Any] = {"machine": machine(*PACKAGES), "date": date.today().isoformat()}
     for part in PARTS:
         print(f"{part} ...", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "benchmarks.loader", "--part", part, options.folder, "-"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        found[part] = json.loads(done.stdout.splitlines()[-1])
+        process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        results[part] = json.loads(process.stdout.splitlines()[-1])
     options.results.parent.mkdir(exist_ok=True)
-    write_json(options.results.with_suffix(".json"), found)
-    write_text(options.results.with_suffix(".md"), page(found, options.results.name))
-    figure = plot(found["memory"])
+    write_json(options.results.with_suffix(".json"), results)
+    write_text(options.results.with_suffix(".md"), page(results, options.results.name))
+    figure = plot(results["memory"])
     write_file(options.results.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=110))
-    print(page(found, options.results.name))
+    print(page(results, options.results.name))
 
 
 def crops(folder: str) -> dict[str, Any]:
@@ -80,25 +81,25 @@ def crops(folder: str) -> dict[str, Any]:
         ("v2", "torchvision v2"),
         ("tensors", "torchvision v2, tensors"),
     ):
-        images = Images(files, views(CROPS, kind), tensors=kind == "tensors")
+        images = Images(files, view_transforms(CROPS, kind), tensors=kind == "tensors")
         contenders[f"{name}, {CORES} workers"] = endless(images)
-    return {"images": len(open_source(folder).images), **rates(contenders)}
+    return {"images": len(open_source(folder).images), **measure(contenders)}
 
 
 def decoding(folder: str) -> dict[str, Any]:
     """Files to RGB images of their own sizes, in the training process: images a second."""
     source = repeated(folder)
 
-    def read() -> list:
+    def read() -> list[np.ndarray]:
         return [source.images.read(next(indices)) for _ in range(BATCH)]
 
     @pipeline_def
-    def graph():
+    def graph() -> Any:
         return decode(fn.external_source(source=read, batch=True), GPU)
 
     indices = itertools.cycle(range(len(source.images)))
-    device = {"device_id": 0 if GPU else None}
-    pipeline = graph(batch_size=BATCH, num_threads=CORES, prefetch_queue_depth=2, **device)
+    device_id = 0 if GPU else None
+    pipeline = graph(batch_size=BATCH, num_threads=CORES, prefetch_queue_depth=2, device_id=device_id)
     files = list(source.images.names())
     contenders = {
         "bincomm": pipeline.run,
@@ -106,19 +107,19 @@ def decoding(folder: str) -> dict[str, Any]:
         f"torchvision.io, {CORES} workers": endless(Images(files, tensors=True)),
         f"Pillow, {CORES} workers, images thrown away there": endless(Images(files, discard=True)),
     }
-    return rates(contenders, batches=30)
+    return measure(contenders, batches=30)
 
 
 def memory(folder: str) -> dict[str, Any]:
     """Memory of this process over many batches, MiB."""
     loader = Loader(repeated(folder), CROPS, batch_size=MEMORY_BATCH, seed=0, device=DEVICE, threads=CORES)
-    taken = []
+    resident = []
     for batch in range(MEMORY_BATCHES):
         loader.next()
         if batch % 10 == 9:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            taken.append(pages * resource.getpagesize() / 2**20)
-    return {"batch_size": MEMORY_BATCH, "every": 10, "resident_mib": taken}
+            resident.append(pages * resource.getpagesize() / 2**20)
+    return {"batch_size": MEMORY_BATCH, "every": 10, "resident_mib": resident}
 
 
 def training(folder: str) -> dict[str, Any]:
@@ -148,23 +149,23 @@ def training(folder: str) -> dict[str, Any]:
 
 
 def listing(folder: str) -> dict[str, Any]:
-    """Starting on a million files, empty ones made for it: seconds and memory of the process that does."""
-    found = {"files": LISTED**2}
-    with tempfile.TemporaryDirectory() as made:
-        root = Path(made, "images")
+    """Starting on a million files, empty ones made for it: seconds and memory of the process that does so."""
+    results = {"files": LISTED**2}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary, "images")
         for number in range(LISTED):
             (root / f"class{number:04}").mkdir(parents=True)
             for image in range(LISTED):
                 (root / f"class{number:04}" / f"image_{number:04}_{image:04}.jpg").touch()
         time.sleep(3)  # a folder that has just changed is not taken from the cache
-        environment = os.environ | {"BINCOMM_CACHE": str(Path(made, "cache"))}
+        environment = os.environ | {"BINCOMM_CACHE": str(Path(temporary, "cache"))}
         for name in ("first start", "second start", "start after a new file in one folder"):
             if name.startswith("start after"):
                 (root / "class0007" / "new.jpg").touch()
             command = [sys.executable, "-m", "benchmarks.loader", "--part", "start", str(root), "-"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-            found[name] = json.loads(done.stdout.splitlines()[-1])
-    return found
+            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+            results[name] = json.loads(process.stdout.splitlines()[-1])
+    return results
 
 
 def start(folder: str) -> dict[str, Any]:
@@ -174,13 +175,13 @@ def start(folder: str) -> dict[str, Any]:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     before = peak()
-    began = time.perf_counter()
+    started = time.perf_counter()
     source = open_source(folder)
     loader = Loader(source, CROPS, batch_size=256, seed=0, device=torch.device("cpu"), threads=CORES)
     loader.order.epoch(0)
     return {
         "images": len(source.images),
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - started,
         "libraries_mib": before,
         "peak_mib": peak(),
     }
@@ -196,16 +197,16 @@ def repeated(folder: str) -> Source:
 
 
 def endless(images: Images) -> Callable[[], Any]:
-    """A function that returns the next batch, for ever."""
+    """A function that returns the next batch, without end."""
     return iter(batches(images, BATCH, CORES)).__next__
 
 
-def rates(contenders: dict[str, Callable[[], Any]], batches: int = 8) -> dict[str, Any]:
+def measure(contenders: dict[str, Callable[[], Any]], batches: int = 8) -> dict[str, Any]:
     """Images a second of each contender, in turns, so that what slows the machine slows all of them."""
-    found: dict[str, list[float]] = {name: [] for name in contenders}
+    rates: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(ROUNDS):
         for name, step in contenders.items():
-            for _ in range(2 * CORES + 1):  # what its workers have made while others were measured
+            for _ in range(2 * CORES + 1):  # the batches that its workers made while others were measured
                 step()
             if GPU:
                 torch.cuda.synchronize()
@@ -215,39 +216,37 @@ def rates(contenders: dict[str, Callable[[], Any]], batches: int = 8) -> dict[st
             if GPU:
                 torch.cuda.synchronize()
             rate = batches * BATCH / (time.perf_counter() - started)
-            found[name].append(rate)
-            time.sleep(2 * CORES * BATCH / rate)  # until its workers rest: they make as much ahead again
-    return {"batch_size": BATCH, "images_per_second": found}
+            rates[name].append(rate)
+            time.sleep(2 * CORES * BATCH / rate)  # until its workers are idle: they read as far ahead again
+    return {"batch_size": BATCH, "images_per_second": rates}
 
 
-def page(found: dict[str, Any], name: str) -> str:
+def page(results: dict[str, Any], name: str) -> str:
     """The Markdown page."""
     lines = [
         "# The data path, measured",
         "",
-        f"`make {'gpu-' if GPU else ''}bench-data DATA=FOLDER` on {found['date']}: "
-        f"{in_words(found['machine'])}. FOLDER held {found['crops']['images']} images. An image with all its "
-        f"crops is one. Medians of {ROUNDS} rounds, least and most in brackets; contenders take turns, and "
-        "each was warm.",
+        f"`make {'gpu-' if GPU else ''}bench-data DATA=FOLDER` on {results['date']}: "
+        f"{in_words(results['machine'])}. FOLDER held {results['crops']['images']} images. An image with all "
+        f"its crops is one. Medians of {ROUNDS} rounds, least and most in brackets; contenders take turns, "
+        "and each was warm.",
     ]
     titles = {
         "crops": f"2 × {CROPS.global_size} and {CROPS.local_crops} × {CROPS.local_size} crops",
         "decoding": "Decoding alone, to RGB in the training process",
     }
     for part, title in titles.items():
-        rates = found[part]["images_per_second"]
-        ours = statistics.median(rates["bincomm"])
-        lines += ["", f"## {title}, batches of {found[part]['batch_size']}", ""]
+        rates = results[part]["images_per_second"]
+        reference = statistics.median(rates["bincomm"])
+        lines += ["", f"## {title}, batches of {results[part]['batch_size']}", ""]
         lines += ["| | images/s | bincomm is |", "|---|---|---|"]
         for contender, values in rates.items():
             median = statistics.median(values)
-            faster = "" if contender == "bincomm" else f"{ours / median:.2f}×"
+            faster = "" if contender == "bincomm" else f"{reference / median:.2f}×"
             lines.append(f"| {contender} | {median:.1f} ({min(values):.1f} – {max(values):.1f}) | {faster} |")
-    t, taken = found["training"], found["memory"]["resident_mib"]
-    early, late = (
-        statistics.mean(part)
-        for part in (taken[len(taken) // 10 : len(taken) // 5], taken[-len(taken) // 10 :])
-    )
+    t, resident = results["training"], results["memory"]["resident_mib"]
+    tenth = len(resident) // 10
+    early, late = (statistics.mean(part) for part in (resident[tenth : 2 * tenth], resident[-tenth:]))
     lines += [
         "",
         "## Training",
@@ -270,7 +269,7 @@ def page(found: dict[str, Any], name: str) -> str:
         "| | images | seconds | MiB | of these libraries |",
         "|---|---|---|---|---|",
     ]
-    for when, start in found["listing"].items():
+    for when, start in results["listing"].items():
         if when != "files":
             lines.append(
                 f"| {when} | {start['images']} | {start['seconds']:.1f} | {start['peak_mib']:.0f} | "
@@ -279,12 +278,12 @@ def page(found: dict[str, Any], name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(found: dict[str, Any]) -> Figure:
+def plot(memory: dict[str, Any]) -> Figure:
     """Memory over batches."""
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
-    taken = found["resident_mib"]
-    axes.plot([found["every"] * (1 + place) for place in range(len(taken))], taken)
+    resident = memory["resident_mib"]
+    axes.plot([memory["every"] * (1 + index) for index in range(len(resident))], resident)
     axes.set(xlabel="batches", ylabel="resident memory, MiB", ylim=(0, None))
     axes.grid(alpha=0.3)
     return figure

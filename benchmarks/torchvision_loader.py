@@ -1,4 +1,4 @@
-"""The recipe's crops as torchvision and PyTorch's DataLoader make them: what the loader is held against."""
+"""The recipe's crops as torchvision and PyTorch's DataLoader make them: what the loader is compared with."""
 
 import random
 
@@ -13,7 +13,7 @@ from bincomm.data.crops import Crops
 
 
 class Blur:
-    """Pillow's blur, which DINO's code takes; torchvision's own is several times slower on such images."""
+    """Pillow's blur, which DINO's code uses; torchvision's own is several times slower on such images."""
 
     def __init__(self, probability: float):
         self.probability = probability
@@ -24,7 +24,7 @@ class Blur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
 
 
-def views(crops: Crops, kind: str) -> list:
+def view_transforms(crops: Crops, kind: str) -> list:
     """A transform for each view: of Pillow images by torchvision's v1 or v2, or of tensors by v2."""
     t = v1 if kind == "v1" else v2
     ends = {
@@ -34,11 +34,11 @@ def views(crops: Crops, kind: str) -> list:
     }
 
     def blur(probability: float):
-        if kind == "tensors":  # three deviations to both sides, as Pillow and DALI take it
+        if kind == "tensors":  # three deviations to both sides, as Pillow and DALI do
             return v2.RandomApply([v2.GaussianBlur(13, (0.1, 2))], p=probability)
         return Blur(probability)
 
-    def view(size: int, scale: tuple[float, float], blurred: float, solarized: float):
+    def view(size: int, scale: tuple[float, float], blur_p: float, solarize_p: float):
         bicubic = v1.InterpolationMode.BICUBIC
         return t.Compose(
             [
@@ -46,8 +46,8 @@ def views(crops: Crops, kind: str) -> list:
                 t.RandomHorizontalFlip(crops.flip),
                 t.RandomApply([t.ColorJitter(*crops.jitter)], p=crops.jitter_p),
                 t.RandomGrayscale(crops.gray),
-                blur(blurred),
-                *([t.RandomSolarize(128, solarized)] if solarized else []),
+                blur(blur_p),
+                *([t.RandomSolarize(128, solarize_p)] if solarize_p else []),
                 *ends[kind],
                 t.Normalize(Crops.mean, Crops.std),
             ]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read line by line."""
+"""Files that are written completely or not at all, and JSON in them."""
 
 import json
 import os
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LOCK = ".bincomm.lock"  # marks a directory as a run's, and is locked while a process trains in it
-UNFINISHED = ".*.unfinished"  # what `write_file` has not put in place yet
+UNFINISHED = ".*.unfinished"  # the pattern of files that `write_file` has not renamed yet
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place; on a failure `path` stays as it was.
+    """Let `write` fill a file beside `path`, then rename it to `path`; on a failure `path` stays as it was.
 
     Raises:
-        OSError: it cannot be written, for want of space for example; the message names `path`.
+        OSError: it cannot be written, for example because the disk is full; the message names `path`.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
@@ -24,7 +24,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        # That it is in place is to outlast a power failure, too: an older file may be removed after it.
+        # The rename must survive a power failure, too: the caller may remove an older file next.
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -38,17 +38,17 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole; names of files in it may be of any bytes."""
+    """Write a text file by `write_file`; names of files in it may be of any bytes."""
     write_file(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole."""
+    """Write a JSON file by `write_file`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file; [] where there is none. A last line cut off by a kill is left out."""
+    """The records of a .jsonl file; [] where there is none. A last line that a kill cut off is left out."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")

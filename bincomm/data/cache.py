@@ -1,13 +1,13 @@
-"""Where bincomm keeps what it makes once: digits, listings, indices, downloaded data sets."""
+"""Where bincomm keeps what it makes only once: digits, listings, indices, downloaded data sets."""
 
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$BINCOMM_CACHE, or bincomm below $XDG_CACHE_HOME or ~/.cache; not made here."""
-    named = os.environ.get("BINCOMM_CACHE")
-    if named:
-        return Path(named)
+    """$BINCOMM_CACHE, or bincomm below $XDG_CACHE_HOME or ~/.cache; not created here."""
+    folder = os.environ.get("BINCOMM_CACHE")
+    if folder:
+        return Path(folder)
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(caches) / "bincomm"

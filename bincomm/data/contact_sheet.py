@@ -1,4 +1,4 @@
-"""A picture of what the network will see."""
+"""A picture of the crops that a run begins with."""
 
 import numpy as np
 import torch
@@ -10,19 +10,17 @@ from bincomm.data.sources import Source
 
 GAP = 4  # pixels between crops
 TITLE = 16  # pixels above a column of crops
-LEAST = 64  # pixels a column is wide at least, so that its title fits
+MIN_WIDTH = 64  # pixels of a column, so that its title fits
 
 
 def contact_sheet(
     source: Source, crops: Crops, *, seed: int, images: int = 8
 ) -> tuple[Image.Image, list[str]]:
-    """The crops of a few images, a row each, exactly as a run with this seed begins with them, and the names
-    of the images.
-    """
+    """The crops of the first images of a run with this seed, a row for each image, and the images' names."""
     loader = Loader(
         source,
         crops,
-        # What becomes of an image does not depend on how many others are in its batch.
+        # The crops of an image do not depend on how many others are in its batch.
         batch_size=min(images, len(source.images)),
         seed=seed,
         device=torch.device("cpu"),
@@ -34,16 +32,16 @@ def contact_sheet(
         for image in range(len(groups[0]))
     ]
     titles = ["global 1", "global 2", *(f"local {number + 1}" for number in range(crops.local_crops))]
-    widths = [max(LEAST, crop.width) for crop in rows[0]]
-    heights = max(crop.height for crop in rows[0])
-    size = sum(widths) + GAP * (len(widths) + 1), TITLE + (heights + GAP) * len(rows) + GAP
+    widths = [max(MIN_WIDTH, crop.width) for crop in rows[0]]
+    height = max(crop.height for crop in rows[0])
+    size = sum(widths) + GAP * (len(widths) + 1), TITLE + (height + GAP) * len(rows) + GAP
     sheet = Image.new("RGB", size, "white")
     drawing = ImageDraw.Draw(sheet)
     left = GAP
     for column, (title, width) in enumerate(zip(titles, widths, strict=True)):
         drawing.text((left, 2), title, fill="black")
         for row, pictures in enumerate(rows):
-            sheet.paste(pictures[column], (left, TITLE + GAP + row * (heights + GAP)))
+            sheet.paste(pictures[column], (left, TITLE + GAP + row * (height + GAP)))
         left += width + GAP
     return sheet, [source.images.name(index) for index in loader.indices]
 

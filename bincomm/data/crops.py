@@ -29,7 +29,7 @@ class Crops:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, smallest in (("global_size", 1), ("local_crops", 0), ("local_size", 1)):
             if getattr(self, key) < smallest:
                 raise ValueError(f"{key}: expected at least {smallest}, got {getattr(self, key)}")
@@ -45,3 +45,8 @@ class Crops:
             raise ValueError(f"std: expected three numbers > 0, got {self.std}")
         if min(self.jitter) < 0 or self.jitter[3] > 0.5:
             raise ValueError(f"jitter: expected strengths ≥ 0, the hue's at most 0.5, got {self.jitter}")
+
+    @property
+    def views(self) -> int:
+        """V, the number of crops of an image."""
+        return 2 + self.local_crops

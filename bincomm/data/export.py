@@ -1,4 +1,4 @@
-"""Working on whole sources: finding the images that cannot be used, and writing tar shards."""
+"""Checking all images of a source, and writing them into tar shards."""
 
 import itertools
 import os
@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from bincomm.data.dali import Feed, Pipeline, decoding_pipeline
+from bincomm.data.evaluation_batches import usable_batches
 from bincomm.data.images import UnusableImageError, examine, read
-from bincomm.data.loader import usable_batches
-from bincomm.data.multicrop import decoding_pipeline
 from bincomm.data.sources import Source
 from bincomm.files import write_text
+from bincomm.logs import progress_bar
 
 BATCH = 64  # images decoded or read at once
-# What an image is called in a shard; images of other kinds, which no extension would promise, become PNGs.
+# Of images in a shard, by their format; images of other formats become PNGs.
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
 
 
@@ -33,22 +33,22 @@ def verify(source: Source, *, threads: int = 4) -> list[tuple[str, str]]:
         threads: CPU threads that read and decode.
 
     Returns:
-        Names of the images that cannot be used, in their order, and why.
+        (name, reason) of each image that cannot be used, in their order.
     """
     unusable: list[tuple[int, str]] = []
-    with tqdm(total=len(source.images), desc="verifying", unit="img", disable=None) as bar:
+    with progress_bar(total=len(source.images), desc="verifying", unit="img") as bar:
 
-        def report(image: int, why: str) -> None:
-            unusable.append((image, why))
+        def report(image: int, reason: str) -> None:
+            unusable.append((image, reason))
             bar.update()
             bar.set_postfix_str(f"{len(unusable)} unusable")
 
-        def build(given):
-            return decoding_pipeline(lambda: given()[0], batch_size=BATCH, threads=threads, device_id=None)
+        def build(feed: Feed) -> Pipeline:
+            return decoding_pipeline(lambda: feed()[0], batch_size=BATCH, threads=threads, device_id=None)
 
         for images, _ in usable_batches(source, build, BATCH, torch.device("cpu"), threads, report):
             bar.update(len(images))
-    return [(source.images.name(image), why) for image, why in sorted(unusable)]
+    return [(source.images.name(image), reason) for image, reason in sorted(unusable)]
 
 
 def write_shards(
@@ -56,27 +56,27 @@ def write_shards(
 ) -> list[tuple[str, str]]:
     """Write the images of a source into tar shards `data-00000.tar`, ... in WebDataset's layout.
 
-    A sample is an image as it was encoded (as a PNG if it is of an unusual kind), named by its number in a
+    A sample is an image as it was encoded (as a PNG if its format is unusual), named by its number in a
     random order that is always the same, and the number of its class in a .cls file where there are labels;
     `classes.txt` then has a class a line. The folder appears when all is written, or not at all.
 
     Args:
         output: the folder; must not exist.
-        shard_bytes: a shard is complete once it has so many.
+        shard_bytes: a shard is complete once it has at least so many bytes.
         threads: CPU threads that read.
 
     Returns:
-        Names of the images that were left out, for they cannot be read or are no whole images, and why.
+        (name, reason) of each image that was left out, because it cannot be read or is incomplete.
 
     Raises:
         ValueError: the folder exists.
-        OSError: it cannot be written, for want of space for example; the message names the folder.
+        OSError: it cannot be written, for example because the disk is full; the message names the folder.
     """
     output = Path(output).expanduser().absolute()
     if output.exists():
-        raise ValueError(f"output: expected the name of a new folder, {output} is there already")
+        raise ValueError(f"output: expected the name of a new folder, {output} exists already")
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    unfinished = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     left_out: list[tuple[str, str]] = []
     try:
         shards, tar = itertools.count(), None
@@ -84,7 +84,8 @@ def write_shards(
             if tar is None or tar.offset >= shard_bytes:
                 if tar is not None:
                     tar.close()
-                tar = tarfile.open(aside / f"data-{next(shards):05}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+                path = unfinished / f"data-{next(shards):05}.tar"
+                tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  (closed once full)
             _add(tar, f"{number:09}{suffix}", data)
             if source.labels is not None:
                 _add(tar, f"{number:09}.cls", str(source.labels[image]).encode())
@@ -92,18 +93,18 @@ def write_shards(
             raise ValueError(f"data: none of {len(source.images)} images can be used")
         tar.close()
         if source.labels is not None:
-            write_text(aside / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-        os.chmod(aside, 0o755)  # mkdtemp lets the owner alone in
-        os.rename(aside, output)
+            write_text(unfinished / "classes.txt", "".join(f"{name}\n" for name in source.classes))
+        os.chmod(unfinished, 0o755)  # mkdtemp lets only the owner in
+        os.rename(unfinished, output)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(output)) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return left_out
 
 
 def write_unusable(path: Path, unusable: list[tuple[str, str]]) -> None:
-    """Write names and reasons whole, a line each, with a tab between."""
+    """Write a file of (name, reason), a line each with a tab between: all of it or, on a failure, nothing."""
     lines = ("\t".join(part.replace("\t", "\\t").replace("\n", "\\n") for part in row) for row in unusable)
     write_text(path, "".join(f"{line}\n" for line in lines))
 
@@ -111,9 +112,9 @@ def write_unusable(path: Path, unusable: list[tuple[str, str]]) -> None:
 def _usable(
     source: Source, threads: int, left_out: list[tuple[str, str]]
 ) -> Iterator[tuple[int, str, bytes]]:
-    """Images, their kinds and bytes in the order of the shards, read a little ahead."""
+    """(index, suffix, bytes) of the usable images in the order of the shards, read a little ahead."""
 
-    def usable(image: int) -> tuple[str, bytes] | str:
+    def read_or_reason(image: int) -> tuple[str, bytes] | str:
         try:
             content = read(source.images, image)
             examine(content)
@@ -130,16 +131,16 @@ def _usable(
     order = np.random.default_rng(0).permutation(len(source.images)).tolist()
     with (
         ThreadPoolExecutor(threads) as readers,
-        tqdm(total=len(order), desc="writing shards", unit="img", disable=None) as bar,
+        progress_bar(total=len(order), desc="writing shards", unit="img") as bar,
     ):
         for first in range(0, len(order), BATCH):
             images = order[first : first + BATCH]
-            for image, data in zip(images, readers.map(usable, images), strict=True):
+            for image, result in zip(images, readers.map(read_or_reason, images), strict=True):
                 bar.update()
-                if isinstance(data, str):
-                    left_out.append((source.images.name(image), data))
+                if isinstance(result, str):
+                    left_out.append((source.images.name(image), result))
                 else:
-                    yield image, *data
+                    yield image, *result
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

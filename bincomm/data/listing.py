@@ -1,4 +1,4 @@
-"""Image files: those below a folder, from a cache as far as its folders have not changed."""
+"""Lists of image files: those below a folder, from a cache where its folders have not changed."""
 
 import hashlib
 import json
@@ -16,32 +16,34 @@ from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.files import LOCK, write_text
 
-FORMAT = f"2 {EXTENSIONS}"  # of the cache; one of another format is not looked at
-RECENT = 2_000_000_000  # ns; a folder changed so lately may change again without another time stamp
+FORMAT = f"2 {EXTENSIONS}"  # of the cache; files of another format are ignored
+RECENT = 2_000_000_000  # ns; a folder changed since then may change again without another time stamp
 
 
 class Files:
     """Image files, in a compact form: a million take some 40 MB."""
 
-    def __init__(self, paths: Iterable[str]):
+    def __init__(self, paths: Iterable[str]) -> None:
         folders: dict[str, int] = {}
-        places, ends, names = array("i"), array("q", [0]), bytearray()
+        folder_indices, ends, names = array("i"), array("q", [0]), bytearray()
         for path in paths:
             start = path.rfind("/") + 1
-            places.append(folders.setdefault(path[:start], len(folders)))
+            folder_indices.append(folders.setdefault(path[:start], len(folders)))
             names += os.fsencode(path[start:])
             ends.append(len(names))
-        self._folders, self._places = list(folders), places
+        self._folders, self._folder_indices = list(folders), folder_indices
         self._names, self._ends = names, ends
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._folder_indices)
 
     def name(self, index: int) -> str:
+        """The path of an image."""
         name = self._names[self._ends[index] : self._ends[index + 1]]
-        return self._folders[self._places[index]] + os.fsdecode(bytes(name))
+        return self._folders[self._folder_indices[index]] + os.fsdecode(bytes(name))
 
     def names(self) -> Iterator[str]:
+        """The paths of all images, in order."""
         return map(self.name, range(len(self)))
 
     def read(self, index: int) -> np.ndarray:
@@ -49,15 +51,16 @@ class Files:
         return read_file(self.name(index))
 
     def select(self, indices: Sequence[int]) -> "Files":
+        """The images of these indices."""
         return Files(map(self.name, indices))
 
 
 def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
-    """All image files below a folder, those of a folder together, and how many other files by extension.
+    """All image files below a folder, sorted by folder and name, and how many other files by extension.
 
     Links are followed, but not in circles; names that begin with a dot and directories of runs are left out.
-    A folder's time of change tells whether its entry in the cache still holds, so that a second listing
-    reads only the folders to which something was added, or from which something was taken.
+    A folder's time of change shows whether its entry in the cache is still valid, so that a second listing
+    reads only the folders to which something was added, or from which something was removed.
 
     Raises:
         ValueError: a folder cannot be read.
@@ -65,50 +68,54 @@ def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
     root = os.path.abspath(folder)
     key = hashlib.sha256(os.fsencode(f"{FORMAT} {root}")).hexdigest()[:32]
     path = cache_folder() / "listings" / f"{key}.json"
-    known = _load(path)
-    found: dict[str, list[Any]] = {}
+    cached = _load(path)
+    listing: dict[str, list[Any]] = {}
     visited = set()
-    waiting = [root]
+    pending = [root]
     changed = False
-    while waiting:
-        parent = waiting.pop()
+    while pending:
+        parent = pending.pop()
         real = os.path.realpath(parent)
         if real in visited:  # a link back up
             continue
         visited.add(real)
-        entry = known.get(parent)
+        entry = cached.get(parent)
         try:
             stamp = os.stat(parent).st_mtime_ns
             if entry is None or entry[0] != stamp:
                 changed = True
                 recent = time.time_ns() - stamp < RECENT
-                lasting, *content = _scan(parent)
-                entry = [stamp if lasting and not recent else 0, *content]
+                cacheable, *content = _scan(parent)
+                entry = [stamp if cacheable and not recent else 0, *content]
         except FileNotFoundError:  # vanished since its name was read, or its link leads nowhere by now
             continue
         except OSError as error:
             raise ValueError(f"data: cannot read {error.filename}: {error.strerror}") from error
         is_run = entry[1]
-        if is_run and parent != root:  # its curves are no data
+        if is_run and parent != root:  # its curves are not data
             entry = [entry[0], is_run, [], "", {}]
-        found[parent] = entry
-        # In the order of their names: a folder that two links lead to is always found by the same one.
-        waiting += [os.path.join(parent, name) for name in reversed(entry[2])]
-    if changed or found.keys() != known.keys():
-        _save(path, found)
+        listing[parent] = entry
+        # In the order of their names: a folder that two links lead to is always listed under the same one.
+        pending += [os.path.join(parent, name) for name in reversed(entry[2])]
+    if changed or listing.keys() != cached.keys():
+        _save(path, listing)
     others: Counter[str] = Counter()
-    for entry in found.values():
+    for entry in listing.values():
         others.update(entry[4])
-    return Files(
-        os.path.join(parent, name) for parent in sorted(found) for name in found[parent][3].split("/") if name
-    ), others
+    paths = (
+        os.path.join(parent, name)
+        for parent in sorted(listing)
+        for name in listing[parent][3].split("/")
+        if name
+    )
+    return Files(paths), others
 
 
 def _scan(parent: str) -> tuple[bool, bool, list[str], str, dict[str, int]]:
-    """A folder: whether its time of change tells of all changes, whether a run was made in it, its folders,
-    its images with / between, other files by kind.
+    """A folder: whether its time of change shows all changes, whether it is a run's, its folders, its images
+    with / between, how many other files by extension.
     """
-    lasting, is_run, folders, images = True, False, [], []
+    cacheable, is_run, folders, images = True, False, [], []
     others: Counter[str] = Counter()
     with os.scandir(parent) as entries:
         for entry in entries:
@@ -117,34 +124,34 @@ def _scan(parent: str) -> tuple[bool, bool, list[str], str, dict[str, int]]:
             if name.startswith("."):
                 continue
             extension = os.path.splitext(name)[1].lower()
-            to_nowhere = entry.is_symlink() and not os.path.exists(entry.path)
-            lasting = lasting and not to_nowhere  # it may lead to a folder some day
-            if not to_nowhere and entry.is_dir():
+            broken = entry.is_symlink() and not os.path.exists(entry.path)
+            cacheable = cacheable and not broken  # the link may lead to a folder some day
+            if not broken and entry.is_dir():
                 folders.append(name)
-            # A link to nowhere is an image that cannot be read; a pipe is none.
-            elif extension in EXTENSIONS and (to_nowhere or entry.is_file()):
+            # A broken link is an image that cannot be read; a pipe is no image.
+            elif extension in EXTENSIONS and (broken or entry.is_file()):
                 images.append(name)
             else:
                 others[extension or "no extension"] += 1
-    return lasting, is_run, sorted(folders), "/".join(sorted(images)), dict(others)
+    return cacheable, is_run, sorted(folders), "/".join(sorted(images)), dict(others)
 
 
 def _load(path: Path) -> dict[str, list[Any]]:
     try:
-        known = json.loads(path.read_text())
-        kinds = [int, bool, list, str, dict]
-        whole = isinstance(known, dict) and all(
-            isinstance(entry, list) and [type(part) for part in entry] == kinds for entry in known.values()
+        cached = json.loads(path.read_text())
+        types = [int, bool, list, str, dict]
+        valid = isinstance(cached, dict) and all(
+            isinstance(entry, list) and [type(part) for part in entry] == types for entry in cached.values()
         )
-        return known if whole else {}
+        return cached if valid else {}
     except (OSError, ValueError):
         return {}
 
 
-def _save(path: Path, found: dict[str, list[Any]]) -> None:
-    """Keep a listing; where that is not possible the next start lists the folder again."""
+def _save(path: Path, listing: dict[str, list[Any]]) -> None:
+    """Keep a listing; where that is not possible the next start reads all folders again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(found))
+        write_text(path, json.dumps(listing))
     except OSError:
         pass

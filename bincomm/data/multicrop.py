@@ -1,39 +1,37 @@
-"""The DALI graphs: decode once and augment every crop, for training; one center crop, for evaluation.
+"""The DALI graph of training: decode an image once and augment every crop.
 
 One graph serves CPU and GPU. Nothing random happens inside: what a crop looks like comes in as numbers
-(`windows`, `draw`), so that a batch is a function of the seed and its place in the run alone, whatever the
-device, the threads or what came before.
+(`crop_windows`, `draw_crops`), so that a batch is a function of the seed and its place in the run alone,
+whatever the device, the threads or what came before.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from bincomm.data.crops import Crops
-
-try:
-    from nvidia.dali import fn, pipeline_def, types
-    from nvidia.dali.pipeline import Pipeline
-except ImportError as error:
-    raise ImportError("the data pipeline needs NVIDIA DALI: pip install 'bincomm[train]'") from error
+from bincomm.data.dali import (
+    DALIDataType,
+    Feed,
+    Pipeline,
+    decode,
+    fn,
+    normalize,
+    pipeline_def,
+    resize,
+)
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 TRIES = 10  # windows drawn per crop before the fallback, as in torchvision's RandomResizedCrop
 
-# The numbers a crop is made from: its window's corners, then these, in the order `draw` writes them.
+# The numbers a crop is made from: its window's corners, then these, in the order `draw_crops` writes them.
 CORNERS = 4
 BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR, SIGMA, SOLARIZE = range(CORNERS, CORNERS + 7)
 DRAWS = 2 * TRIES + 12  # random numbers for one crop: its window (2 TRIES + 2), its flip, its colors
 
 
-def views(crops: Crops) -> int:
-    """V, the number of crops of an image."""
-    return 2 + crops.local_crops
-
-
-def windows(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+def crop_windows(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """Windows of the crops, by the law of torchvision's RandomResizedCrop: (n, V, 4) fp32, globals first.
 
     The first of TRIES draws of area and aspect ratio that fits inside the image is placed at random; when
@@ -67,7 +65,7 @@ def windows(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray
     return np.stack(corners, -1).astype(np.float32)
 
 
-def draw(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+def draw_crops(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """All numbers the crops are made from (n, V, 11) fp32: their windows, and what colors go through.
 
     Args:
@@ -77,7 +75,7 @@ def draw(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     u = np.moveaxis(uniforms[..., 2 * TRIES + 3 :], -1, 0)
     numbers = np.empty((*uniforms.shape[:2], CORNERS + 7), np.float32)
     # As shares of the sides: should DALI decode to another size, the window is inside all the same.
-    numbers[..., :CORNERS] = windows(crops, sizes, uniforms) / np.tile(sizes, 2)[:, None]
+    numbers[..., :CORNERS] = crop_windows(crops, sizes, uniforms) / np.tile(sizes, 2)[:, None]
     jitters = u[0] < crops.jitter_p
     for index, strength in enumerate(crops.jitter[:3]):
         low, high = max(0.0, 1 - strength), 1 + strength
@@ -91,19 +89,9 @@ def draw(crops: Crops, sizes: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     return numbers
 
 
-def middles(sizes: np.ndarray) -> np.ndarray:
-    """What of images of some sizes (n, 2) can be in a center crop, as (n, 4) shares of their sides, fp32.
-
-    All of an image, but of one more than 64 times as long as wide: resized, it would not fit into memory.
-    """
-    sizes = sizes.astype(np.float64)
-    shares = np.minimum(1, 64 * sizes.min(1, keepdims=True) / sizes)
-    return np.concatenate([(1 - shares) / 2, (1 + shares) / 2], 1).astype(np.float32)
-
-
 def training_pipeline(
     crops: Crops,
-    source: Callable[[], tuple[list, list]],
+    feed: Feed,
     *,
     batch_size: int,
     threads: int,
@@ -111,84 +99,32 @@ def training_pipeline(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Pipeline:
-    """The graph from encoded images and their numbers to normalized globals (n, 2, 3, S, S) and locals
-    (n, L, 3, s, s); with `channels_last` (n, 2, S, S, 3) and (n, L, s, s, 3).
+    """The graph from encoded images and the numbers of `draw_crops` to normalized globals
+    (n, 2, 3, S, S) and locals (n, L, 3, s, s); with `channels_last` (n, 2, S, S, 3) and (n, L, s, s, 3).
     """
 
     @pipeline_def(enable_conditionals=True)
-    def graph():
-        # Not copied: whoever feeds the source keeps the images until they were used.
-        encoded, numbers = fn.external_source(source=source, num_outputs=2, batch=True, no_copy=True)
+    def graph() -> tuple:
+        # Not copied: who feeds the graph keeps the images until they have been used.
+        encoded, numbers = fn.external_source(source=feed, num_outputs=2, batch=True, no_copy=True)
         images = decode(encoded, device_id is not None)
         groups: tuple[list, list] = ([], [])
         for view, blur in enumerate(_blurs(crops)):
             size = crops.global_size if view < 2 else crops.local_size
             corners = {"roi_start": numbers[view, :2], "roi_end": numbers[view, 2:CORNERS]}
-            crop = _resize(images, size=(size, size), roi_relative=True, **corners)
+            crop = resize(images, size=(size, size), roi_relative=True, **corners)
             solarize = crops.solarize if view == 1 else 0.0
             groups[view >= 2].append(_augment(crop, numbers[view], crops, blur, solarize))
         layout = "FHWC" if channels_last else "FCHW"
-        kind = types.FLOAT16 if dtype == torch.float16 else types.FLOAT
+        kind = DALIDataType.FLOAT16 if dtype == torch.float16 else DALIDataType.FLOAT
         return tuple(
-            _normalize(fn.stack(*group, axis_name="F"), crops, output_layout=layout, dtype=kind)
+            normalize(fn.stack(*group, axis_name="F"), crops, output_layout=layout, dtype=kind)
             for group in groups
             if group
         )
 
     # Depth 2: while one batch is being trained on, the next is being made.
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=2)
-
-
-def evaluation_pipeline(
-    crops: Crops,
-    source: Callable[[], tuple[list, list]],
-    *,
-    resize: int,
-    batch_size: int,
-    threads: int,
-    device_id: int | None,
-) -> Pipeline:
-    """The graph from encoded images and `middles` to center crops (n, 3, S, S) of the global crops' size once
-    `resize` is the shorter side.
-    """
-
-    @pipeline_def
-    def graph():
-        encoded, middle = fn.external_source(source=source, num_outputs=2, batch=True)
-        region = {"roi_start": middle[:2], "roi_end": middle[2:], "roi_relative": True}
-        images = _resize(decode(encoded, device_id is not None), resize_shorter=resize, **region)
-        return _normalize(images, crops, crop=(crops.global_size, crops.global_size))
-
-    return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
-
-
-def decoding_pipeline(
-    source: Callable[[], list], *, batch_size: int, threads: int, device_id: int | None
-) -> Pipeline:
-    """The graph from encoded images to the shapes (n, 3) of what they decode to: it tells whether they do."""
-
-    @pipeline_def
-    def graph():
-        return decode(fn.external_source(source=source, batch=True), device_id is not None).shape()
-
-    return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
-
-
-def decode(encoded: Any, gpu: bool) -> Any:
-    """RGB images; they are not turned by EXIF, as torchvision does not turn them."""
-    device = "mixed" if gpu else "cpu"
-    return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False)
-
-
-def _resize(images: Any, **size: Any) -> Any:
-    # Without antialias=True shrinking skips pixels and is off by 4 gray levels from PIL and torchvision.
-    return fn.resize(images, interp_type=types.INTERP_CUBIC, antialias=True, **size)
-
-
-def _normalize(images: Any, crops: Crops, **arguments: Any) -> Any:
-    arguments = {"dtype": types.FLOAT, "output_layout": "CHW"} | arguments
-    mean, std = ([255 * value for value in values] for values in (crops.mean, crops.std))
-    return fn.crop_mirror_normalize(images, mean=mean, std=std, **arguments)
 
 
 def _blurs(crops: Crops) -> list[float]:
@@ -211,9 +147,9 @@ def _augment(image: Any, numbers: Any, crops: Crops, blur: float, solarize: floa
             image = fn.gaussian_blur(image, sigma=numbers[SIGMA])
     if solarize:  # noqa: SIM102
         if numbers[SOLARIZE] > 0:
-            dark = fn.cast(image < 128, dtype=types.UINT8)
+            dark = fn.cast(image < 128, dtype=DALIDataType.UINT8)
             image = image * dark + (255 - image) * (1 - dark)
-            image = fn.cast(image, dtype=types.UINT8)
+            image = fn.cast(image, dtype=DALIDataType.UINT8)
     return image
 
 

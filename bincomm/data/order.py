@@ -1,16 +1,16 @@
-"""Which image comes when, and with which random numbers: functions of the seed and of places alone."""
+"""Which image comes when, and with which random numbers: functions of the seed and of positions alone."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-SUBSTITUTES = 100  # images tried in the slot of one that cannot be used, of its source and of all
+SUBSTITUTES = 100  # images tried in the slot of an unusable one, of its source and then of all
 
 
 class Order:
     """Epochs of N slots over the images of one or several sources.
 
-    Without weights every image has one slot an epoch, at a place that (seed, epoch) determine. With weights
+    Without weights every image has one slot an epoch, which (seed, epoch) determine. With weights
     a source of n images gets its share of the N = Σn slots; it goes through all its images in random order,
     then through all in another, on from where the last epoch stopped.
 
@@ -23,7 +23,7 @@ class Order:
         ValueError: a weight so small that its source has no slot.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
         self.sizes = list(sizes)
         self.slots = sum(sizes)
         self.seed = seed
@@ -35,7 +35,7 @@ class Order:
         counts = np.floor(exact + 1e-9).astype(np.int64)
         counts[np.argsort(counts - exact, kind="stable")[: self.slots - counts.sum()]] += 1
         self.counts = counts.tolist()
-        if 0 in self.counts:
+        if weights is not None and 0 in self.counts:
             raise ValueError(
                 f"data: the weights {list(weights)} leave a source without one of the {self.slots} images of "
                 "an epoch; expected larger shares"
@@ -52,28 +52,28 @@ class Order:
         return self._epoch[1]
 
     def substitutes(self, image: int, epoch: int, slot: int) -> np.ndarray:
-        """Images to be tried, in order, in the slot of an unusable one: of its source, then of any."""
+        """Images to try, in order, in the slot of an unusable one: of its source, then of all."""
         part = int(np.searchsorted(self.starts, image, side="right")) - 1
         generator = np.random.default_rng([self.seed, 2, epoch, slot])
         near = self.starts[part] + generator.integers(self.sizes[part], size=SUBSTITUTES)
         return np.concatenate([near, generator.integers(self.slots, size=SUBSTITUTES)])
 
     def uniforms(self, epoch: int, slots: np.ndarray, count: int) -> np.ndarray:
-        """`count` random numbers from [0, 1) for each of some slots of an epoch: (slots, count) fp32."""
-        found = np.empty((len(slots), count), np.float32)
-        for row, slot in zip(found, slots.tolist(), strict=True):
+        """`count` random numbers from [0, 1) for each of these slots of an epoch: (slots, count) fp32."""
+        numbers = np.empty((len(slots), count), np.float32)
+        for row, slot in zip(numbers, slots.tolist(), strict=True):
             # A counter-based generator: every slot has a stream of its own, whatever batch it falls into.
             bits = np.random.Philox(key=[self.seed, 1], counter=[0, slot, epoch, 0])
             np.random.Generator(bits).random(dtype=np.float32, out=row)
-        return found
+        return numbers
 
     def _part(self, part: int, first: int, count: int) -> np.ndarray:
-        """`count` images of a source, from place `first` of its endless sequence of shuffled passes on."""
+        """`count` images of a source, from position `first` of its endless sequence of shuffled passes on."""
         size, chunks = self.sizes[part], []
         while count:
             number, inside = divmod(first, size)
-            taken = min(count, size - inside)
+            length = min(count, size - inside)
             shuffled = np.random.default_rng([self.seed, 3, part, number]).permutation(size)
-            chunks.append(self.starts[part] + shuffled[inside : inside + taken])
-            first, count = first + taken, count - taken
+            chunks.append(self.starts[part] + shuffled[inside : inside + length])
+            first, count = first + length, count - length
         return np.concatenate(chunks) if chunks else np.empty(0, np.int64)

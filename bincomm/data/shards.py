@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset lays them out: indexed once, then any image is read by its place."""
+"""Tar shards in WebDataset's layout: indexed once, then any image is read by its offset and size."""
 
 import hashlib
 import os
@@ -16,19 +16,19 @@ from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.files import write_text
 
-FORMAT = f"4 {EXTENSIONS}"  # of an index; one of another format is not looked at
-SEVERAL = 4  # shards from which on processes of their own are worth their start
-LONGEST_END = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
-LONGEST_CHAIN = 40  # links that are followed one after another
-Place = tuple[int, int]  # offset and size in a shard
+FORMAT = f"4 {EXTENSIONS}"  # of an index; one of another format is ignored
+PARALLEL = 4  # shards without an index from which on several processes are worth their start
+MAX_PADDING = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
+MAX_LINKS = 40  # that are followed one after another
+Span = tuple[int, int]  # offset and size in a shard, bytes
 
 
 class Shards:
-    """Images in tar files, each known by its shard and its place there, to be read as `Files` are."""
+    """Images in tar files, each known by its shard, its offset and its size, to be read as `Files` are."""
 
     def __init__(
         self, shards: list[str], shard: np.ndarray, offset: np.ndarray, size: np.ndarray, members: list[str]
-    ):
+    ) -> None:
         self.shards = shards
         self.shard, self.offset, self.size, self.members = shard, offset, size, members
 
@@ -36,14 +36,16 @@ class Shards:
         return len(self.members)
 
     def name(self, index: int) -> str:
+        """The path of an image's shard and its name there, with a / between."""
         return f"{self.shards[self.shard[index]]}/{self.members[index]}"
 
     def names(self) -> Iterator[str]:
+        """The names of all images, in order."""
         return (self.name(index) for index in range(len(self)))
 
     def read(self, index: int) -> np.ndarray:
         """The encoded image (bytes,) uint8; OSError where it cannot be read."""
-        # Opened for every image: a shard taken away shows, and no limit on open files is met.
+        # Opened for every image: a shard that was removed is noticed, and no limit on open files is reached.
         size = int(self.size[index])
         data = read_file(self.shards[self.shard[index]], int(self.offset[index]), size)
         if len(data) < size:
@@ -51,13 +53,14 @@ class Shards:
         return data
 
     def select(self, indices: Sequence[int]) -> "Shards":
-        chosen = np.asarray(indices, np.int64)
-        members = [self.members[index] for index in chosen]
-        return Shards(self.shards, self.shard[chosen], self.offset[chosen], self.size[chosen], members)
+        """The images of these indices."""
+        rows = np.asarray(indices, np.int64)
+        members = [self.members[index] for index in rows]
+        return Shards(self.shards, self.shard[rows], self.offset[rows], self.size[rows], members)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`data-{000..127}.tar` as the names it stands for, zeros at the front kept."""
+    """The names that `data-{000..127}.tar` stands for, with leading zeros as there."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if match is None:
         return [pattern]
@@ -70,9 +73,9 @@ def expand_braces(pattern: str) -> list[str]:
 
 def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
     """The images of tar files, in order; for each the word in its sample's .cls file, "" without one; and
-    notes on what could not be taken of damaged shards.
+    notes on what could not be read of damaged shards.
 
-    Indices are made on first use, by several processes, and kept.
+    Indices are made on first use, by several processes where there are many shards, and kept in the cache.
 
     Raises:
         ValueError: a shard does not exist, cannot be read or is no tar file; there is no image in any.
@@ -83,31 +86,31 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"data: there is no shard {missing[0]}{more}")
     unknown = [path for path in paths if not os.path.exists(_index_path(path))]
-    if len(unknown) >= SEVERAL:
-        _index_beside(unknown)
-    found = [_index(path) for path in paths]
-    rows = [row for _, some in found for row in some]
+    if len(unknown) >= PARALLEL:
+        _index_in_parallel(unknown)
+    indices = [_index(path) for path in paths]
+    rows = [row for _, shard_rows in indices for row in shard_rows]
     if not rows:
         raise ValueError(
             f"data: no images ({', '.join(EXTENSIONS)}) in {', '.join(paths[:3]) or 'no shards'}"
         )
-    shard = np.repeat(np.arange(len(found)), [len(some) for _, some in found])
+    shard = np.repeat(np.arange(len(indices)), [len(shard_rows) for _, shard_rows in indices])
     offset, size = (np.array([int(row[column]) for row in rows], np.int64) for column in (0, 1))
     classes, members = ([row[column] for row in rows] for column in (2, 3))
-    notes = [f"{path} {note}" for path, (note, _) in zip(paths, found, strict=True) if note]
+    notes = [f"{path} {note}" for path, (note, _) in zip(paths, indices, strict=True) if note]
     return Shards(paths, shard, offset, size, members), classes, notes
 
 
 def _index_path(path: str) -> Path:
-    """Where a shard's index is kept: elsewhere for another file or another state of it."""
-    s = os.stat(path)
-    key = f"{FORMAT} {path} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}"
+    """Where a shard's index is kept: another path for another file, or another state of the same."""
+    status = os.stat(path)
+    key = f"{FORMAT} {path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     return cache_folder() / "indices" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.tsv"
 
 
-def _index_beside(paths: list[str]) -> None:
-    """Make the indices of many shards in processes of their own; what they leave undone is done later."""
-    # Not by multiprocessing, whose children begin with the caller's program or with the threads of this one.
+def _index_in_parallel(paths: list[str]) -> None:
+    """Make the indices of many shards in other processes; what they leave undone is done later."""
+    # Not by multiprocessing, whose children begin with the caller's program or with this process's threads.
     workers = min(len(paths), len(os.sched_getaffinity(0)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "bincomm.data.shards"]
@@ -116,14 +119,14 @@ def _index_beside(paths: list[str]) -> None:
             subprocess.Popen([*command, *paths[first::workers]], env=environment, stderr=subprocess.DEVNULL)
             for first in range(workers)
         ]
-    except OSError:  # no interpreter of its own, or too many names for one command
+    except OSError:  # no interpreter, or too many names for one command
         return
     for process in processes:
         process.wait()
 
 
 def _index(path: str) -> tuple[str, list[list[str]]]:
-    """A note on a shard's damage, and offset, size, class and name of every image of it; kept once made."""
+    """A note on a shard's damage, and offset, size, class and name of each of its images; kept once made."""
     index = _index_path(path)
     try:
         first, *lines = os.fsdecode(index.read_bytes()).split("\n")[:-1]
@@ -140,18 +143,19 @@ def _index(path: str) -> tuple[str, list[list[str]]]:
         index.parent.mkdir(parents=True, exist_ok=True)
         write_text(index, "".join("\t".join(row) + "\n" for row in [[str(len(rows)), note], *rows]))
     except OSError:
-        pass  # made again the next time
+        pass  # made again next time
     return note, rows
 
 
 def _read_tar(path: str) -> tuple[str, list[list[str]]]:
+    """What `_index` returns, from the shard itself."""
     contents = Contents([], {}, {}, {})
     note = ""
     try:
         with tarfile.open(path, "r:") as tar:
             try:
                 for member in tar:
-                    _take(tar, member, contents)
+                    _add(tar, member, contents)
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 if not contents.images:
                     raise
@@ -160,13 +164,15 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
         with open(path, "rb") as file:
             file.seek(end)
             mark = file.read(512)
-        beyond = os.path.getsize(path) - end
+        rest = os.path.getsize(path) - end
         if not note and (len(mark) < 512 or any(mark)):
-            note = f"is cut off or damaged at byte {end}: {max(0, beyond)} bytes from there on were not read"
-        elif not note and beyond > LONGEST_END:
-            note = f"holds {beyond} bytes beyond its end, which were not read"
+            note = f"is cut off or damaged at byte {end}: {max(0, rest)} bytes from there on were not read"
+        elif not note and rest > MAX_PADDING:
+            note = f"holds {rest} bytes beyond its end, which were not read"
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise ValueError(f"data: {path} is no uncompressed tar file, or not a whole one: {error}") from error
+        raise ValueError(
+            f"data: {path} is no uncompressed tar file, or an incomplete one: {error}"
+        ) from error
     except OSError as error:
         raise ValueError(f"data: cannot read {path}: {error.strerror}") from error
     for link in contents.links:
@@ -175,9 +181,9 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
             contents.classes[link] = contents.classes[target]
     words = {_sample(name): word for name, word in contents.classes.items() if name.endswith(".cls")}
     rows = []
-    for name, place in contents.images:
-        # A link to nowhere is an empty image, which will be named.
-        offset, size = place or contents.places.get(contents.follow(name), (0, 0))
+    for name, span in contents.images:
+        # A broken link is an empty image, which will be reported as unusable.
+        offset, size = span or contents.spans.get(contents.follow(name), (0, 0))
         rows.append([str(offset), str(size), words.get(_sample(name), ""), name])
     return " ".join(note.split()), rows
 
@@ -185,27 +191,27 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
 class Contents(NamedTuple):
     """Members of a tar file by their names, without ./ at the front or any .. inside."""
 
-    images: list[tuple[str, Place | None]]  # in order; None for a link
-    places: dict[str, Place]
+    images: list[tuple[str, Span | None]]  # in order; None for a link
+    spans: dict[str, Span]
     links: dict[str, str]
     classes: dict[str, str]
 
     def follow(self, name: str) -> str:
-        """The name that links lead to; circles end somewhere."""
-        for _ in range(LONGEST_CHAIN):
+        """The name that links lead to; of a circle any."""
+        for _ in range(MAX_LINKS):
             if name not in self.links:
                 break
             name = self.links[name]
         return name
 
 
-def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, contents: Contents) -> None:
-    """Note what a member is: a file at some place, a link to one, an image, a class."""
+def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, contents: Contents) -> None:
+    """Add a member to the contents: a file or a link to one, which may be an image or hold a class."""
     name = os.path.normpath(member.name)
     folder, base = os.path.split(name)
     if member.isreg():
-        # A sparse member lies there in pieces, which are no image.
-        contents.places[name] = (member.offset_data, 0 if member.issparse() else member.size)
+        # A sparse member is stored in pieces, which are no image.
+        contents.spans[name] = (member.offset_data, 0 if member.issparse() else member.size)
         contents.links.pop(name, None)
     elif member.islnk():
         contents.links[name] = os.path.normpath(member.linkname)
@@ -216,9 +222,9 @@ def _take(tar: tarfile.TarFile, member: tarfile.TarInfo, contents: Contents) -> 
     if base.startswith(".") or "\n" in name:
         return
     if os.path.splitext(base)[1].lower() in EXTENSIONS:
-        contents.images.append((name, contents.places[name] if member.isreg() else None))
-    elif base.endswith(".cls") and member.isreg():
-        word = tar.extractfile(member).read(100).decode(errors="replace")
+        contents.images.append((name, contents.spans[name] if member.isreg() else None))
+    elif base.endswith(".cls") and (file := tar.extractfile(member) if member.isreg() else None):
+        word = file.read(100).decode(errors="replace")
         contents.classes[name] = " ".join(word.split())
 
 
@@ -228,6 +234,6 @@ def _sample(name: str) -> str:
     return f"{folder}/{base.partition('.')[0]}"
 
 
-if __name__ == "__main__":  # see `_index_beside`
+if __name__ == "__main__":  # see `_index_in_parallel`
     for shard in sys.argv[1:]:
         _index(shard)

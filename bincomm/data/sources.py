@@ -4,8 +4,6 @@ import difflib
 import glob
 import itertools
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,21 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from bincomm.data.cache import cache_folder
-from bincomm.data.images import EXTENSIONS
+from bincomm.data.digits import digits
+from bincomm.data.images import EXTENSIONS, Images
 from bincomm.data.listing import Files, list_images
 from bincomm.data.shards import Shards, expand_braces, open_shards
 from bincomm.data.standard import SETS, open_standard
 
-QUERY_EVERY = 5  # without a test folder, every fifth image of a class asks and the others answer
+QUERY_EVERY = 5  # without a test folder, every fifth image of a class is a query, the others the gallery
 OTHER_PICTURES = (".gif", ".avif", ".heic", ".jp2", ".ppm", ".pgm")
-LOOKED_FOR = 1000  # files of a list whose presence is tested at the start
+CHECKED_FILES = 1000  # files of a list whose presence is checked at the start
 
 
 class Mix:
     """The images of several sources, one after another, to be read as `Files` are."""
 
-    def __init__(self, parts: "Sequence[Files | Shards]"):
+    def __init__(self, parts: Sequence[Images]) -> None:
         self.parts = list(parts)
         self.ends = np.cumsum([len(part) for part in parts])
 
@@ -35,17 +33,20 @@ class Mix:
         return int(self.ends[-1])
 
     def name(self, index: int) -> str:
+        """The name of an image in its source."""
         part, inside = self._find(index)
         return part.name(inside)
 
     def names(self) -> Iterator[str]:
+        """The names of all images, in order."""
         return itertools.chain.from_iterable(part.names() for part in self.parts)
 
     def read(self, index: int) -> np.ndarray:
+        """The encoded image (bytes,) uint8; OSError where it cannot be read."""
         part, inside = self._find(index)
         return part.read(inside)
 
-    def _find(self, index: int) -> "tuple[Files | Shards, int]":
+    def _find(self, index: int) -> tuple[Images, int]:
         number = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[number], int(index) - (int(self.ends[number - 1]) if number else 0)
 
@@ -54,8 +55,8 @@ class Mix:
 class Source:
     """Encoded images in a fixed order; labels (N,) index `classes`, and are None where the data has none.
 
-    `weights` are those of a mix's parts, and None where every image comes once an epoch; `notes` tell what
-    was not taken of the data.
+    `weights` are those of a mix's parts, and None where every image comes once an epoch; `notes` say what of
+    the data is not among the images.
     """
 
     images: Files | Shards | Mix
@@ -65,7 +66,9 @@ class Source:
     notes: tuple[str, ...] = ()
 
     def select(self, indices: Sequence[int]) -> "Source":
-        """Some of the images of a source that is not a mix."""
+        """The images of these indices, of a source that is not a mix."""
+        if isinstance(self.images, Mix):
+            raise TypeError("source: images of a mix cannot be selected")
         labels = None if self.labels is None else self.labels[np.asarray(indices, np.int64)]
         return Source(self.images.select(indices), labels, self.classes)
 
@@ -130,58 +133,25 @@ def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple
         return None
     split = _split_folders(digits() if data == "digits" else Path(os.path.expanduser(data)))
     # A single folder among the queries is a class where it is one of those pretrained on.
-    queries = _open_folder(split[1], least=1) if split else None
-    if queries and (len(queries.classes) > 1 or set(queries.classes) & set(source.classes)):
-        odd = sorted(set(queries.classes) - set(source.classes))
-        if odd:
+    queries = _open_folder(split[1], min_classes=1) if split else None
+    if split and queries and (len(queries.classes) > 1 or set(queries.classes) & set(source.classes)):
+        unknown = sorted(set(queries.classes) - set(source.classes))
+        if unknown:
             raise ValueError(
                 f"data: expected in {split[1]} the classes of {split[0]} or some of them, got also "
-                f"{', '.join(odd[:5])}"
+                f"{', '.join(unknown[:5])}"
             )
-        numbers = np.array([source.classes.index(name) for name in queries.classes])  # some may have no query
+        numbers = np.array([source.classes.index(name) for name in queries.classes])  # not all classes may be
         return source, replace(queries, labels=numbers[queries.labels], classes=source.classes), True
-    seen: Counter[int] = Counter()
-    parts: tuple[list[int], list[int]] = ([], [])
+    counts: Counter[int] = Counter()
+    gallery_indices: list[int] = []
+    query_indices: list[int] = []
     for index, label in enumerate(source.labels.tolist()):
-        seen[label] += 1
-        parts[seen[label] % QUERY_EVERY == 0].append(index)
-    if not parts[1]:
+        counts[label] += 1
+        (gallery_indices if counts[label] % QUERY_EVERY else query_indices).append(index)
+    if not query_indices:
         return None
-    return source.select(parts[0]), source.select(parts[1]), False
-
-
-def digits() -> Path:
-    """The folder of the digits, 8×8 PNG files in train/ and test/ by class; written on first use.
-
-    It lies in bincomm's cache, see `bincomm.data.cache.cache_folder`.
-    """
-    cache = cache_folder()
-    folder = cache / "digits"
-    if folder.is_dir():
-        return folder
-    from PIL import Image
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    cache.mkdir(parents=True, exist_ok=True)
-    scans, labels = load_digits(return_X_y=True)
-    _, test = train_test_split(range(len(scans)), test_size=0.2, stratify=labels, random_state=0)
-    test = set(test)
-    # Written aside and put in place by one rename: a second process sees all of it or nothing.
-    aside = Path(tempfile.mkdtemp(dir=cache, prefix=".digits."))
-    try:
-        for index, (scan, label) in enumerate(zip(scans, labels, strict=True)):
-            path = aside / ("test" if index in test else "train") / str(label) / f"{index:04}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((scan.reshape(8, 8) * (255 / 16)).round().astype("uint8")).save(path)
-        try:
-            os.rename(aside, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was quicker
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
+    return source.select(gallery_indices), source.select(query_indices), False
 
 
 def _open_one(data: str) -> Source:
@@ -220,8 +190,8 @@ def _split_folders(path: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def _open_folder(folder: Path, least: int = 2) -> Source:
-    """The images below a folder, labeled where they lie in as many folders as `least` or more."""
+def _open_folder(folder: Path, min_classes: int = 2) -> Source:
+    """The images below a folder, labeled where they lie in at least `min_classes` folders."""
     root = os.path.abspath(folder)
     files, others = list_images(root)
     if not len(files):
@@ -229,46 +199,47 @@ def _open_folder(folder: Path, least: int = 2) -> Source:
             shards = sorted(glob.glob(os.path.join(glob.escape(root), "**", "*.tar"), recursive=True))
             if shards:
                 return _open_shards(shards)
-        found = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
+        content = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
         raise ValueError(
-            f"data: {folder} holds no images ({', '.join(EXTENSIONS)}), but {found or 'nothing, it is empty'}"
+            f"data: {folder} holds no images ({', '.join(EXTENSIONS)}), but "
+            f"{content or 'nothing, it is empty'}"
         )
     start = len(os.path.join(root, ""))
-    # Pillow reads some of them, but pictures that no extension promises may not be meant to be trained on.
+    # Pillow reads some of them, but files of such kinds may not be meant for training.
     pictures = {kind: count for kind, count in others.items() if kind in OTHER_PICTURES}
     notes = tuple(f"{count} × {kind} in {folder} were not taken" for kind, count in sorted(pictures.items()))
-    return Source(files, *_labels((name[start:] for name in files.names()), least), notes=notes)
+    return Source(files, *_labels((name[start:] for name in files.names()), min_classes), notes=notes)
 
 
 def _open_shards(paths: Sequence[str]) -> Source:
     shards, words, notes = open_shards(paths)
     labels, classes = _labels(shards.members)
     if labels is None:
-        labels, classes = _number(words)
+        labels, classes = _numbered(words)
     return Source(shards, labels, classes, notes=tuple(notes))
 
 
-def _labels(names: Iterable[str], least: int = 2) -> tuple[np.ndarray | None, list[str]]:
-    """Labels by the first folder of each name; none unless all have one and there are `least` of them."""
+def _labels(names: Iterable[str], min_classes: int = 2) -> tuple[np.ndarray | None, list[str]]:
+    """Labels by the first folder of each name; none unless all have one, and there are `min_classes`."""
     # One at a time: there may be a hundred million.
     words = (first if inside else "" for first, inside, _ in (name.partition("/") for name in names))
-    return _number(words, least)
+    return _numbered(words, min_classes)
 
 
-def _number(words: Iterable[str], least: int = 2) -> tuple[np.ndarray | None, list[str]]:
-    """Words as numbers in their sorted order; none if a word is empty, or there are fewer than `least`."""
+def _numbered(words: Iterable[str], min_classes: int = 2) -> tuple[np.ndarray | None, list[str]]:
+    """Words as numbers in their sorted order, and the words; none if one is empty, or there are too few."""
     numbers: dict[str, int] = {}
-    met = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64)
+    unsorted = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64)
     classes = sorted(numbers)
-    if len(classes) < least or "" in numbers:
+    if len(classes) < min_classes or "" in numbers:
         return None, []
     ranks = np.empty(len(classes), np.int64)
     ranks[[numbers[word] for word in classes]] = np.arange(len(classes))
-    return ranks[met], classes
+    return ranks[unsorted], classes
 
 
 def _open_list(path: Path) -> Source:
-    # A name may hold any byte but the line's end, and some editors begin a file with a mark of its encoding.
+    # A name may hold any byte but a line feed, and some editors begin a file with a byte order mark.
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     lines = [line.strip() for line in text.split("\n")]
     files = [
@@ -276,10 +247,10 @@ def _open_list(path: Path) -> Source:
     ]
     if not files:
         raise ValueError(f"data: {path} lists no files")
-    # All of a short list; of a long one enough to notice that it means another place. What is missing beyond
-    # that is an unusable image like any other.
-    looked_for = files[:: max(1, len(files) // LOOKED_FOR)]
-    missing = [file for file in looked_for if not os.path.isfile(file)]
+    # All of a short list; of a long one enough to notice that its files are elsewhere. Any other missing file
+    # is an unusable image.
+    checked = files[:: max(1, len(files) // CHECKED_FILES)]
+    missing = [file for file in checked if not os.path.isfile(file)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"data: {path} lists files that do not exist: {missing[0]}{more}")

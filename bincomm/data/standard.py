@@ -16,35 +16,28 @@ import numpy as np
 from bincomm.data.cache import cache_folder
 
 INDEX = "index.json"
-TEST_EVERY = 5  # of a set without a test split, every fifth image of the sorted files is in it
+TEST_EVERY = 5  # in a set without a test split, every fifth image of the sorted files is a test image
 PARTS = {
     "pretraining": ("train", "val", "unlabeled"),
     "gallery": ("train", "val"),
     "queries": ("test",),
 }
 # What torchvision's download, its checks and its unpacking raise.
-FAILURES = (
-    OSError,
-    RuntimeError,
-    HTTPException,
-    EOFError,
-    tarfile.TarError,
-    zlib.error,
-)
+FAILURES = (OSError, RuntimeError, HTTPException, EOFError, tarfile.TarError, zlib.error)
 
 
 class Standard(NamedTuple):
     """How torchvision makes a set, and which files it makes it from."""
 
     dataset: str  # the class in torchvision.datasets
-    splits: Mapping[str, Mapping[str, Any]]  # what its constructor is given, by the names in `PARTS`
+    splits: Mapping[str, Mapping[str, Any]]  # arguments of its constructor, by the names in `PARTS`
     archives: tuple[str, ...]
-    below: str = ""  # the folder in its root where torchvision looks for the archives
+    subfolder: str = ""  # of its root, where torchvision looks for the archives
     checked: bool = True  # torchvision knows their checksums, and fetches again what does not match
 
 
-# `loader=str` makes torchvision return the names of the files that it unpacked, in place of their pixels.
-# Sets that take no loader were never files, but for the pets; see `_items`.
+# `loader=str` makes torchvision return the names of the files that it unpacked, instead of their pixels.
+# Sets that take no loader are not stored as files, except the pets; see `_items`.
 SETS: Mapping[str, Standard] = {
     "cifar10": Standard(
         "CIFAR10", {"train": {"train": True}, "test": {"train": False}}, ("cifar-10-python.tar.gz",)
@@ -66,7 +59,7 @@ SETS: Mapping[str, Standard] = {
         "Flowers102",
         {split: {"split": split, "loader": str} for split in ("train", "val", "test")},
         ("102flowers.tgz", "imagelabels.mat", "setid.mat"),
-        below="flowers-102",
+        subfolder="flowers-102",
     ),
     "food101": Standard(
         "Food101",
@@ -77,13 +70,13 @@ SETS: Mapping[str, Standard] = {
         "OxfordIIITPet",
         {"train": {"split": "trainval"}, "test": {"split": "test"}},
         ("images.tar.gz", "annotations.tar.gz"),
-        below="oxford-iiit-pet",
+        subfolder="oxford-iiit-pet",
     ),
     "dtd": Standard(
         "DTD",
         {split: {"split": split, "loader": str} for split in ("train", "val", "test")},
         ("dtd-r1.0.1.tar.gz",),
-        below="dtd",
+        subfolder="dtd",
     ),
     "fgvc_aircraft": Standard(
         "FGVCAircraft",
@@ -100,7 +93,7 @@ SETS: Mapping[str, Standard] = {
         },
         ("imagenette2-320.tgz",),
     ),
-    "eurosat": Standard("EuroSAT", {"train": {"loader": str}}, ("EuroSAT.zip",), below="eurosat"),
+    "eurosat": Standard("EuroSAT", {"train": {"loader": str}}, ("EuroSAT.zip",), subfolder="eurosat"),
     "country211": Standard(
         "Country211",
         {split: {"split": split, "loader": str} for split in ("train", "test")},
@@ -112,7 +105,7 @@ SETS: Mapping[str, Standard] = {
 def open_standard(name: str, part: str) -> tuple[list[str], np.ndarray | None, list[str]]:
     """The image files of a part of a standard set; the first call fetches the set into bincomm's cache.
 
-    Later calls, and calls of other processes, read an index that the first one left. The archives of
+    Later calls, and calls of other processes, read an index that the first one wrote. The archives of
     `SETS[name]` may be put into the set's folder below `cache_folder() / "sets"` by hand.
 
     Args:
@@ -133,8 +126,8 @@ def open_standard(name: str, part: str) -> tuple[list[str], np.ndarray | None, l
         _fetch(name, folder)
     content = json.loads(index.read_text())
     splits = [content["splits"][split] for split in PARTS[part] if split in content["splits"]]
-    start = os.path.join(index.parent, "")
-    paths = [start + path for split in splits for path, _ in split]
+    prefix = os.path.join(index.parent, "")
+    paths = [prefix + path for split in splits for path, _ in split]
     labels = np.array([label for split in splits for _, label in split], np.int64)
     if (labels < 0).any():  # how torchvision marks images without one
         return paths, None, []
@@ -154,8 +147,8 @@ def _fetch(name: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "files" / INDEX).exists():  # else another process was quicker
-                _make(standard, getattr(datasets, standard.dataset), folder)
+            if not (folder / "files" / INDEX).exists():  # else another process was faster
+                _unpack(standard, getattr(datasets, standard.dataset), folder)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"data: {name} cannot be read without {error.name}; pip install {error.name}"
@@ -163,75 +156,76 @@ def _fetch(name: str, folder: Path) -> None:
     except FAILURES as error:
         raise ValueError(
             f"data: {name} could not be fetched and unpacked ({_line(error)}); without a network, put "
-            f"{' and '.join(standard.archives)}, whole and not unpacked, into {folder}"
+            f"{' and '.join(standard.archives)}, complete and not unpacked, into {folder}"
         ) from error
 
 
-def _make(standard: Standard, dataset: Any, folder: Path) -> None:
-    """Have torchvision fetch and unpack a set aside, and put it in place as `files` by one rename.
+def _unpack(standard: Standard, dataset_class: Any, folder: Path) -> None:
+    """Have torchvision fetch and unpack a set into `unfinished`, and rename that to `files` at once.
 
-    torchvision takes a folder that was half unpacked for a whole one, so it never sees one of an earlier try.
+    torchvision takes a half unpacked folder for a complete one, so it never sees one of an earlier attempt.
     """
-    aside, fetched = folder / "unfinished", folder / "fetched"
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    unfinished, fetched = folder / "unfinished", folder / "fetched"
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     if not standard.checked:
-        shutil.rmtree(fetched, ignore_errors=True)  # may be half an archive, and torchvision would not notice
+        shutil.rmtree(fetched, ignore_errors=True)  # torchvision would not notice half an archive in it
     fetched.mkdir(exist_ok=True)
-    root = aside / "set"
-    links = [root / standard.below / archive for archive in standard.archives]
+    root = unfinished / "set"
+    links = [root / standard.subfolder / archive for archive in standard.archives]
     try:
-        # torchvision reads archives through these links and writes them through them, so that what it has
-        # fetched is still there if unpacking fails.
+        # torchvision reads and writes archives through these links, so that what it has fetched is still
+        # there if unpacking fails.
         for link in links:
             link.parent.mkdir(parents=True, exist_ok=True)
-            given = folder / link.name
-            link.symlink_to(given if given.exists() else fetched / link.name)
+            by_hand = folder / link.name
+            link.symlink_to(by_hand if by_hand.exists() else fetched / link.name)
         splits: dict[str, list[tuple[str, int]]] = {}
         classes: list[str] = []
         for split, arguments in standard.splits.items():
-            made = dataset(str(root), download=True, **arguments)
+            dataset = dataset_class(str(root), download=True, **arguments)
             # SVHN names no classes, they are the digits; Imagenette gives several names to each.
-            names = getattr(made, "classes", "0123456789")
+            names = getattr(dataset, "classes", "0123456789")
             names = [entry if isinstance(entry, str) else entry[0] for entry in names]
             if classes and names != classes:
                 raise RuntimeError("its splits have different classes")
             classes = names
-            splits[split] = _files(_items(made), aside, split)
-            del made  # up to 3 GB
+            splits[split] = _files(_items(dataset), unfinished, split)
+            del dataset  # up to 3 GB
         if "test" not in splits:
             splits["test"] = splits["train"][TEST_EVERY - 1 :: TEST_EVERY]
             del splits["train"][TEST_EVERY - 1 :: TEST_EVERY]
         for link in links:
             link.unlink()
-        if (aside / "train").exists():
+        if (unfinished / "train").exists():
             shutil.rmtree(root)  # its pictures were all written as files
-        (aside / INDEX).write_text(json.dumps({"classes": classes, "splits": splits}))
-        os.rename(aside, folder / "files")
+        (unfinished / INDEX).write_text(json.dumps({"classes": classes, "splits": splits}))
+        os.rename(unfinished, folder / "files")
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(fetched, ignore_errors=True)  # what was put there by hand lies elsewhere, and stays
+        shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(fetched, ignore_errors=True)  # archives put there by hand are in `folder`, and stay
 
 
-def _items(made: Any) -> Iterable[tuple[Any, int]]:
+def _items(dataset: Any) -> Iterable[tuple[Any, int]]:
     """(file or picture, label) of each image."""
-    if hasattr(made, "_images"):  # the pets are files, but torchvision opens them all the same
-        return zip(made._images, made._labels, strict=True)
-    return (made[index] for index in range(len(made)))
+    if hasattr(dataset, "_images"):  # the pets are files, but torchvision would open them
+        return zip(dataset._images, dataset._labels, strict=True)
+    return (dataset[index] for index in range(len(dataset)))
 
 
-def _files(items: Iterable[tuple[Any, int]], aside: Path, split: str) -> list[tuple[str, int]]:
-    """(path below `aside`, label) of each image; pictures are written as PNG files."""
+def _files(items: Iterable[tuple[Any, int]], folder: Path, split: str) -> list[tuple[str, int]]:
+    """(path below `folder`, label) of each image; pictures are written as PNG files."""
     files = []
     for index, (image, label) in enumerate(items):
         if isinstance(image, str | Path):
-            path = os.path.relpath(image, aside)
+            path = os.path.relpath(image, folder)
         else:
             path = f"{split}/{index:06}.png"
-            (aside / split).mkdir(exist_ok=True)
-            image.save(aside / path)
+            (folder / split).mkdir(exist_ok=True)
+            image.save(folder / path)
         files.append((path, int(label)))
     return files
 
 
 def _line(error: BaseException) -> str:
+    """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import bincomm
 from bincomm.data.cache import cache_folder
-from bincomm.data.loader import eval_batches
+from bincomm.data.evaluation_batches import eval_batches
 from bincomm.data.sources import Source
 from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.evaluation.identity import images_identity, weights_identity

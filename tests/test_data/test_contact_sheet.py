@@ -1,17 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-for package in ("nvidia.dali", "jsonargparse", "sklearn"):
-    pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
-from PIL import Image  # noqa: E402
-
-from bincomm import cli  # noqa: E402
-from bincomm.config import parse  # noqa: E402
-from bincomm.data.contact_sheet import GAP, LEAST, TITLE, contact_sheet  # noqa: E402
-from bincomm.data.crops import Crops  # noqa: E402
-from bincomm.data.loader import Loader  # noqa: E402
-from bincomm.data.sources import open_source  # noqa: E402
+from bincomm import cli
+from bincomm.config import parse
+from bincomm.data.contact_sheet import GAP, MIN_WIDTH, TITLE, contact_sheet
+from bincomm.data.crops import Crops
+from bincomm.data.loader import Loader
+from bincomm.data.sources import open_source
 
 MEAN, STD = (255 * np.array(values, np.float32) for values in (Crops.mean, Crops.std))
 
@@ -21,6 +18,7 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow
 def test_it_shows_the_first_batch_of_a_run():
     config, _ = parse(
         ["--recipe", "digits", "--seed", "3", "--jitter", "[0.4, 0.4, 0, 0]", "--blur", "[1, 0, 0]"]
@@ -34,11 +32,11 @@ def test_it_shows_the_first_batch_of_a_run():
     for row in range(5):
         top = TITLE + GAP + row * (24 + GAP)
         for column, crop in enumerate([*globals_[row], *locals_[row]]):
-            left = GAP + column * (LEAST + GAP)
+            left = GAP + column * (MIN_WIDTH + GAP)
             side = crop.shape[-1]
             expected = crop.permute(1, 2, 0).numpy() * STD + MEAN
-            found = pixels[top : top + side, left : left + side]
-            assert np.abs(found - expected.clip(0, 255)).max() < 0.6
+            result = pixels[top : top + side, left : left + side]
+            assert np.abs(result - expected.clip(0, 255)).max() < 0.6
 
 
 def test_on_the_command_line(tmp_path, capsys):
@@ -48,6 +46,6 @@ def test_on_the_command_line(tmp_path, capsys):
     assert lines[0] == "recipe digits, data digits"
     assert len(lines) == 4
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (4 * LEAST + 5 * GAP, TITLE + GAP + 2 * (24 + GAP))
+        assert sheet.size == (4 * MIN_WIDTH + 5 * GAP, TITLE + GAP + 2 * (24 + GAP))
     assert cli.main(["data", "look", "--recipe", "digits", "--sheet", str(tmp_path / "no" / "x.png")]) == 1
     assert "No such file or directory" in capsys.readouterr().err

@@ -7,14 +7,12 @@ import zlib
 
 import numpy as np
 import pytest
-
-pytest.importorskip("nvidia.dali", reason="the data pipeline needs DALI")
 from PIL import Image
 
 from bincomm.data import images
+from bincomm.data.dali import decode, fn, pipeline_def
 from bincomm.data.images import UnusableImageError, examine, load
 from bincomm.data.listing import Files
-from bincomm.data.multicrop import decode, fn, pipeline_def
 
 Y, X = np.mgrid[0:40, 0:60]
 PICTURE = Image.fromarray(np.stack([4 * X, 6 * Y, 2 * (X + Y)], -1).astype(np.uint8))
@@ -94,7 +92,7 @@ KINDS = {
 
 
 def decoded(data):
-    """What DALI makes of it on a CPU."""
+    """The pixels that DALI decodes on a CPU."""
 
     @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     def graph():
@@ -109,9 +107,9 @@ def test_kinds_come_out_as_in_pillow(kind):
     given, size = examine(data)
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(image.convert("RGB"))
-    found = decoded(given)
-    assert found.shape == (*size, 3) == expected.shape
-    assert np.abs(found.astype(int) - expected).mean() < 0.5
+    result = decoded(given)
+    assert result.shape == (*size, 3) == expected.shape
+    assert np.abs(result.astype(int) - expected).mean() < 0.5
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -149,15 +147,15 @@ def test_a_size_of_nothing_is_no_image():
 
 
 def test_a_turned_tiff_has_the_size_it_is_decoded_to():
-    """Pillow turns it, DALI does not: were one asked and the other decoding, windows would lie outside."""
+    """Pillow turns it, DALI does not: windows by the size of one could lie outside the other's pixels."""
     given, size = examine(encode(PICTURE, "TIFF", tiffinfo={274: 6}))
     assert decoded(given).shape == (*size, 3) == (60, 40, 3)
 
 
 def test_a_false_length_inside_a_png_never_reaches_dali():
     data = KINDS["png"]().copy()
-    place = data.tobytes().index(b"IDAT") - 4
-    data[place : place + 4] = (0x10, 0, 0, 0)
+    offset = data.tobytes().index(b"IDAT") - 4
+    data[offset : offset + 4] = (0x10, 0, 0, 0)
     assert examine(data)[0] is not data  # Pillow finds all of its pixels in spite of that
 
 
@@ -217,11 +215,11 @@ def test_large_images_are_made_smaller(data, expected, monkeypatch):
     monkeypatch.setattr(images, "REDUCED", 2000)
     monkeypatch.setattr(images, "HUGE", 30_000)
     given, size = examine(data)
-    found = decoded(given)
-    assert found.shape == (*size, 3)
+    result = decoded(given)
+    assert result.shape == (*size, 3)
     assert 500 < size[0] * size[1] <= 2000
     reduced = np.asarray(expected.convert("RGB").resize(size[::-1], Image.Resampling.BOX))
-    assert np.abs(found.astype(int) - reduced).mean() < 3
+    assert np.abs(result.astype(int) - reduced).mean() < 3
 
 
 def test_more_pixels_than_anyone_has_are_refused(monkeypatch):

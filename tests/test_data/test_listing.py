@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from bincomm.data import listing
 from bincomm.data.listing import Files, list_images
 
 
@@ -17,7 +16,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Twelve names of images in four folders, all made long ago."""
+    """Twelve empty files with names of images in four folders, all made long ago."""
     root = tmp_path / "tree"
     for folder in ("a", "a/deep", "b", "c"):
         (root / folder).mkdir(parents=True)
@@ -37,15 +36,15 @@ def age(root, seconds=1000):
 @pytest.fixture
 def scanned(monkeypatch):
     """The folders that are really read."""
-    read = []
-    scan = listing._scan
+    folders = []
+    scandir = os.scandir
 
-    def noted(parent):
-        read.append(os.path.basename(parent))
-        return scan(parent)
+    def recording_scandir(path):
+        folders.append(os.path.basename(path))
+        return scandir(path)
 
-    monkeypatch.setattr(listing, "_scan", noted)
-    return read
+    monkeypatch.setattr(os, "scandir", recording_scandir)
+    return folders
 
 
 def names(root):
@@ -68,14 +67,14 @@ def test_only_changed_folders_are_read_again(tree, scanned):
     (tree / "c" / "0.jpg").rename(tree / "c" / "9.jpg")
     (tree / "d").mkdir()
     (tree / "d" / "1.webp").touch()
-    found = names(tree)
-    assert "c/9.jpg" in found
-    assert "d/1.webp" in found
-    assert "c/0.jpg" not in found
+    listed = names(tree)
+    assert "c/9.jpg" in listed
+    assert "d/1.webp" in listed
+    assert "c/0.jpg" not in listed
 
 
 def test_a_folder_changed_a_moment_ago_is_not_trusted(tree, scanned):
-    """A file that comes within the grain of the time stamp leaves the stamp as it is."""
+    """A file that comes within the resolution of the time stamp leaves the stamp as it is."""
     (tree / "b" / "new.png").touch()
     names(tree)
     stamp = (tree / "b").stat()
@@ -128,11 +127,11 @@ def test_what_is_no_file_is_no_image(tree):
     (tree / "b" / "folder.jpg").mkdir()
     (tree / "b" / "folder.jpg" / "1.jpg").touch()
     os.mkfifo(tree / "b" / "pipe.jpg")
-    found = names(tree)
-    assert "b/folder.jpg/1.jpg" in found
-    assert "b/folder.jpg" not in found
-    assert "b/nowhere.jpg" in found  # to be named as one that cannot be read
-    assert "b/pipe.jpg" not in found  # reading it would wait for ever
+    listed = names(tree)
+    assert "b/folder.jpg/1.jpg" in listed
+    assert "b/folder.jpg" not in listed
+    assert "b/nowhere.jpg" in listed  # to be reported as one that cannot be read
+    assert "b/pipe.jpg" not in listed  # reading it would wait for ever
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -145,7 +144,7 @@ def test_a_folder_that_may_not_be_read_is_named(tree):
         (tree / "b").chmod(stat.S_IRWXU)
 
 
-def test_links_that_lead_nowhere_are_looked_at_again(tree, tmp_path):
+def test_broken_links_are_checked_again(tree, tmp_path):
     (tree / "later").symlink_to(tmp_path / "disk")
     (tree / "self").symlink_to(tree / "self")
     age(tree)

@@ -3,9 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("nvidia.dali", reason="the data pipeline needs DALI")
-pytest.importorskip("torchvision", reason="torchvision is what the pipeline is held against")
 from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as tv
@@ -63,27 +60,28 @@ def numbers(**values):
 
 
 def both(picture, crops, flip=False, **values):
-    """Our global 2 with these numbers, and the plain crop that torchvision is to work on."""
+    """The pipeline's global 2 with these numbers, and the plain crop that torchvision is to work on."""
     plain = Crops(global_size=SIZE, local_crops=0, **PLAIN)
-    ours = run(picture, crops, corners(flip=flip), numbers(**values))[1]
+    result = run(picture, crops, corners(flip=flip), numbers(**values))[1]
     base = run(picture, plain, corners(), numbers())[1]
-    return ours, Image.fromarray(base.round().clip(0, 255).astype(np.uint8))
+    return result, Image.fromarray(base.round().clip(0, 255).astype(np.uint8))
 
 
-def difference(ours, theirs):
-    return np.abs(ours - np.asarray(theirs, dtype=np.float64)).mean()
+def difference(result, expected):
+    return np.abs(result - np.asarray(expected, dtype=np.float64)).mean()
 
 
 @pytest.mark.parametrize("window", [(20, 30, 40, 50), (0, 0, 110, 120), (9, 3, 141, 197), (0, 0, 150, 200)])
 @pytest.mark.parametrize("flip", [False, True])
 def test_crop_and_resize(picture, window, flip):
     plain = Crops(global_size=SIZE, local_crops=0, **PLAIN)
-    ours = run(picture, plain, corners(*window, flip=flip), numbers())[0]
+    result = run(picture, plain, corners(*window, flip=flip), numbers())[0]
     with Image.open(picture) as image:
-        theirs = tv.resized_crop(image, *window, [SIZE, SIZE], InterpolationMode.BICUBIC)
-    # Near the window's border we look at what lies beyond it, where torchvision repeats what is inside.
-    assert difference(ours, tv.hflip(theirs) if flip else theirs) < 0.7
-    assert difference(ours[4:-4, 4:-4], np.asarray(tv.hflip(theirs) if flip else theirs)[4:-4, 4:-4]) < 0.5
+        expected = tv.resized_crop(image, *window, [SIZE, SIZE], InterpolationMode.BICUBIC)
+    expected = np.asarray(tv.hflip(expected) if flip else expected)
+    # Near the window's border DALI filters the pixels beyond it, where torchvision repeats those inside.
+    assert difference(result, expected) < 0.7
+    assert difference(result[4:-4, 4:-4], expected[4:-4, 4:-4]) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -114,9 +112,9 @@ def test_crop_and_resize(picture, window, flip):
     ],
 )
 def test_against_torchvision(picture, recipe, values, transform, limit):
-    ours, base = both(picture, Crops(global_size=SIZE, local_crops=0, **{**PLAIN, **recipe}), **values)
+    result, base = both(picture, Crops(global_size=SIZE, local_crops=0, **{**PLAIN, **recipe}), **values)
     changed = transform(base)
-    assert difference(ours, changed) < limit
+    assert difference(result, changed) < limit
     assert difference(np.asarray(base, np.float64), changed) > 2 * min(
         limit, 1
     )  # the operation does something
@@ -125,31 +123,32 @@ def test_against_torchvision(picture, recipe, values, transform, limit):
 def test_hue_turns_the_way_torchvision_does(picture):
     crops = Crops(global_size=SIZE, local_crops=0, **{**PLAIN, "jitter_p": 1.0})
     for turn in (0.1, -0.1):
-        ours, base = both(picture, crops, HUE=360 * turn)
-        assert difference(ours, tv.adjust_hue(base, turn)) < difference(ours, tv.adjust_hue(base, -turn)) / 2
+        result, base = both(picture, crops, HUE=360 * turn)
+        right, wrong = (difference(result, tv.adjust_hue(base, angle)) for angle in (turn, -turn))
+        assert right < wrong / 2
 
 
 def test_gates_that_are_shut_change_nothing(picture):
     everything = Crops(global_size=SIZE, local_crops=0)
-    ours, base = both(picture, everything, SIGMA=2.0)
-    assert difference(ours, base) < 0.6
+    result, base = both(picture, everything, SIGMA=2.0)
+    assert difference(result, base) < 0.6
 
 
 @pytest.mark.parametrize("shape", [(90, 120), (500, 375), (40, 100), (3, 2)])
 def test_window_law_is_torchvisions(shape):
     crops = Crops(global_scale=(0.3, 1.0), local_scale=(0.05, 0.3), local_crops=1, flip=0)
     uniforms = np.random.default_rng(0).random((4000, 3, multicrop.DRAWS), np.float32)
-    found = multicrop.windows(crops, np.tile(shape, (4000, 1)), uniforms)
+    windows = multicrop.crop_windows(crops, np.tile(shape, (4000, 1)), uniforms)
     torch.manual_seed(0)
     image = torch.zeros(3, *shape)
     for view, scale in ((0, (0.3, 1.0)), (1, (0.3, 1.0)), (2, (0.05, 0.3))):
-        y, x, y_end, x_end = found[:, view].T
+        y, x, y_end, x_end = windows[:, view].T
         assert y.min() >= 0
         assert x.min() >= 0
         assert y_end.max() <= shape[0]
         assert x_end.max() <= shape[1]
-        theirs = np.array([RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(4000)])
-        for mine, other in zip((y, x, y_end - y, x_end - x), theirs.T, strict=True):
+        expected = np.array([RandomResizedCrop.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(4000)])
+        for mine, other in zip((y, x, y_end - y, x_end - x), expected.T, strict=True):
             assert largest_gap(mine, other) < 1.95 * np.sqrt(2 / 4000)  # Kolmogorov–Smirnov at 0.1 %
 
 
@@ -158,22 +157,22 @@ def test_the_far_corner_is_inside():
     crops = Crops(global_scale=(0.3, 1.0))
     uniforms = np.full((1, 12, multicrop.DRAWS), np.nextafter(np.float32(1), np.float32(0)))
     for side in (1, 7, 375, 65_535):
-        found = multicrop.windows(crops, np.array([[side, side]]), uniforms)
-        assert found.max() <= side
+        windows = multicrop.crop_windows(crops, np.array([[side, side]]), uniforms)
+        assert windows.max() <= side
 
 
 def test_numbers_hold_windows_as_shares_of_the_sides():
     uniforms = np.random.default_rng(0).random((9, 12, multicrop.DRAWS), np.float32)
     sizes = np.random.default_rng(1).integers(50, 500, (9, 2))
-    pixels = multicrop.windows(Crops(), sizes, uniforms)
-    shares = multicrop.draw(Crops(), sizes, uniforms)[..., : multicrop.CORNERS]
+    pixels = multicrop.crop_windows(Crops(), sizes, uniforms)
+    shares = multicrop.draw_crops(Crops(), sizes, uniforms)[..., : multicrop.CORNERS]
     np.testing.assert_allclose(shares * np.tile(sizes, 2)[:, None], pixels, atol=1e-3)
 
 
 def test_flips_are_as_often_as_asked():
     uniforms = np.random.default_rng(0).random((4000, 2, multicrop.DRAWS), np.float32)
-    found = multicrop.windows(Crops(flip=0.3, local_crops=0), np.full((4000, 2), 50), uniforms)
-    assert (found[..., 1] > found[..., 3]).mean() == pytest.approx(0.3, abs=0.02)
+    windows = multicrop.crop_windows(Crops(flip=0.3, local_crops=0), np.full((4000, 2), 50), uniforms)
+    assert (windows[..., 1] > windows[..., 3]).mean() == pytest.approx(0.3, abs=0.02)
 
 
 def largest_gap(a, b):
@@ -187,14 +186,14 @@ def largest_gap(a, b):
 def test_windows_that_never_fit_fall_back_to_the_center(shape):
     uniforms = np.full((1, 2, multicrop.DRAWS), 0.5, np.float32)
     crops = Crops(local_crops=0, global_scale=(1, 1), flip=0)
-    y, x, y_end, x_end = multicrop.windows(crops, np.array([shape]), uniforms)[0, 0]
+    y, x, y_end, x_end = multicrop.crop_windows(crops, np.array([shape]), uniforms)[0, 0]
     expected = (0, 86, 20, 113) if shape == (20, 200) else (86, 0, 113, 20)
     assert (y, x, y_end, x_end) == expected
 
 
 def test_how_often_things_happen():
     crops = Crops(flip=0.5, jitter_p=0.8, gray=0.2, blur=(1.0, 0.1, 0.5), solarize=0.2)
-    drawn = multicrop.draw(
+    drawn = multicrop.draw_crops(
         crops,
         np.full((4000, 2), 50),
         np.random.default_rng(0).random((4000, 12, multicrop.DRAWS), np.float32),

@@ -18,20 +18,20 @@ def test_every_image_once_an_epoch():
 
 def test_an_epoch_is_mixed_through_and_through():
     """Neighbors in the source are no nearer in the epoch than any others."""
-    places = np.argsort(Order([10_000], None, seed=0).epoch(0))
-    gaps = np.abs(np.diff(places))
+    slots = np.argsort(Order([10_000], None, seed=0).epoch(0))
+    gaps = np.abs(np.diff(slots))
     assert gaps.mean() == pytest.approx(10_000 / 3, rel=0.03)
 
 
 @pytest.mark.parametrize(("weights", "counts"), [((1, 1), (50, 50)), ((3, 1), (75, 25)), ((2, 1), (67, 33))])
 def test_weights_are_shares_of_an_epoch(weights, counts):
     order = Order([90, 10], weights, seed=0)
-    seen = np.zeros(100, int)
+    uses = np.zeros(100, int)
     for epoch in range(30):
         images = order.epoch(epoch)
         assert ((images < 90).sum(), (images >= 90).sum()) == counts
-        seen += np.bincount(images, minlength=100)
-        for part in (seen[:90], seen[90:]):  # no image comes twice more than another of its source
+        uses += np.bincount(images, minlength=100)
+        for part in (uses[:90], uses[90:]):  # no image comes twice more than another of its source
             assert part.max() - part.min() <= 1
 
 
@@ -44,22 +44,23 @@ def test_weights_of_any_size():
 
 def test_substitutes_are_of_the_same_source_if_they_can_be():
     order = Order([5, 7], None, seed=0)
-    for image, least, most in ((0, 0, 5), (4, 0, 5), (5, 5, 12), (11, 5, 12)):
-        found = order.substitutes(image, epoch=2, slot=9)
-        assert set(found[:SUBSTITUTES]) == set(range(least, most))
-        assert set(found[SUBSTITUTES:]) == set(range(12))  # where a whole source cannot be used
-        assert np.array_equal(found, order.substitutes(image, epoch=2, slot=9))
-        assert not np.array_equal(found, order.substitutes(image, epoch=2, slot=8))
+    for image, first, end in ((0, 0, 5), (4, 0, 5), (5, 5, 12), (11, 5, 12)):
+        substitutes = order.substitutes(image, epoch=2, slot=9)
+        assert set(substitutes[:SUBSTITUTES]) == set(range(first, end))
+        assert set(substitutes[SUBSTITUTES:]) == set(range(12))  # where a source cannot be used at all
+        assert np.array_equal(substitutes, order.substitutes(image, epoch=2, slot=9))
+        assert not np.array_equal(substitutes, order.substitutes(image, epoch=2, slot=8))
 
 
 def test_random_numbers_belong_to_slots():
     order = Order([1000], None, seed=0)
-    found = order.uniforms(4, np.arange(1000), 50)
-    assert found.dtype == np.float32
-    assert found.min() >= 0
-    assert found.max() < 1
-    assert found.mean() == pytest.approx(0.5, abs=0.005)
-    assert np.abs(np.corrcoef(found)[np.triu_indices(1000, 1)]).max() < 0.75  # of streams of 50 numbers each
-    assert np.array_equal(order.uniforms(4, np.array([7]), 50)[0], found[7])
-    assert not np.array_equal(order.uniforms(5, np.array([7]), 50)[0], found[7])
-    assert not np.array_equal(Order([1000], None, seed=1).uniforms(4, np.array([7]), 50)[0], found[7])
+    numbers = order.uniforms(4, np.arange(1000), 50)
+    assert numbers.dtype == np.float32
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert numbers.mean() == pytest.approx(0.5, abs=0.005)
+    correlations = np.corrcoef(numbers)[np.triu_indices(1000, 1)]  # of streams of 50 numbers each
+    assert np.abs(correlations).max() < 0.75
+    assert np.array_equal(order.uniforms(4, np.array([7]), 50)[0], numbers[7])
+    assert not np.array_equal(order.uniforms(5, np.array([7]), 50)[0], numbers[7])
+    assert not np.array_equal(Order([1000], None, seed=1).uniforms(4, np.array([7]), 50)[0], numbers[7])

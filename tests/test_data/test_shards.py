@@ -2,13 +2,13 @@ import io
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bincomm.data import shards
 from bincomm.data.shards import expand_braces, open_shards
 from bincomm.data.sources import evaluation_sources, open_source
 
@@ -42,7 +42,7 @@ def test_braces():
     assert expand_braces("{a}.tar") == ["{a}.tar"]
 
 
-def test_images_are_read_from_their_places(tmp_path):
+def test_images_are_read_from_their_offsets(tmp_path):
     contents = [picture(value) for value in range(9)]
     for number in range(3):
         members = [(f"{i}.png", contents[i]) for i in range(3 * number, 3 * number + 3)]
@@ -53,8 +53,8 @@ def test_images_are_read_from_their_places(tmp_path):
         assert source.labels is None
     assert source.images.name(4) == f"{tmp_path}/data-1.tar/4.png"
     assert list(source.images.names()) == [source.images.name(i) for i in range(9)]
-    some = source.select([7, 2]).images
-    assert [some.read(i).tobytes() for i in range(2)] == [contents[7], contents[2]]
+    selected = source.select([7, 2]).images
+    assert [selected.read(i).tobytes() for i in range(2)] == [contents[7], contents[2]]
 
 
 @pytest.mark.parametrize("layout", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -90,32 +90,55 @@ def test_labels_of_folders_and_of_cls_files(tmp_path):
     assert open_source(write(tmp_path / "some.tar", members)).labels is None
 
 
-def test_an_index_is_made_once_and_again_for_another_shard(tmp_path, monkeypatch):
-    read, read_tar = [], shards._read_tar
-    monkeypatch.setattr(shards, "_read_tar", lambda path: read.append(path) or read_tar(path))
+@pytest.fixture
+def opened(monkeypatch):
+    """The tar files that this process opens to make their indices."""
+    paths = []
+    open_tar = tarfile.open
+
+    def recording_open(path, mode="r", **options):
+        if mode == "r:":
+            paths.append(path)
+        return open_tar(path, mode, **options)
+
+    monkeypatch.setattr(tarfile, "open", recording_open)
+    return paths
+
+
+def test_an_index_is_made_once_and_again_for_another_shard(tmp_path, opened):
     path = write(tmp_path / "x.tar", [("a.png", picture(1))])
     for _ in range(2):
         assert len(open_shards([path])[0]) == 1
-    assert read == [path]
+    assert opened == [path]
     write(path, [("a.png", picture(1)), ("b.png", picture(2))])
     assert open_shards([path])[0].members == ["a.png", "b.png"]
-    assert read == [path, path]
+    assert opened == [path, path]
 
 
-def test_many_shards_are_indexed_by_several_processes(tmp_path, monkeypatch):
-    for number in range(5):
-        write(tmp_path / f"{number}.tar", [(f"{number}.png", picture(number))])
-    paths = [str(tmp_path / f"{number}.tar") for number in range(5)]
-    shards._index_beside(paths)
-    assert len(os.listdir(tmp_path / "cache" / "indices")) == 5
-    monkeypatch.setattr(shards, "_read_tar", lambda path: pytest.fail("read again"))
+@pytest.mark.slow
+def test_many_shards_are_indexed_by_several_processes(tmp_path, opened):
+    paths = [write(tmp_path / f"{number}.tar", [(f"{number}.png", picture(number))]) for number in range(5)]
     assert open_shards(paths)[0].members == [f"{number}.png" for number in range(5)]
+    assert opened == []
+    assert len(os.listdir(tmp_path / "cache" / "indices")) == 5
+
+
+@pytest.mark.parametrize("cache", ["writable", "not writable"])
+def test_what_other_processes_leave_undone_is_done_here(tmp_path, opened, monkeypatch, cache):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    if cache == "not writable":
+        (tmp_path / "cache").write_text("a file where the folder should be")
+    paths = [write(tmp_path / f"{number}.tar", [("a.png", picture(1))]) for number in range(5)]
+    assert len(open_shards(paths)[0]) == 5
+    assert opened == paths
+    assert len(open_shards(paths)[0]) == 5
+    assert opened == paths * (1 if cache == "writable" else 2)
 
 
 def test_a_cache_that_cannot_be_written_is_no_hindrance(tmp_path):
     (tmp_path / "cache").write_text("a file where the folder should be")
-    paths = [write(tmp_path / f"{number}.tar", [("a.png", picture(1))]) for number in range(5)]
-    assert len(open_shards(paths)[0]) == 5
+    paths = [write(tmp_path / f"{number}.tar", [("a.png", picture(1))]) for number in range(3)]
+    assert len(open_shards(paths)[0]) == 3
 
 
 def test_a_shard_that_ends_too_early_gives_what_it_has(tmp_path):
@@ -146,7 +169,7 @@ def test_a_shard_that_ends_too_early_gives_what_it_has(tmp_path):
     ],
     ids=["cut between", "cut inside", "header", "two files", "zeros"],
 )
-def test_what_is_not_taken_of_a_damaged_shard_is_told(tmp_path, damage, left, words):
+def test_notes_say_what_is_not_read_of_a_damaged_shard(tmp_path, damage, left, words):
     path = tmp_path / "x.tar"
     write(path, [(f"{number}.png", picture(number)) for number in range(6)])
     with tarfile.open(path) as tar:
@@ -183,7 +206,7 @@ def test_links_and_sparse_members(tmp_path):
     names = ["a/1", "a/hard", "a/soft", "b/chain", "b/away", "b/circle"]
     assert images.members == [f"{name}.png" for name in names]
     assert [images.read(number).tobytes() for number in range(4)] == [picture(1)] * 4
-    assert len(images.read(4)) == len(images.read(5)) == 0  # images that cannot be used, and will be named
+    assert len(images.read(4)) == len(images.read(5)) == 0  # images that cannot be used, and will be reported
 
 
 @pytest.mark.skipif(shutil.which("tar") is None, reason="needs the program tar")

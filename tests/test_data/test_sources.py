@@ -1,14 +1,15 @@
-import multiprocessing
 import os
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
 
-from bincomm.data.sources import digits, evaluation_sources, open_source
+from bincomm.data.digits import digits
+from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.distributed.ranks import ALONE
 from bincomm.engine.lock import open_run
-
-pytest.importorskip("sklearn", reason="the digits come from scikit-learn")
 
 
 def make(root, *names):
@@ -145,10 +146,18 @@ def test_what_is_wrong_is_named(tmp_path):
         open_source(str(tmp_path / "texts" / "d.csv"))
 
 
-def test_digits_are_written_once_and_whole(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_digits_are_written_once_and_completely(tmp_path, monkeypatch):
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path))
-    with multiprocessing.get_context("spawn").Pool(2) as pool:  # two at once
-        folders = pool.map(_digits, [None, None])
+    start, make_temporary = threading.Barrier(2, timeout=60), tempfile.mkdtemp
+
+    def wait_for_the_other(**options):  # neither has found the folder before both have begun to write it
+        start.wait()
+        return make_temporary(**options)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", wait_for_the_other)
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(lambda _: digits(), range(2)))
     assert folders == [tmp_path / "digits"] * 2
     assert os.listdir(tmp_path) == ["digits"]
     source = open_source("digits")
@@ -162,7 +171,3 @@ def test_digits_are_written_once_and_whole(tmp_path, monkeypatch):
     first = os.stat(source.images.name(0)).st_mtime_ns
     digits()
     assert os.stat(source.images.name(0)).st_mtime_ns == first
-
-
-def _digits(_):
-    return digits()

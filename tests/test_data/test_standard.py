@@ -1,44 +1,35 @@
+import fcntl
+import filecmp
 import functools
-import hashlib
 import http.server
 import inspect
 import io
-import multiprocessing
 import os
 import sys
 import tarfile
 import threading
-import time
 import urllib.error
+import urllib.request
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.client import IncompleteRead
 
 import numpy as np
 import pytest
 from PIL import Image
-
-from bincomm.data.standard import PARTS, SETS, open_standard
-
-pytest.importorskip("torchvision", reason="standard sets come through torchvision")
 from torchvision import datasets
 from torchvision.datasets import utils
 
-MADE = "made"  # a file that the fakes add a line to, one for each time that they are made
+from bincomm.data.standard import PARTS, SETS, open_standard
+
+CALLS = "calls"  # a file that the fakes add a line to whenever they are called
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """The cache is a new folder, and nothing leaves this machine."""
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "*")
-    real = utils._get_redirect_url
-
-    def local_only(url, max_hops=3):
-        if "//127.0.0.1" not in url:
-            raise urllib.error.URLError("no network in tests")
-        return real(url, max_hops)
-
-    monkeypatch.setattr(utils, "_get_redirect_url", local_only)
+    monkeypatch.setattr(urllib.request, "urlopen", raising(urllib.error.URLError("no network in tests")))
     return tmp_path / "cache"
 
 
@@ -53,8 +44,8 @@ class Pictures:
         with open(os.path.join(root, "raw.bin"), "w") as file:
             file.write("raw")
         cache = os.environ["BINCOMM_CACHE"]
-        with open(os.path.join(cache, MADE), "a") as file:
-            file.write("made\n")
+        with open(os.path.join(cache, CALLS), "a") as file:
+            file.write("called\n")
         self.train = train
 
     def __len__(self):
@@ -93,14 +84,14 @@ class Unpacked:
 
 class Untouchable:
     def __init__(self, *args, **kwargs):
-        raise AssertionError("torchvision was asked again")
+        raise AssertionError("torchvision was called again")
 
 
 def raising(error):
-    def make(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise error
 
-    return make
+    return fail
 
 
 def below(folder):
@@ -255,7 +246,7 @@ def test_an_interruption_leaves_nothing_in_place(cache, monkeypatch, where):
     assert len(open_standard("cifar10", "pretraining")[0]) == 5
 
 
-def test_what_a_killed_process_left_is_not_believed(cache, monkeypatch):
+def test_what_a_killed_process_left_is_not_used(cache, monkeypatch):
     unpacked = cache / "sets" / "food101" / "unfinished" / "set" / "inner"
     unpacked.mkdir(parents=True)
     (unpacked / "half.jpg").write_text("ha")
@@ -266,28 +257,30 @@ def test_what_a_killed_process_left_is_not_believed(cache, monkeypatch):
     assert "set/inner/half.jpg" not in files
 
 
-def test_two_processes_at_once_make_a_set_once(cache):
-    cache.mkdir()
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        found = pool.map(_open_slowly, [str(cache)] * 2, chunksize=1)
-    assert found[0] == found[1]
-    assert [os.path.isfile(path) for path in found[0]] == [True] * 5
-    assert (cache / MADE).read_text() == "made\n" * 2  # one for each split
-    assert sorted(os.listdir(cache / "sets" / "cifar10")) == ["files", "lock"]
+def test_two_at_once_make_a_set_once(cache, monkeypatch):
+    """Two threads: a file that each of them opens is locked for the other, as between processes."""
+    flock, second_waits = fcntl.flock, threading.Event()
+    arrived = []
 
+    def announcing_flock(file, operation):
+        arrived.append(file)
+        if len(arrived) == 2:
+            second_waits.set()
+        flock(file, operation)
 
-def _open_slowly(cache):
-    class Slow(Pictures):
+    class Waiting(Pictures):
         def __getitem__(self, index):
-            time.sleep(0.2)
+            assert second_waits.wait(60)
             return super().__getitem__(index)
 
-    datasets.CIFAR10 = Slow
-    with open(os.path.join(cache, str(os.getpid())), "w"):
-        pass
-    while len([name for name in os.listdir(cache) if name.isdigit()]) < 2:  # until the other is here too
-        time.sleep(0.01)
-    return open_standard("cifar10", "pretraining")[0]
+    monkeypatch.setattr(fcntl, "flock", announcing_flock)
+    monkeypatch.setattr(datasets, "CIFAR10", Waiting)
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(lambda _: open_standard("cifar10", "pretraining")[0], range(2)))
+    assert results[0] == results[1]
+    assert [os.path.isfile(path) for path in results[0]] == [True] * 5
+    assert (cache / CALLS).read_text() == "called\n" * 2  # one for each split
+    assert sorted(os.listdir(cache / "sets" / "cifar10")) == ["files", "lock"]
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -348,12 +341,11 @@ def test_missing_packages_are_named(monkeypatch):
 def test_sets_fit_torchvision(tmp_path, monkeypatch, name):
     standard = SETS[name]
     dataset = getattr(datasets, standard.dataset)
-    looked_for = []  # (file, whether its checksum is known)
-    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, max_hops=3: url)
-    monkeypatch.setattr(utils, "_urlretrieve", raising(AssertionError("looked for no file")))
+    checked = []  # (file, whether its checksum is known)
+    monkeypatch.setattr(urllib.request, "urlopen", raising(AssertionError("checked no file")))
     monkeypatch.setattr(utils, "extract_archive", lambda *args: None)
     monkeypatch.setattr(
-        utils, "check_integrity", lambda path, md5=None: looked_for.append((path, bool(md5))) or True
+        utils, "check_integrity", lambda path, md5=None: checked.append((path, bool(md5))) or True
     )
     for arguments in standard.splits.values():
         inspect.signature(dataset).bind("root", download=True, **arguments)
@@ -361,8 +353,8 @@ def test_sets_fit_torchvision(tmp_path, monkeypatch, name):
             dataset(str(tmp_path), download=False, **arguments)
         with pytest.raises((RuntimeError, FileNotFoundError)):  # nothing was unpacked after all
             dataset(str(tmp_path), download=True, **arguments)
-    expected = {str(tmp_path / standard.below / archive) for archive in standard.archives}
-    assert set(looked_for) == {(path, standard.checked) for path in expected}
+    expected = {str(tmp_path / standard.subfolder / archive) for archive in standard.archives}
+    assert set(checked) == {(path, standard.checked) for path in expected}
     names = {split for splits in PARTS.values() for split in splits}
     assert standard.splits.keys() <= names
 
@@ -398,27 +390,39 @@ def food(path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server that both sets' archives are fetched from; the files that it was asked for, not only about."""
+    """A folder from which both sets' archives are fetched, and the files that were fetched.
+
+    Whatever the address, a file of that name is fetched from a server on this machine, and a checksum that
+    torchvision knows is right for the file that is served.
+    """
     folder = tmp_path / "served"
     folder.mkdir()
     aircraft(folder / "fgvc-aircraft-2013b.tar.gz")
     food(folder / "food-101.tar.gz")
-    asked = []
+    fetched = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args):
-            asked.append(self.path)
+            fetched.append(self.path)
 
+    def is_served(path, md5=None):
+        return os.path.isfile(path) and (
+            md5 is None or filecmp.cmp(path, folder / os.path.basename(path), shallow=False)
+        )
+
+    monkeypatch.setattr(utils, "check_integrity", is_served)
     handler = functools.partial(Handler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        url = f"http://127.0.0.1:{running.server_port}"
-        monkeypatch.setattr(datasets.FGVCAircraft, "_URL", f"{url}/fgvc-aircraft-2013b.tar.gz")
-        monkeypatch.setattr(datasets.Food101, "_URL", f"{url}/food-101.tar.gz")
-        checksum = hashlib.md5((folder / "food-101.tar.gz").read_bytes()).hexdigest()
-        monkeypatch.setattr(datasets.Food101, "_MD5", checksum)
-        yield folder, asked
+        address = f"http://127.0.0.1:{running.server_port}"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever http_proxy says
+        monkeypatch.setattr(
+            urllib.request,
+            "urlopen",
+            lambda request: opener.open(f"{address}/{os.path.basename(request.full_url)}"),
+        )
+        yield folder, fetched
         running.shutdown()
         thread.join()
 
@@ -428,12 +432,12 @@ def ends(paths):
 
 
 def test_archives_put_there_by_hand_are_unpacked_and_stay(cache, server, monkeypatch):
-    served, asked = server
+    served, fetched = server
     folder = cache / "sets" / "food101"
     folder.mkdir(parents=True)
     (folder / "food-101.tar.gz").write_bytes((served / "food-101.tar.gz").read_bytes())
     paths, labels, classes = open_standard("food101", "gallery")
-    assert asked == []
+    assert fetched == []
     assert (ends(paths), labels.tolist(), classes) == (
         ["pie/2.jpg", "pie/1.jpg", "egg/1.jpg"],
         [1, 1, 0],
@@ -447,14 +451,14 @@ def test_archives_put_there_by_hand_are_unpacked_and_stay(cache, server, monkeyp
 
 @pytest.mark.parametrize("name, first", [("food101", "pie/2.jpg"), ("fgvc_aircraft", "01.jpg")])
 def test_half_an_archive_is_fetched_again(cache, server, name, first):
-    served, asked = server
+    served, fetched = server
     (archive,) = SETS[name].archives
     folder = cache / "sets" / name
     (folder / "fetched").mkdir(parents=True)
-    whole = (served / archive).read_bytes()
-    (folder / "fetched" / archive).write_bytes(whole[: len(whole) // 2])
+    complete = (served / archive).read_bytes()
+    (folder / "fetched" / archive).write_bytes(complete[: len(complete) // 2])
     assert ends(open_standard(name, "pretraining")[0])[0] == first
-    assert f"/{archive}" in asked
+    assert f"/{archive}" in fetched
     assert sorted(os.listdir(folder)) == ["files", "lock"]
 
 
@@ -462,26 +466,26 @@ def test_half_an_archive_put_there_by_hand_is_an_error(cache, server):
     served, _ = server
     folder = cache / "sets" / "fgvc_aircraft"
     folder.mkdir(parents=True)
-    whole = (served / "fgvc-aircraft-2013b.tar.gz").read_bytes()
-    (folder / "fgvc-aircraft-2013b.tar.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="Compressed file ended.*put fgvc-aircraft-2013b.tar.gz, whole"):
+    complete = (served / "fgvc-aircraft-2013b.tar.gz").read_bytes()
+    (folder / "fgvc-aircraft-2013b.tar.gz").write_bytes(complete[: len(complete) // 2])
+    with pytest.raises(ValueError, match="Compressed file ended.*put fgvc-aircraft-2013b.tar.gz, complete"):
         open_standard("fgvc_aircraft", "queries")
-    (folder / "fgvc-aircraft-2013b.tar.gz").write_bytes(whole)
+    (folder / "fgvc-aircraft-2013b.tar.gz").write_bytes(complete)
     paths, labels, classes = open_standard("fgvc_aircraft", "queries")
     assert (ends(paths), labels.tolist(), classes) == (["21.jpg", "20.jpg"], [1, 0], ["A320", "DC-10"])
 
 
 def test_a_download_outlives_an_interruption_of_unpacking(cache, server, monkeypatch):
-    _, asked = server
+    _, fetched = server
     with monkeypatch.context() as patch:
         patch.setattr(utils, "extract_archive", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             open_standard("food101", "queries")
     assert below(cache / "sets" / "food101") == ["fetched/food-101.tar.gz", "lock"]
-    assert "/food-101.tar.gz" in asked
-    asked.clear()
+    assert "/food-101.tar.gz" in fetched
+    fetched.clear()
     assert ends(open_standard("food101", "queries")[0]) == ["egg/3.jpg"]
-    assert asked == []
+    assert fetched == []
     assert sorted(os.listdir(cache / "sets" / "food101")) == ["files", "lock"]
 
 
