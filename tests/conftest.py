@@ -1,9 +1,40 @@
+"""What all tests share, and which of them a bare install can run: the operations need torch alone."""
+
 import logging
 import os
 import subprocess
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+
+# What bincomm[train] and bincomm[eval] bring, by module; tests outside BARE need all of it.
+PACKAGES = (
+    "timm",
+    "nvidia",
+    "safetensors",
+    "jsonargparse",
+    "PIL",
+    "tqdm",
+    "tensorboard",
+    "matplotlib",
+    "sklearn",
+)
+PACKAGES += ("pyarrow", "faiss", "scipy")
+BARE = {"test_ops", "test_kernels", "test_gpu", "test_objectives.py", "test_packaging.py"}
+BARE |= {"test_architecture.py"}
+missing = [name for name in PACKAGES if find_spec(name) is None]
+left_out = sorted(path.name for path in Path(__file__).parent.glob("test_*") if path.name not in BARE)
+collect_ignore = left_out if missing else []
+
+
+def pytest_report_header():
+    """Says which tests are left out, and why."""
+    if missing:
+        return [f"left out: {', '.join(left_out)}: they need bincomm[all], here without {', '.join(missing)}"]
+    return []
+
 
 # Without a GPU Triton kernels run in its interpreter, which must be chosen before triton is imported.
 if not torch.cuda.is_available():

@@ -14,7 +14,10 @@ LAYERS = {
     "commands": {"commands"},
     "functions": {"api", "pretrain", "adapt", "compare", "evaluate", "encode"},
     "tasks": {"pretraining", "adaptation", "comparison", "evaluation", "codes", "profiling"},
-    "parts": {"config", "building", "weights", "engine", "data", "objectives", "networks", "diagnosis"},
+    "engine": {"engine"},
+    "building": {"building"},
+    "configuration": {"config", "weights"},
+    "parts": {"data", "objectives", "networks", "diagnosis"},
     "ground": {"distributed", "ops", "files", "bits", "logs"},
     "compiled": {"kernels", "_C"},
 }

@@ -44,4 +44,4 @@ class UnusableImages:
     def write_all(self) -> None:
         """List all that have been met, also in batches that are being made, because there are too many."""
         with contextlib.suppress(OSError):  # the error that is to be reported is the other one
-            write_unusable(self.path, self.loader.found_unusable())
+            write_unusable(self.path, self.loader.all_unusable())
