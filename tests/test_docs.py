@@ -1,0 +1,431 @@
+"""The documentation holds: links lead somewhere, and every command and every block of Python runs.
+
+A command is run by the rule of its first words in `RULES`, which says how it is made cheap; one without a
+rule fails. Commands of bincomm run in this process, as the console script runs them, in a folder that holds
+what the pages speak of: `~/pictures`, `runs/digits`, `codes`, `cat.jpg` ...
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from PIL import Image
+
+from tests.pages import LANGUAGES, PAGES, ROOT, anchors, blocks, commands, inline_code, links
+from tests.scenes import write_scenes
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+COMMANDS: dict[str, tuple[str, list[str]]] = {}  # each once: how it reads -> where, and its words
+for _block in BLOCKS:
+    if _block.language == "sh":
+        for _words in commands(_block):
+            COMMANDS.setdefault(" ".join(_words), (_block.where, _words))
+
+WITH_PYTHON = [page for page in PAGES if any(b.page == page and b.language == "python" for b in BLOCKS)]
+
+FOLDERS = ("pictures", "imagenet", "pacs128/photo", "pacs128/sketch", "cifar10-5000", "drawn")
+RUNS = ("runs/digits", "runs/pictures", "runs/photo", "runs/cifar")
+
+# What makes a run short, whatever the command says, and what makes it small where the command does not say.
+SHORT = {"max_steps": 2, "batch_size": 8, "threads": 1, "hidden": 16}
+SMALL = {
+    "device": "cpu",
+    "precision": "fp32",
+    "bits": 16,
+    "backbone": "test_vit",
+    "backbone_args": '{"patch_size": 8, "depth": 1}',
+    "global_size": 32,
+    "local_size": 16,
+    "local_crops": 1,
+}
+NAMED_BACKBONE = SMALL | {"local_size": 32}  # which stems and strides of large networks need
+del NAMED_BACKBONE["backbone"], NAMED_BACKBONE["backbone_args"]
+
+# What is put into blocks of Python; each must be there.
+IN_PYTHON = {
+    "epochs=3)": "epochs=3, **small)",
+    'evaluate("runs/digits", data="digits")': 'evaluate("runs/digits", data="drawn")',
+}
+
+
+# Links
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for link in links(page):
+        if link.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(ROOT), f"{page.name}: {link} leads out of the repository"
+        assert target.exists(), f"{page.name}: {link} leads nowhere"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name}: {target.name} has no heading for #{anchor}"
+
+
+def test_links_lead_from_the_first_page_to_every_other():
+    targets = {(ROOT / link.partition("#")[0]).resolve() for link in links(PAGES[0])}
+    assert targets >= set(PAGES[1:])
+
+
+# The changelog speaks of what is no more, too.
+@pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "CHANGELOG"], ids=lambda page: page.name)
+def test_files_and_targets_that_are_named_are_there(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for code in inline_code(page):
+        if re.fullmatch(r"(bincomm|kernels|csrc|tests|benchmarks|docs|examples)/[\w./-]*", code):
+            assert (ROOT / code).exists() or "NAME" in code, f"{page.name}: there is no {code}"
+        if code.startswith("make "):
+            assert code.split()[1] in targets, f"{page.name}: there is no target of {code}"
+        if code.startswith("bincomm "):
+            assert code.split()[1] in (*SUBCOMMANDS, "COMMAND"), f"{page.name}: there is no {code}"
+
+
+def test_the_readme_is_one_page():
+    assert len(PAGES[0].read_text().splitlines()) <= 200
+
+
+def test_every_block_says_what_it_is():
+    for block in BLOCKS:
+        assert block.language in LANGUAGES, f"{block.where}: {block.language!r}"
+
+
+def test_the_citation_is_complete():
+    """The keys that version 1.2.0 of the format asks for."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    (paper,) = citation["references"]
+    assert {"type", "title", "authors"} <= paper.keys()
+    assert paper["url"] == "https://arxiv.org/abs/2602.09764"
+    for author in citation["authors"] + paper["authors"]:
+        assert author.keys() in ({"name"}, {"family-names", "given-names"})
+    assert str(citation["version"]) == importlib.metadata.version("bincomm")
+
+
+# Commands
+
+
+def test_every_command_has_a_rule():
+    without = [f"{where}: {text}" for text, (where, words) in COMMANDS.items() if find_rule(words) is None]
+    assert not without, "tests/test_docs.py has no rule for\n" + "\n".join(without)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", COMMANDS, ids=[where for where, _ in COMMANDS.values()])
+def test_commands_run(text, workspace):
+    rule = find_rule(COMMANDS[text][1])
+    assert rule is not None, f"{COMMANDS[text][0]}: tests/test_docs.py has no rule for {text}"
+    rule([os.path.expanduser(word) for word in COMMANDS[text][1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_python_runs(page, workspace):
+    """All blocks of a page one after another, as a reader would type them."""
+    namespace: dict = {"__name__": "__page__", "small": python_options()}
+    for block in blocks(page):
+        if block.language == "python":
+            remove_output("pictures" if "bincomm.pretrain(" in block.text else None)
+            if "bincomm.encode(" in block.text:
+                shutil.rmtree("codes", ignore_errors=True)
+            exec(compile("\n" * block.line + cheap_python(block.text), str(page), "exec"), namespace)
+
+
+def test_what_is_replaced_in_python_is_there():
+    text = "".join(block.text for block in BLOCKS if block.language == "python")
+    assert all(pattern in text for pattern in IN_PYTHON)
+
+
+def cheap_python(text: str) -> str:
+    for pattern, replacement in IN_PYTHON.items():
+        text = text.replace(pattern, replacement)
+    return text
+
+
+def python_options() -> dict:
+    """`SHORT` and `SMALL` as keyword arguments."""
+    return {**SHORT, **SMALL, "backbone_args": json.loads(str(SMALL["backbone_args"]))}
+
+
+def remove_output(name: str | None) -> None:
+    if name is not None:
+        shutil.rmtree(Path("runs", name), ignore_errors=True)
+
+
+# How commands are run
+
+
+def main(arguments: list[str]) -> None:
+    """A command of bincomm, in this process; it must succeed."""
+    from bincomm import cli
+
+    try:
+        status = cli.main(arguments)
+    except SystemExit as end:  # of --help
+        status = end.code
+    assert status in (0, None), f"bincomm {' '.join(arguments)} ended with {status}"
+
+
+def value_of(option: str, words: list[str]) -> str | None:
+    return words[words.index(option) + 1] if option in words else None
+
+
+def replace(words: list[str], **values: str) -> list[str]:
+    """Give options these values, those of the command left out."""
+    words = list(words)
+    for option, value in values.items():
+        if f"--{option}" in words:
+            at = words.index(f"--{option}")
+            del words[at : at + 2]
+        words += [f"--{option}", value]
+    return words
+
+
+def small(words: list[str]) -> list[str]:
+    """A command that trains, short and small, on drawn images in place of the 1 797 digits."""
+    sizes = NAMED_BACKBONE if "--backbone" in words else SMALL
+    words = replace(words, data="drawn") if value_of("--data", words) in (None, "digits") else words
+    options = SHORT | {key: value for key, value in sizes.items() if f"--{key}" not in words}
+    return [*words, *(f"--{key}={value}" for key, value in options.items())]
+
+
+def anew(words: list[str]) -> list[str]:
+    """Without what an earlier command left in its output."""
+    output = value_of("--output", words) or "runs/digits"
+    if Path(output).is_dir():
+        shutil.rmtree(output)
+    return words
+
+
+def train(words: list[str]) -> None:
+    """`bincomm pretrain`, `adapt`: two steps of a tiny network on a few drawn images."""
+    main(words if "--help" in words else small(anew(words)))
+
+
+def compare(words: list[str]) -> None:
+    """`bincomm compare`: three steps of each method, two an epoch, with a reset; one method in place of the
+    four that are the default."""
+    output = value_of("--output", words) or f"runs/compare-{value_of('--recipe', words) or 'digits'}"
+    shutil.rmtree(output, ignore_errors=True)
+    recipe = [] if "--recipe" in words else ["--recipe=digits"]
+    words = words if "--methods" in words else [*words, "--methods", "bits-reset"]
+    words = replace(words, data="drawn", reset_every="1", prototypes="8", output=output)
+    main([*small(words), *recipe, "--batch_size=16", "--max_steps=3"])
+
+
+def on_drawn_images(words: list[str]) -> None:
+    """`bincomm evaluate`, `codes`: drawn images in place of the 1 797 digits."""
+    main(replace(words, data="drawn") if value_of("--data", words) == "digits" else words)
+
+
+def encode(words: list[str]) -> None:
+    main(anew(words))
+
+
+def look(words: list[str]) -> None:
+    main(words)
+    Image.open(value_of("--sheet", words) or "look.png").verify()
+
+
+def profile(words: list[str]) -> None:
+    """`bincomm profile`: one step of a tiny network."""
+    main([*small(words), "--steps=1"])
+
+
+SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "pretrain": train,
+    "adapt": train,
+    "compare": compare,
+    "evaluate": on_drawn_images,
+    "encode": encode,
+    "search": main,
+    "codes": on_drawn_images,
+    "profile": profile,
+    "data": lambda words: {"look": look, "shard": encode}.get(words[1], main)(words),
+    "doctor": main,
+}
+
+
+def torchrun(words: list[str]) -> None:
+    """Two processes of this machine in place of all others, one where several machines are spoken of; a tiny
+    network, two steps."""
+    start = words.index("--no-python")
+    options, command = words[:start], words[start + 1 :]
+    assert command[0] == "bincomm"
+    several = "--nnodes" in options
+    with contextlib.closing(socket.create_server(("localhost", 0))) as server:
+        endpoint = f"localhost:{server.getsockname()[1]}"
+    for option, value in (
+        ("--nproc-per-node", "1" if several else "2"),
+        ("--nnodes", "1"),
+        ("--rdzv-endpoint", endpoint),
+    ):
+        if option in options:
+            options[options.index(option) + 1] = value
+    command = small(anew(command[1:]))
+    run(
+        [sys.executable, "-m", "torch.distributed.run", *options[1:], "-m", "bincomm.cli", *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+
+
+def make(words: list[str]) -> None:
+    """Whether make knows the target, and how to get there; nothing is carried out: it takes minutes, a GPU,
+    or is what runs this test."""
+    steps = run(["make", "--dry-run", *words[1:]], cwd=ROOT)
+    assert steps.strip(), f"{' '.join(words)} does nothing"
+
+
+def pip(words: list[str]) -> None:
+    """Requirements that can be read, and extras that there are; nothing is installed."""
+    assert words[1] == "install"
+    extras = set(importlib.metadata.metadata("bincomm").get_all("Provides-Extra"))
+    for word in words[2:]:
+        if word.startswith("-"):
+            assert word == "--no-build-isolation"
+        elif word.startswith("."):
+            assert Requirement(f"bincomm{word[1:]}").extras <= extras
+        else:
+            Requirement(word)
+
+
+def pytest_of_venv(words: list[str]) -> None:
+    """The tests and markers that it names are there; the tests are not run once more."""
+    words = words[3:]
+    if "-m" in words:
+        at = words.index("-m")
+        markers = re.findall(r"^    \"(\w+):", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+        assert set(re.findall(r"\w+", words[at + 1])) - {"not", "and", "or"} <= set(markers)
+        del words[at : at + 2]
+    assert words
+    for path in words:
+        assert (ROOT / path).exists()
+
+
+def example(words: list[str]) -> None:
+    """`examples/minimal.py`: one epoch of three steps on the digits, in this process."""
+    script, *options = words[1:]
+    arguments = [script, *options, "--epochs", "1", "--batch_size", "479"]
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setattr(sys, "argv", arguments)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert output.getvalue()
+
+
+RULES: dict[tuple[str, ...], Callable[[list[str]], None]] = {
+    **{("bincomm", name): lambda words, rule=rule: rule(words[1:]) for name, rule in SUBCOMMANDS.items()},
+    ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun"): lambda words: torchrun(words[1:]),
+    ("torchrun",): torchrun,
+    ("make",): make,
+    ("pip",): pip,
+    (".venv/bin/python", "-m", "pytest"): pytest_of_venv,
+    ("python", "examples/minimal.py"): example,
+}
+
+
+def find_rule(words: list[str]) -> Callable[[list[str]], None] | None:
+    return next((rule for start, rule in RULES.items() if tuple(words[: len(start)]) == start), None)
+
+
+def run(command: list[str], **options) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+# What the pages speak of
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A home folder with images, runs, codes and shards."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "MPLCONFIGDIR", matplotlib.get_cachedir()
+        )  # else fonts are listed once more, for a minute
+        patch.chdir(home)
+        patch.setenv("HOME", str(home))
+        patch.setenv("BINCOMM_CACHE", str(home / "cache"))
+        for folder in FOLDERS:
+            Path(folder).parent.mkdir(exist_ok=True)
+            write_scenes(folder, 40, seed=0, test_count=20, size=24)
+        shutil.copy(next(Path("drawn").glob("train/*/*.png")), "cat.png")
+        Image.open("cat.png").save("cat.jpg")
+        write_cifar10(Path("cache/sets/cifar10/files"))
+        write_davis(Path("DAVIS"))
+        write_masks(Path("masks"))
+        shutil.copy(ROOT / "bincomm/recipes/digits.yaml", "mine.yaml")
+        main(small(["pretrain", "--recipe", "digits", "--data", "drawn", "--output", RUNS[0]]))
+        for run_folder in RUNS[1:]:
+            shutil.copytree(RUNS[0], run_folder)
+        main(["encode", RUNS[0], "--data", "pictures", "--output", "codes"])
+        main(["data", "shard", "--data", "pictures", "--output", "shards"])
+        yield home
+
+
+@pytest.fixture
+def workspace(prepared, monkeypatch):
+    monkeypatch.chdir(prepared)
+    monkeypatch.setenv("HOME", str(prepared))
+    monkeypatch.setenv("BINCOMM_CACHE", str(prepared / "cache"))
+
+
+def write_cifar10(folder: Path) -> None:
+    """Drawn images where bincomm keeps the standard set, as if it had been fetched."""
+    write_scenes(folder, 40, seed=1, test_count=20, size=32)
+    classes = sorted(path.name for path in (folder / "train").iterdir())
+    splits = {
+        split: [
+            [str(path.relative_to(folder)), classes.index(path.parent.name)]
+            for path in sorted(folder.glob(f"{split}/*/*.png"))
+            if path.parent.name in classes
+        ]
+        for split in ("train", "test")
+    }
+    (folder / "index.json").write_text(json.dumps({"classes": classes, "splits": splits}))
+
+
+def write_davis(folder: Path) -> None:
+    """Four frames in which a square moves, in the layout of DAVIS-2017."""
+    (folder / "ImageSets" / "2017").mkdir(parents=True)
+    (folder / "ImageSets" / "2017" / "val.txt").write_text("square\n")
+    for kind, extension in (("JPEGImages", "jpg"), ("Annotations", "png")):
+        (folder / kind / "480p" / "square").mkdir(parents=True)
+        for frame in range(4):
+            mask = np.zeros((64, 96), np.uint8)
+            mask[16:48, 16 + 8 * frame : 48 + 8 * frame] = 1
+            picture = Image.fromarray(200 * mask).convert("RGB")
+            if kind == "Annotations":
+                picture = Image.fromarray(mask, "P")
+                picture.putpalette([0, 0, 0, 255, 0, 0])
+            picture.save(folder / kind / "480p" / "square" / f"{frame:05}.{extension}")
+
+
+def write_masks(folder: Path) -> None:
+    """Images of two halves, and masks that name them."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, 32:] = 1
+    for half in ("train", "val"):
+        for kind, pixels in (("images", 200 * mask), ("masks", mask)):
+            (folder / half / kind).mkdir(parents=True)
+            for number in range(2):
+                Image.fromarray(pixels).save(folder / half / kind / f"{number}.png")
