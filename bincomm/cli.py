@@ -22,6 +22,8 @@ from bincomm.commands.arguments import HelpFormatter, add_verbosity
 from bincomm.logs import did_you_mean
 from bincomm.parsing import explain, key_parser, options_of, parse_options
 
+logger = logging.getLogger("bincomm.cli")  # also where this is __main__
+
 SAVED = 75  # EX_TEMPFAIL
 
 
@@ -128,10 +130,14 @@ def run(call: Call, arguments: list[str]) -> int:
     options = call.options = parse(call, module, arguments[words:])
     level = logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO
     with logs.shown(level):
-        if call.command.keys:
-            options.config = configuration(module, options)
-        call.configured = True
-        return module.run(options) or 0
+        try:
+            if call.command.keys:
+                options.config = configuration(module, options)
+            call.configured = True
+            return module.run(options) or 0
+        except Exception:
+            logger.debug("%s ended early", name, exc_info=True)
+            raise
 
 
 def parse(call: Call, module: ModuleType, arguments: list[str]) -> argparse.Namespace:

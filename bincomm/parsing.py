@@ -12,6 +12,7 @@ import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from bincomm.config import PretrainConfig
@@ -111,12 +112,18 @@ def check_keys(keys: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
         if key not in KEYS:
             raise ValueError(f"{origin}there is no key {key!r}{did_you_mean(str(key), KEYS)}")
     values = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in keys.items()}
-    parser = key_parser()
-    add_keys(parser)
     try:
-        return parser.parse_object(values, defaults=False).as_dict()
+        return checking_parser().parse_object(values, defaults=False).as_dict()
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
         raise ValueError(origin + explain(str(error))) from error
+
+
+@cache
+def checking_parser() -> "ArgumentParser":
+    """A parser of all keys, for values that are no options."""
+    parser = key_parser()
+    add_keys(parser)
+    return parser
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[str]:
@@ -134,9 +141,7 @@ def explain(error: str, options: Iterable[str] = ()) -> str:
     elif match := re.match(r"unrecognized arguments: ([^\s=]*)", error):
         if match[1].startswith("-"):
             return f"there is no option {match[1]}{did_you_mean(match[1], options)}"
-        return (
-            f"unexpected {match[1]!r}; several values of an option are in one argument, as in {LIST_EXAMPLE}"
-        )
+        return f"unexpected {match[1]!r}; lists are written as in {LIST_EXAMPLE}"
     elif match := re.match(r"argument --(\w+): (.*)", error, re.DOTALL):
         return match[2] if match[2].startswith(f"{match[1]}: ") else f"{match[1]}: {match[2]}"
     elif match := re.match(r"the following arguments are required: (.*)", error):
