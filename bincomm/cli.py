@@ -129,7 +129,7 @@ def run(call: Call, arguments: list[str]) -> int:
     module = importlib.import_module(f"bincomm.commands.{name.replace(' ', '_')}")
     options = call.options = parse(call, module, arguments[words:])
     level = logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO
-    with logs.shown(level):
+    with logs.showing(level):
         try:
             if call.command.keys:
                 options.config = configuration(module, options)

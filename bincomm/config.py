@@ -252,6 +252,9 @@ def configure_comparison(recipe: str | None = None, **keys: Any) -> PretrainConf
     Raises:
         ValueError: the key method is given, or as `configure`.
     """
+    from bincomm.parsing import check_keys
+
+    keys = check_keys(keys)
     if keys.get("method") is not None:
         raise ValueError("method: compare takes --methods, for example --methods=bits-reset,dino")
     recipe = recipe or choose_recipe(keys.get("data", "digits"))

@@ -50,7 +50,7 @@ def show(level: int = logging.INFO) -> None:
 
 
 @contextmanager
-def shown(level: int) -> Iterator[None]:
+def showing(level: int) -> Iterator[None]:
     """As `show`, and at the end as it was before."""
     handlers, level_before, propagate = ROOT.handlers, ROOT.level, ROOT.propagate
     show(level)

@@ -151,6 +151,9 @@ def test_a_comparison_has_an_output_of_its_own(tmp_path):
     (tmp_path / "mine.yaml").write_text("output: runs/x\nmethod: bits\n")
     assert configure_comparison(str(tmp_path / "mine.yaml")).output == "runs/compare-mine"
     assert configure_comparison("digits", output="runs/y").output == "runs/y"
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
+    config = configure_comparison(data=tmp_path)  # a path from Python, for which the images choose
+    assert (config.data, config.output) == (str(tmp_path), "runs/compare-small_images")
     with pytest.raises(ValueError, match="method: compare takes --methods"):
         configure_comparison("digits", method="dino")
 
