@@ -1,21 +1,20 @@
 """Domain adaptation: a pretrained backbone learns on, by the same objective, from images of a target."""
 
-import argparse
 import json
 import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, parse, read_config, recipe_path
+from bincomm.config import PretrainConfig, read_config
+from bincomm.config import configure as configure_run
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.evaluation.measure import classify, device_of, look_at
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.files import write_json
 from bincomm.pretraining import pretrain
+from bincomm.recipes import read_recipe
 from bincomm.weights import read_metadata
 
 # What is not taken over from the run that a backbone comes from, besides what the recipe says.
@@ -24,33 +23,28 @@ OWN = ("data", "output", "resume", "init_from", "device")
 SOURCES = ("backbone", "backbone_args", "mean", "std")
 
 
-def configure(source: str, arguments: list[str]) -> PretrainConfig:
-    """The configuration of an adaptation: a command line's options, before the recipe's (adapt unless they
-    name another), before those of the run that the backbone comes from, before the defaults. The name and
-    arguments of the backbone and its mean and std are the source's, whatever the recipe.
+def configure(source: str | Path, recipe: str = "adapt", **keys: Any) -> PretrainConfig:
+    """The configuration of an adaptation: the keys given, before the recipe's, before those of the run that
+    the backbone comes from, before the defaults. The name and arguments of the backbone and its mean and std
+    are the source's, whatever the recipe.
 
     Args:
         source: a run's directory, a .safetensors file, or a timm model with pretrained weights.
-        arguments: options of `bincomm pretrain`.
+        recipe: the name of one, or the path of a YAML file.
+        keys: of `PretrainConfig`, without init_from.
 
     Raises:
-        ValueError: there is no such source, or what `bincomm.config.parse` raises it for.
+        ValueError: there is no such source, or what `bincomm.config.configure` raises it for.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", default="adapt")
-    parser.add_argument("--init_from")
-    parser.add_argument("--backbone")
-    known, _ = parser.parse_known_args(arguments)
-    if known.init_from is not None:
+    source = os.fspath(source)
+    if keys.get("init_from") is not None:
         raise ValueError("init_from: adapt begins with the backbone that --from names")
-    theirs = keys_taken(source)
-    if not theirs and known.backbone is None:
+    inherited = keys_taken(source)
+    if not inherited and keys.get("backbone") is None:
         raise ValueError(f"from: {source} does not say of which backbone it is; say --backbone")
-    said = yaml.safe_load(recipe_path(known.recipe).read_text()) or {}
-    taken = {key: value for key, value in theirs.items() if key not in said or key in SOURCES}
-    options = [f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in taken.items()]
-    given = [f"--recipe={known.recipe}", *options, *arguments, f"--init_from={source}"]
-    return parse(given)[0]
+    recipe_keys = read_recipe(recipe)
+    taken = {key: value for key, value in inherited.items() if key not in recipe_keys or key in SOURCES}
+    return configure_run(recipe, **{**taken, **keys, "init_from": source})
 
 
 def keys_taken(source: str) -> dict[str, Any]:

@@ -1,24 +1,13 @@
 """Configuration of a pretraining run: one flat set of keys for recipes, command line and Python."""
 
-import argparse
-import difflib
-import json
 import math
 import os
-import re
 from dataclasses import asdict, dataclass, field, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
-
 from bincomm.data.crops import Crops
-from bincomm.data.images import UnusableImageError, load
-from bincomm.data.sources import open_source
-from bincomm.data.standard import SETS
+from bincomm.recipes import choose_recipe, read_recipe
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with others.
 # The last row changes results by rounding, and which paths drop_path drops.
@@ -30,8 +19,9 @@ INCIDENTAL = (
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything that determines a pretraining run. The defaults are the paper's: ViT-B/16, ImageNet-1K, 100
-    epochs.
+    """Everything that determines a pretraining run.
+
+    The defaults are the paper's: ViT-B/16, ImageNet-1K, 100 epochs.
 
     Args:
         data: a folder of images (nested or flat), tar shards (data-{000..127}.tar), a .txt file of image
@@ -137,19 +127,19 @@ class PretrainConfig:
     accumulate: int = 1
     checkpoint_activations: bool = False
     fsdp: bool = False
-    global_size: int = 224
-    global_scale: tuple[float, float] = (0.4, 1.0)
-    local_crops: int = 10
-    local_size: int = 96
-    local_scale: tuple[float, float] = (0.05, 0.4)
-    flip: float = 0.5
-    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
-    jitter_p: float = 0.8
-    gray: float = 0.2
-    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)
-    solarize: float = 0.2
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    global_size: int = Crops.global_size
+    global_scale: tuple[float, float] = Crops.global_scale
+    local_crops: int = Crops.local_crops
+    local_size: int = Crops.local_size
+    local_scale: tuple[float, float] = Crops.local_scale
+    flip: float = Crops.flip
+    jitter: tuple[float, float, float, float] = Crops.jitter
+    jitter_p: float = Crops.jitter_p
+    gray: float = Crops.gray
+    blur: tuple[float, float, float] = Crops.blur
+    solarize: float = Crops.solarize
+    mean: tuple[float, float, float] = Crops.mean
+    std: tuple[float, float, float] = Crops.std
     eval_crop: float = 0.875
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 4
@@ -178,7 +168,7 @@ class PretrainConfig:
             raise ValueError(
                 f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}"
             )
-        if self.cuda_graph and self.checkpoint_activations:  # whose random state cannot be read in a capture
+        if self.cuda_graph and self.checkpoint_activations:  # it reads a random state, which no capture may
             raise ValueError("cuda_graph: expected false with checkpoint_activations, got true")
         if not self.data:
             raise ValueError(f"data: expected a source of images, got {self.data!r}")
@@ -208,16 +198,18 @@ class PretrainConfig:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Keys another run's configuration has otherwise, with (theirs, ours); incidental ones left out. A
-        key that it lacks, as one of an earlier version does, had its default."""
-        ours, other = self.as_dict(), PretrainConfig().as_dict() | other
-        keys = [key for key in ours if key not in INCIDENTAL]
+        """Keys that differ in another run's configuration, with (its value, this one's); incidental ones are
+        left out. A key that it lacks, as one of an earlier version does, had its default."""
+        from bincomm.data.standard import SETS
+
+        values, other = self.as_dict(), PretrainConfig().as_dict() | other
+        keys = [key for key in values if key not in INCIDENTAL]
         named = {"digits", *SETS}
         for key in ("data", "init_from"):
-            places = [d for d in (ours[key], other.get(key)) if isinstance(d, str) and d not in named]
-            if len(places) == 2 and len({os.path.abspath(os.path.expanduser(p)) for p in places}) == 1:
-                keys.remove(key)  # the same place in other words
-        return {key: (other.get(key), ours[key]) for key in keys if other.get(key) != ours[key]}
+            paths = [v for v in (values[key], other.get(key)) if isinstance(v, str) and v not in named]
+            if len(paths) == 2 and len({os.path.abspath(os.path.expanduser(path)) for path in paths}) == 1:
+                keys.remove(key)  # two spellings of one path
+        return {key: (other.get(key), values[key]) for key in keys if other.get(key) != values[key]}
 
 
 def read_config(run: Path, key: str) -> dict[str, Any]:
@@ -226,105 +218,59 @@ def read_config(run: Path, key: str) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read; the message begins with `key`, which the run was named by.
     """
+    import yaml
+
     try:
         return dict(yaml.safe_load((run / "config.yaml").read_text()))
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{key}: {run} holds no run whose config.yaml can be read: {error}") from error
 
 
-def recipe_names() -> list[str]:
-    """The recipes that come with bincomm."""
-    return sorted(
-        f.name.removesuffix(".yaml") for f in files("bincomm.recipes").iterdir() if f.name.endswith(".yaml")
-    )
+def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
+    """The configuration of a run: the keys given, before those of a recipe, before the defaults.
 
-
-def recipe_path(recipe: str) -> Path:
-    """The file of a recipe, given its name or the path of a YAML file."""
-    if recipe.endswith((".yaml", ".yml")):
-        if not Path(recipe).is_file():
-            raise ValueError(f"recipe: there is no file {recipe}")
-        return Path(recipe)
-    if recipe not in recipe_names():
-        near = difflib.get_close_matches(recipe, recipe_names(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"recipe: there is none named {recipe!r}{hint} Recipes: {', '.join(recipe_names())}")
-    return Path(str(files("bincomm.recipes") / f"{recipe}.yaml"))
-
-
-def choose_recipe(data: str | dict[str, float]) -> str:
-    """The recipe that fits some data: digits for the digits, else by the size of a few of its images.
-
-    Images above 64 pixels get a small ViT, or where there is no GPU a recipe that runs without one.
-    """
-    if data == "digits":
-        return "digits"
-    images = open_source(data).images
-    sizes = []
-    for index in range(0, len(images), max(1, len(images) // 16)):
-        try:
-            sizes.append(min(load(images, index)[1]))
-        except UnusableImageError:
-            continue  # the loader names what it cannot use
-    if sizes and sorted(sizes)[len(sizes) // 2] <= 64:
-        return "small_images"
-    return "vit_small_in1k" if torch.cuda.is_available() else "resnet18_cpu"
-
-
-def parse_data(text: str) -> str | dict[str, float]:
-    """The key `data` of a command line: a mapping of sources to weights in JSON, or one source.
+    Args:
+        recipe: a name in `bincomm.recipes.recipe_names()`, or a YAML file; None: what fits the images.
+        keys: of `PretrainConfig`.
 
     Raises:
-        ValueError: it begins as a mapping does and is none.
+        ValueError: an unknown recipe or key, or a value that does not fit; the message names it.
+        OSError: the recipe cannot be read.
     """
-    if not text.startswith("{") or text.endswith(".tar") or os.path.exists(text):
-        return text
-    try:
-        return {name: float(weight) for name, weight in json.loads(text).items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f'data: expected one source or a mapping like {{"photos": 3, "cifar10": 1}}, got {text}: {error}'
-        ) from error
+    from bincomm.parsing import check_keys
+
+    keys = check_keys(keys)
+    recipe = recipe or choose_recipe(keys.get("data", "digits"))
+    values = check_keys(read_recipe(recipe), f"recipe {recipe}: ")
+    return PretrainConfig(**{"output": f"runs/{Path(recipe).stem}", **values, **keys})
+
+
+def configure_comparison(recipe: str | None = None, **keys: Any) -> PretrainConfig:
+    """As `configure`, for `bincomm.comparison.compare`: without an output among the keys it is
+    runs/compare-RECIPE, whatever the recipe says.
+
+    Raises:
+        ValueError: the key method is given, or as `configure`.
+    """
+    from bincomm.parsing import check_keys
+
+    keys = check_keys(keys)
+    if keys.get("method") is not None:
+        raise ValueError("method: compare takes --methods, for example --methods=bits-reset,dino")
+    recipe = recipe or choose_recipe(keys.get("data", "digits"))
+    return configure(recipe, **{"output": f"runs/compare-{Path(recipe).stem}", **keys})
 
 
 def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
-    """The configuration of a command line, and the name of the recipe it starts from.
+    """The configuration that options of `bincomm pretrain` say, and the name of its recipe.
 
     Raises:
-        ValueError: unknown recipe, option or value; the message names it, and the nearest one there is.
+        ValueError, OSError: as `configure`.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--data")
-    known, others = first.parse_known_args(arguments)
-    parser = ArgumentParser(
-        prog="bincomm pretrain",
-        description="Pretrain a backbone on images without labels. The same command resumes a run.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--recipe", type=str, help=f"one of {', '.join(recipe_names())}, or a YAML file")
-    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
-    parser.add_class_arguments(PretrainConfig)
-    if {"-h", "--help"} & set(arguments):
-        parser.parse_args(["--help"])
-    recipe = known.recipe or choose_recipe("digits" if known.data is None else parse_data(known.data))
-    name = Path(recipe).stem
-    path = recipe_path(recipe)
-    if not path.read_text().strip():
-        raise ValueError(f"recipe: {path} is empty")
-    try:
-        chosen = parser.parse_args(["--output", f"runs/{name}", "--config", str(path), *others])
-    except ArgumentError as error:
-        raise ValueError(_with_nearest_option(str(error))) from error
-    values = parser.instantiate(chosen).as_dict()
-    if known.data is not None:
-        values["data"] = parse_data(known.data)
-    return PretrainConfig(**{f.name: values[f.name] for f in fields(PretrainConfig)}), name
+    from bincomm.parsing import add_keys, add_recipe, key_parser, parse_options
 
-
-def _with_nearest_option(message: str) -> str:
-    options = [f.name for f in fields(PretrainConfig)] + ["recipe"]
-    unknown = [a or b for a, b in re.findall(r"--(\w+)|[Oo]ption '(\w+)'", message)]
-    near = difflib.get_close_matches(unknown[0].split(".")[0], options, n=1) if unknown else []
-    return f"{message}; did you mean --{near[0]}?" if near and near[0] != unknown[0] else message
+    parser = key_parser()
+    add_recipe(parser)
+    add_keys(parser)
+    options = parse_options(parser, arguments)
+    return configure(options.recipe, **options.keys), Path(options.recipe).stem

@@ -4,9 +4,12 @@ Progress, notes and warnings go to standard error, above any bar; results go to 
 nothing is shown but warnings until `logging` is set up, by `bincomm.logs.show()` or in any other way.
 """
 
+import difflib
 import logging
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,13 +23,13 @@ class TerminalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record; its rank stands before it where it is not the first one's."""
-        from tqdm import tqdm
-
         try:
             rank = int(os.environ.get("RANK", 0))
             level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
             text = f"{f'rank {rank}: ' if rank else ''}{level}{self.format(record)}"
-            tqdm.write(printable(text), file=sys.stderr)
+            tqdm = sys.modules.get("tqdm")  # without it there are no bars
+            write = print if tqdm is None else tqdm.tqdm.write
+            write(printable(text), file=sys.stderr)
         except Exception:
             self.handleError(record)
 
@@ -46,6 +49,18 @@ def show(level: int = logging.INFO) -> None:
     ROOT.propagate = False
 
 
+@contextmanager
+def showing(level: int) -> Iterator[None]:
+    """As `show`, and at the end as it was before."""
+    handlers, level_before, propagate = ROOT.handlers, ROOT.level, ROOT.propagate
+    show(level)
+    try:
+        yield
+    finally:
+        ROOT.handlers, ROOT.propagate = handlers, propagate
+        ROOT.setLevel(level_before)
+
+
 def progress_bar(**options: Any) -> "tqdm":
     """A bar of tqdm on standard error, where that is a terminal, unless only warnings are to be shown."""
     from tqdm import tqdm
@@ -58,3 +73,9 @@ def printable(text: str) -> str:
     """Text that the terminal takes, for names of files may be of any bytes."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest one there is; empty where none is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

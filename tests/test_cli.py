@@ -1,4 +1,8 @@
+"""The command line as a whole: every command's help, and every way to end."""
+
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -20,36 +24,228 @@ def test_doctor_tells_what_runs_where(capsys):
     assert report["kernels"]["sign_bce"]["cpu"] == "C++"
 
 
-def test_help_and_unknown_commands(capsys):
+def test_help_version_and_unknown_commands(capsys):
     assert cli.main(["--help"]) == 0
     assert "pretrain" in capsys.readouterr().out
     assert cli.main([]) == 2
     assert cli.main(["pretrian"]) == 2
-    assert "did you mean pretrain?" in capsys.readouterr().err
-    assert cli.main(["doctor", "--jason"]) == 2
+    assert "there is no command 'pretrian'; did you mean pretrain?" in capsys.readouterr().err
+    assert cli.main(["data", "varify"]) == 2
+    assert "data: there is no command 'varify'; did you mean verify?" in capsys.readouterr().err
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bincomm {bincomm.__version__}\n"
 
 
-def test_help_of_pretrain_explains_every_key():
-    found = subprocess.run(
-        [sys.executable, "-m", "bincomm.cli", "pretrain", "--help"], capture_output=True, text=True
-    )
-    assert found.returncode == 0
-    assert "--reset_every" in found.stdout
-    assert "draw the head anew every so many epochs" in found.stdout
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*name.split(), "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: bincomm {name} ")
+    assert "--quiet" in text
+    assert "--verbose" in text
+    assert ("--reset_every" in text) == cli.COMMANDS[name].keys
 
 
+def test_help_explains_every_key_and_what_is_the_commands_own(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--reset_every RESET_EVERY draw the head anew every so many epochs; 0 = never; default 10" in text
+    assert "--seeds N,N,..." in text
+    assert "--method METHOD" not in text
+    assert "<class" not in text
+
+
+@pytest.mark.slow
+def test_help_names_the_methods_and_protocols_there_are():
+    from bincomm.commands import compare, evaluate
+    from bincomm.comparison import DEFAULT_METHODS, METHODS
+    from bincomm.evaluation.protocols import PROTOCOLS
+
+    assert ", ".join(METHODS) == compare.METHODS
+    assert ",".join(DEFAULT_METHODS) == compare.DEFAULT_METHODS
+    assert ", ".join(PROTOCOLS) == evaluate.PROTOCOLS
+
+
+@pytest.mark.slow
+def test_help_needs_no_package_that_trains():
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("timm", "nvidia", "matplotlib", "sklearn", "pyarrow", "faiss")))
+from bincomm import cli
+for name in cli.COMMANDS:
+    try:
+        cli.main([*name.split(), "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} -m bincomm.cli doctor | true; echo ${{PIPESTATUS[0]}}"
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert found.stdout.split() == ["141"]
-    assert found.stderr == ""
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.split() == ["141"]
+    assert result.stderr == ""
 
 
-def test_numbers_and_names_that_are_none(capsys):
-    for arguments in (["search", "codes", "--query=a", "--k=1.5"], ["evaluate", "runs/x", "--threads=0"]):
-        with pytest.raises(SystemExit):
-            cli.main(arguments)
-        assert "expected a whole number of at least 1, got" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["evaluate", "", "--data=digits"])
-    assert "expected a path or a name, got an empty string" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["search", "codes", "--query=a", "--k=1.5"], "k: expected a whole number of at least 1, got '1.5'"),
+        (["evaluate", "runs/x", "--threads=0"], "threads: expected a whole number of at least 1, got '0'"),
+        (["evaluate", "", "--data=digits"], "expected a path or a name, got an empty string"),
+        (["search", "codes"], "expected also --query"),
+        (["codes"], "expected also WEIGHTS, --data, --output"),
+        (["doctor", "--jason"], "there is no option --jason; did you mean --json?"),
+        (["data", "verify", "--dat=x", "--data=x"], "there is no option --dat; did you mean --data?"),
+    ],
+)
+def test_options_that_are_wrong_end_a_command_without_keys(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bincomm: error: ")
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "--method=dino"], "method: compare takes --methods"),
+        (["compare", "--seeds=a"], "seeds: expected whole numbers with commas between them, such as 0,1,2"),
+        (["compare", "--seed"], "seed: expected one argument"),
+        (["profile", "--steps=0"], "steps: expected a whole number of at least 1, got '0'"),
+        (["data", "look", "--sheets=x"], "there is no option --sheets; did you mean --sheet?"),
+        (["adapt", "--data=x"], "expected also --from"),
+        (
+            ["adapt", "--from=x", "--data=digits", "--init_from=y"],
+            "init_from: adapt begins with the backbone",
+        ),
+        (["pretrain", "--jitter", "0.1"], "for example --jitter='[0.4, 0.4, 0.2, 0.1]'"),
+        (["pretrain", "--quiet", "--verbose"], "not allowed with"),
+    ],
+)
+def test_options_that_are_wrong_end_a_command_with_keys(arguments, words, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bincomm: error: ")
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_recipe_that_cannot_be_read_is_told_without_a_traceback(tmp_path, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.symlink_to("/proc/self/mem")  # a file, at whose beginning nothing can be read
+    assert cli.main(["pretrain", f"--recipe={recipe}"]) == 2
+    assert capsys.readouterr().err == "bincomm: error: [Errno 5] Input/output error\n"
+
+
+@pytest.mark.parametrize("name", ["compare", "search", "codes", "profile"])
+def test_commands_for_one_process_refuse_several(name, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    assert cli.main([name]) == 2
+    assert f"{name}: expected one process; start it without torchrun" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main([name]) == 2
+    assert capsys.readouterr().err == ""  # it is told once
+    assert statuses == [2, 2]
+
+
+@pytest.fixture
+def ends(monkeypatch, tmp_path):
+    """Run `bincomm pretrain`, whose training ends with an error; returns the status."""
+
+    def run(error, *arguments):
+        def pretrain(config):
+            raise error
+
+        monkeypatch.setattr("bincomm.pretraining.pretrain", pretrain)
+        return cli.main(["pretrain", "--recipe=digits", f"--output={tmp_path / 'run'}", *arguments])
+
+    return run
+
+
+def test_every_error_of_training_has_its_status(ends, tmp_path, capsys):
+    from bincomm.data.loader import TooManyUnusableError
+    from bincomm.distributed.ranks import FirstRankError
+    from bincomm.pretraining import Interrupted, TrainingError
+
+    for error, status in (
+        (ValueError("x"), 2),
+        (OSError("x"), 1),
+        (TrainingError("x"), 1),
+        (TooManyUnusableError("x"), 1),
+    ):
+        assert ends(error, "--quiet") == status
+        assert capsys.readouterr().err == "bincomm: error: x\n"
+    assert ends(ImportError("x"), "--quiet") == 1
+    assert "pretrain needs more packages (x): pip install 'bincomm[train]'" in capsys.readouterr().err
+    assert ends(FirstRankError("x"), "--quiet") == 1
+    assert capsys.readouterr().err == ""
+    assert ends(Interrupted(signal.SIGTERM), "--quiet") == cli.SAVED == 75
+    text = capsys.readouterr().err
+    assert text == f"\nSIGTERM: saved in {tmp_path / 'run'}; the same command goes on from here\n"
+    assert ends(KeyboardInterrupt(), "--quiet") == 130
+    assert capsys.readouterr().err == "\ninterrupted; nothing was saved\n"
+    (tmp_path / "run" / "dino" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "dino" / "checkpoints" / "step-000000001.ckpt").touch()
+    assert ends(KeyboardInterrupt(), "--quiet") == 130
+    assert "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
+
+
+def test_what_is_not_expected_keeps_its_traceback(ends, monkeypatch, capsys):
+    with pytest.raises(RuntimeError, match="a mistake"):
+        ends(RuntimeError("a mistake"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    assert ends(RuntimeError("a mistake")) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_rank_tells_its_own_errors_and_not_those_of_all(ends, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    assert ends(ValueError("device: no GPU")) == 2
+    assert capsys.readouterr().err == "bincomm: error: rank 1: device: no GPU\n"
+    assert ends(None, "--epochs=many") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_logged_goes_to_standard_error_as_far_as_it_is_wanted(ends, capsys):
+    for options, begins, traced in (([], "recipe digits, data", False), (["--verbose"], "recipe", True)):
+        assert ends(ValueError("x"), *options) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err.startswith(begins)
+        assert ("Traceback" in output.err) == traced
+
+
+@pytest.mark.slow
+def test_without_packages_a_command_says_what_to_install():
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("timm", "nvidia", "jsonargparse", "tqdm", "yaml", "pyarrow", "numpy")))
+from bincomm import cli
+assert cli.main(["doctor", "--verbose"]) == 0
+print(*(cli.main(arguments.split()) for arguments in (
+    "pretrain", "data verify --data=x", "encode x --data=y --output=z", "search x --query=y")))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("\n1 1 1 1\n"), result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("bincomm: error: ")]
+    assert [line.partition(" needs more packages ")[0] for line in lines] == [
+        f"bincomm: error: {name}" for name in ("pretrain", "data verify", "encode", "search")
+    ]
+    assert [line.partition("pip install ")[2] for line in lines] == [
+        "'bincomm[train]'", "'bincomm[train]'", "'bincomm[eval]'", "'bincomm[eval]'"
+    ]  # fmt: skip

@@ -1,13 +1,17 @@
 import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("jsonargparse", reason="the command line needs jsonargparse")
 import yaml
 from PIL import Image
 
-from bincomm.config import PretrainConfig, choose_recipe, parse, recipe_names
+from bincomm.config import PretrainConfig, configure, configure_comparison, parse
+from bincomm.data.crops import Crops
+from bincomm.recipes import choose_recipe, recipe_names
 
 
 def test_recipe_and_options():
@@ -52,9 +56,19 @@ def test_a_recipe_names_its_output(tmp_path):
     assert parse([*recipe, "--output", "runs/y"])[0].output == "runs/y"
 
 
-@pytest.mark.parametrize(("text", "words"), [("epoch: 3\n", "epoch.*did you mean --epochs"), ("", "empty")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3\n", "mine.yaml: there is no key 'epoch'; did you mean epochs"),
+        ("epochs: many\n", "mine.yaml: epochs: expected a whole number, got many"),
+        ("", "empty"),
+        ("[epochs, 3]", "expected keys and values"),
+        ("epochs: [3\n", "is no YAML file"),
+        ("- \x80", "is no YAML file"),
+    ],
+)
 def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
-    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "mine.yaml").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"(?s){words}"):
         parse(["--recipe", str(tmp_path / "mine.yaml")])
 
@@ -66,8 +80,20 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
         (["--recipe", "none.yaml"], "recipe: there is no file none.yaml"),
         (["--epoch", "3"], "did you mean --epochs"),
         (["--batchsize=3"], "did you mean --batch_size"),
-        (["--epochs", "many"], "epochs.*many"),
-        (["--precision", "fp8"], "precision.*fp8"),
+        (["--epochs", "many"], "epochs: expected a whole number, got many; for example --epochs=100"),
+        (
+            ["--max_steps", "many"],
+            "max_steps: expected a whole number or null, got many; .* --max_steps=1000",
+        ),
+        (["--precision", "fp8"], "precision: expected one of bf16, fp32, got fp8"),
+        (
+            ["--jitter", "[0.1, 0]"],
+            r"jitter: expected 4 numbers, got \[0.1, 0\]; .* --jitter='\[0.4, 0.4, 0.2",
+        ),
+        (["--cuda_graph", "maybe"], "cuda_graph: expected true or false, got maybe"),
+        (["--backbone_args", "3"], 'backbone_args: expected a mapping, got 3; .*{"layers"'),
+        (["--backbone_args.layers=[1]"], "backbone_args: expected all of it, got a part"),
+        (["stray"], "unexpected 'stray'; lists are written as in"),
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--momentum", "1.5"], "momentum: .*1.5"),
         (["--global_scale", "[0, 1]"], "global_scale"),
@@ -87,6 +113,65 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
 def test_what_is_wrong_is_named(arguments, words):
     with pytest.raises(ValueError, match=f"(?s){words}"):
         parse(["--data", "digits", *arguments])
+
+
+def test_python_says_keys_as_the_command_line_does(tmp_path):
+    config = configure("digits", epochs=7, jitter=[0.1, 0, 0, 0], lr=1, output=tmp_path / "run")
+    options = [
+        "--recipe=digits",
+        "--epochs=7",
+        "--jitter=[0.1, 0, 0, 0]",
+        "--lr=1",
+        f"--output={tmp_path}/run",
+    ]
+    assert config == parse(options)[0]
+    assert config.jitter == (0.1, 0, 0, 0)
+    assert configure().output == "runs/digits"
+    assert configure(data=Path("digits")) == configure("digits")
+    assert configure("small_images", data={"digits": 1}).data == {"digits": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"epoch": 3}, "there is no key 'epoch'; did you mean epochs?"),
+        ({"epochs": "many"}, "epochs: expected a whole number, got many; for example epochs: 100"),
+        ({"jitter": (1, 2)}, "jitter: expected 4 numbers, got [1, 2]"),
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"recipe": "digit"}, "did you mean digits?"),
+    ],
+)
+def test_what_is_wrong_from_python_is_named(keys, words):
+    with pytest.raises(ValueError) as error:
+        configure(**keys)
+    assert words in str(error.value)
+
+
+def test_a_comparison_has_an_output_of_its_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text("output: runs/x\nmethod: bits\n")
+    assert configure_comparison(str(tmp_path / "mine.yaml")).output == "runs/compare-mine"
+    assert configure_comparison("digits", output="runs/y").output == "runs/y"
+    Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
+    config = configure_comparison(data=tmp_path)  # a path from Python, for which the images choose
+    assert (config.data, config.output) == (str(tmp_path), "runs/compare-small_images")
+    with pytest.raises(ValueError, match="method: compare takes --methods"):
+        configure_comparison("digits", method="dino")
+
+
+@pytest.mark.slow
+def test_a_configuration_needs_no_parser():
+    code = """
+        import sys
+        sys.modules.update(dict.fromkeys(("jsonargparse", "yaml", "numpy", "timm")))  # importing them fails
+        from bincomm.config import PretrainConfig
+        print(PretrainConfig(bits=32).crops.global_size)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert result.stdout == f"{Crops.global_size}\n", result.stderr
+
+
+def test_defaults_of_the_crops_are_those_of_crops():
+    assert PretrainConfig().crops == Crops()
 
 
 def test_a_mix_of_sources(tmp_path, monkeypatch):

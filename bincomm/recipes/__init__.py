@@ -1,0 +1,75 @@
+"""Recipes: one YAML file for each kind of run that is known to be good, and the choice among them."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from bincomm.logs import did_you_mean
+
+SMALL = 64  # pixels of an image's shorter side
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with bincomm."""
+    return sorted(
+        f.name.removesuffix(".yaml") for f in files("bincomm.recipes").iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def recipe_path(recipe: str) -> Path:
+    """The file of a recipe, given its name or the path of a YAML file."""
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise ValueError(f"recipe: there is no file {recipe}")
+        return Path(recipe)
+    names = recipe_names()
+    if recipe not in names:
+        raise ValueError(
+            f"recipe: there is none named {recipe!r}{did_you_mean(recipe, names)} Recipes: {', '.join(names)}"
+        )
+    return Path(str(files("bincomm.recipes") / f"{recipe}.yaml"))
+
+
+def read_recipe(recipe: str) -> dict[str, Any]:
+    """The keys of a recipe, given its name or the path of a YAML file, as they stand there.
+
+    Raises:
+        ValueError: there is no such recipe, or it holds no keys.
+        OSError: it cannot be read.
+    """
+    import yaml
+
+    path = recipe_path(recipe)
+    try:
+        keys = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe: {path} is no YAML file: {' '.join(str(error).split())}") from error
+    if not keys:
+        raise ValueError(f"recipe: {path} is empty")
+    if not isinstance(keys, dict):
+        raise ValueError(f"recipe: expected keys and values in {path}, such as epochs: 40, got {keys!r}")
+    return keys
+
+
+def choose_recipe(data: str | dict[str, float]) -> str:
+    """The recipe that fits some data: digits for the digits, else by the size of a few of its images.
+
+    Images above 64 pixels get a small ViT, or where there is no GPU a recipe that runs without one.
+    """
+    if data == "digits":
+        return "digits"
+    import torch
+
+    from bincomm.data.images import UnusableImageError, load
+    from bincomm.data.sources import open_source
+
+    images = open_source(data).images
+    sizes = []
+    for index in range(0, len(images), max(1, len(images) // 16)):
+        try:
+            sizes.append(min(load(images, index)[1]))
+        except UnusableImageError:
+            continue  # the loader names what it cannot use
+    if sizes and sorted(sizes)[len(sizes) // 2] <= SMALL:
+        return "small_images"
+    return "vit_small_in1k" if torch.cuda.is_available() else "resnet18_cpu"

@@ -1,0 +1,34 @@
+"""Read and decode every image, and list those that cannot be used, with the reason. The exit status is 1 if
+there are any, or files that were not taken."""
+
+import argparse
+import logging
+from pathlib import Path
+
+from bincomm.commands.arguments import add_source
+from bincomm.parsing import parse_data
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The images, and the list."""
+    add_source(parser)
+    parser.add_argument("--output", default="unusable.txt", metavar="FILE", help="list to write")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Verify, and print how many images cannot be used."""
+    from bincomm.data.export import verify, write_unusable
+    from bincomm.data.sources import open_source
+
+    output = Path(options.output)
+    if not output.absolute().parent.is_dir():
+        raise ValueError(f"output: the folder of {output} does not exist")
+    source = open_source(parse_data(options.data))
+    for note in source.notes:
+        logger.info("note: %s", note)
+    unusable = verify(source, threads=options.threads)
+    write_unusable(output, unusable)
+    print(f"{len(source.images)} images, {len(unusable)} cannot be used, listed in {output}")
+    return 1 if unusable or source.notes else 0

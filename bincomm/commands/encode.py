@@ -1,0 +1,40 @@
+"""Write the codes of images into a folder of Parquet files. The same command goes on with what is unfinished,
+also under torchrun."""
+
+import argparse
+
+from bincomm.commands.arguments import add_weights, path_or_name, shown
+from bincomm.parsing import parse_data
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Weights, images, and what is written of them."""
+    add_weights(parser, head=False)
+    parser.add_argument("--data", required=True, type=path_or_name, help="images, as in `bincomm pretrain`")
+    parser.add_argument(
+        "--output", required=True, type=path_or_name, metavar="FOLDER", help="for part-00000.parquet, ..."
+    )
+    parser.add_argument("--features", action="store_true", help="write the backbone's features, too")
+    parser.add_argument("--index", action="store_true", help="write index.faiss, a flat binary index, too")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Encode, and print how much there is."""
+    from bincomm.api import encode
+
+    result = encode(
+        options.weights,
+        parse_data(options.data),
+        options.output,
+        features=options.features,
+        index=options.index,
+        device=options.device,
+        **shown(options),
+    )
+    if result is None:
+        return
+    print(f"{result.codes} codes of {result.bits} bits in {result.parts} files in {options.output}")
+    if result.unusable:
+        print(f"{len(result.unusable)} images cannot be used, listed in unusable.txt there")
+    if options.index:
+        print(f"index: {options.output}/index.faiss")

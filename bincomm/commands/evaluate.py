@@ -1,0 +1,46 @@
+"""Measure what was pretrained: on labeled images k-NN, linear probes, retrieval by features and by codes,
+dimensions and bits in use; on DAVIS the following of objects; on masks segmentation."""
+
+import argparse
+from typing import Any
+
+from bincomm.commands.arguments import add_weights, names, path_or_name, shown
+from bincomm.parsing import parse_data
+
+# Written out, for importing bincomm.evaluation takes seconds; tests/test_cli.py compares them.
+PROTOCOLS = "knn, linear, augmented, map, geometry, knn_codes, map_codes, lookup, bits"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is measured, and on what."""
+    add_weights(parser, head=False)
+    parser.add_argument("--data", type=path_or_name, help="labeled images, as in `bincomm pretrain`")
+    parser.add_argument(
+        "--protocols", type=names, metavar="NAMES", help=f"on these, of {PROTOCOLS}; default all that apply"
+    )
+    parser.add_argument("--davis", metavar="FOLDER", help="DAVIS-2017, which ImageSets lies in")
+    parser.add_argument(
+        "--segmentation", metavar="FOLDER", help="with train/images, train/masks, val/images and val/masks"
+    )
+    parser.add_argument("--output", type=path_or_name, metavar="FILE", help="JSON file to write")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, and print each part once it is there."""
+    from bincomm.api import evaluate
+    from bincomm.evaluation.protocols import describe
+
+    def on_result(part: dict[str, Any]) -> None:
+        print(describe(part), flush=True)
+
+    evaluate(
+        options.weights,
+        parse_data(options.data) if options.data else None,
+        protocols=options.protocols,
+        davis=options.davis,
+        segmentation=options.segmentation,
+        device=options.device,
+        output=options.output,
+        on_result=on_result,
+        **shown(options),
+    )

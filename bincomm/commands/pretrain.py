@@ -1,0 +1,31 @@
+"""Pretrain a backbone on images without labels. The same command goes on with an unfinished run."""
+
+import argparse
+import logging
+from typing import TYPE_CHECKING
+
+from bincomm.commands.arguments import stem
+from bincomm.parsing import add_keys, add_recipe
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: "ArgumentParser") -> None:
+    """The keys of a run."""
+    add_recipe(parser)
+    add_keys(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Pretrain, and print what came of it."""
+    from bincomm.cli import summary
+    from bincomm.pretraining import pretrain
+
+    config = options.config
+    logger.info("recipe %s, data %s, output %s", stem(options.recipe), config.data, config.output)
+    result = pretrain(config)
+    if result is not None:
+        print(summary(result, config.output))

@@ -1,0 +1,27 @@
+"""The images of an encoded folder whose codes are nearest to that of an image."""
+
+import argparse
+
+from bincomm.commands.arguments import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder, the image, and what is shown."""
+    parser.add_argument("folder", metavar="FOLDER", help="of codes, as `bincomm encode` left it")
+    parser.add_argument("--query", required=True, metavar="IMAGE", help="file of an image")
+    parser.add_argument("--weights", help="that the codes are of; without it those that the folder names")
+    parser.add_argument("--k", type=positive, default=20, metavar="N", help="images")
+    parser.add_argument("--sheet", default="nearest.png", metavar="FILE", help="PNG to write")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Search, and print distances and names."""
+    from bincomm.api import search
+    from bincomm.codes.search import MOST
+
+    neighbors = search(options.folder, options.query, options.k, weights=options.weights, sheet=options.sheet)
+    print(" bits  image")
+    for neighbor in neighbors:
+        label = f"  ({neighbor.label})" if neighbor.label else ""
+        print(f"{neighbor.distance:5}  {neighbor.path}{label}")
+    print(f"in {options.sheet}: the query and {'these' if len(neighbors) < MOST else 'the first'}")

@@ -1,0 +1,185 @@
+"""Keys of a configuration as options of a command line and as values from Python, checked alike.
+
+jsonargparse takes the types from `PretrainConfig`. It is imported only where keys are parsed, so that
+`PretrainConfig` and `bincomm doctor` work without it.
+"""
+
+import argparse
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from bincomm.config import PretrainConfig
+from bincomm.logs import did_you_mean
+from bincomm.recipes import choose_recipe, recipe_names
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+KEYS = {f.name: f.default for f in fields(PretrainConfig)}
+DATA_HELP = (
+    "images: a folder, tar shards (data-{000..127}.tar), a .txt file of paths, a standard set (cifar10), or "
+    'digits; or several with weights, the shares of an epoch\'s images: {"photos": 3, "cifar10": 1}'
+)
+EXAMPLES = {"max_steps": 1000, "init_from": "resnet18", "backbone_args": {"layers": [1, 1, 1, 1]}}
+LIST_EXAMPLE = "--blur='[1, 0.1, 0.5]'"
+
+
+def key_parser(**options: Any) -> "ArgumentParser":
+    """A parser for options with keys."""
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser(exit_on_error=False, allow_abbrev=False, **options)
+
+
+def add_recipe(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """The option --recipe; without a default the images decide."""
+    names = ", ".join(recipe_names())
+    usual = "; default what fits the images" if default is None else ""
+    parser.add_argument("--recipe", default=default, help=f"one of {names}, or a YAML file{usual}")
+
+
+def add_keys(parser: "ArgumentParser", leave_out: Collection[str] = ()) -> None:
+    """Make all keys options, except those of which a command has a form of its own."""
+    if "data" not in leave_out:
+        parser.add_argument("--data", type=read_data, default=KEYS["data"], help=DATA_HELP)
+    parser.add_class_arguments(PretrainConfig, skip={"data", *leave_out})
+
+
+def read_data(value: Any) -> Any:
+    """The key data from an option, which is text, or from a recipe or Python, which have mappings, too."""
+    try:
+        return parse_data(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def parse_data(text: str) -> str | dict[str, float]:
+    """The key data in text: a mapping of sources to weights in JSON, or one source, whatever its name.
+
+    Raises:
+        ValueError: it begins like a mapping and is none.
+    """
+    if not text.startswith("{") or text.endswith(".tar") or os.path.exists(text):
+        return text
+    try:
+        return {name: float(weight) for name, weight in json.loads(text).items()}
+    except (TypeError, ValueError) as error:
+        reason = f": {error}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(
+            f'data: expected one source or a mapping like {{"photos": 3, "cifar10": 1}}, got {text}{reason}'
+        ) from error
+
+
+def parse_options(parser: "ArgumentParser", arguments: list[str]) -> argparse.Namespace:
+    """What arguments say, and the defaults of what they do not say; but keys of a configuration are left to
+    the recipe where they do not say them, and those that they say are the dict `keys`. Where they name no
+    recipe, `recipe` is the one that fits the images.
+
+    Raises:
+        ValueError: an unknown option, a value of another type, or no images.
+    """
+    for argument in arguments:
+        if match := re.match(r"--(\w+)\.(\w+)", argument):
+            raise ValueError(
+                f"{match[1]}: expected all of it, got a part, {argument}; for example "
+                f"--{match[1]}='{{\"{match[2]}\": 1}}'"
+            )
+    try:
+        given = parser.parse_args(arguments, defaults=False).as_dict()
+    except argparse.ArgumentError as error:
+        raise ValueError(explain(str(error), options_of(parser))) from error
+    own = {name: value for name, value in parser.get_defaults().as_dict().items() if name not in KEYS}
+    keys = {name: given.pop(name) for name in KEYS if name in given}
+    options = argparse.Namespace(**{**own, **given}, keys=keys)
+    options.recipe = options.recipe or choose_recipe(keys.get("data", KEYS["data"]))
+    return options
+
+
+def check_keys(keys: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+    """Values of keys as `PretrainConfig` takes them: of their types, tuples for lists, text for paths.
+
+    Raises:
+        ValueError: an unknown key, or a value of another type; the message begins with `origin`.
+    """
+    for key in keys:
+        if key not in KEYS:
+            raise ValueError(f"{origin}there is no key {key!r}{did_you_mean(str(key), KEYS)}")
+    values = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in keys.items()}
+    try:
+        return checking_parser().parse_object(values, defaults=False).as_dict()
+    except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
+        raise ValueError(origin + explain(str(error))) from error
+
+
+@cache
+def checking_parser() -> "ArgumentParser":
+    """A parser of all keys, for values that are no options."""
+    parser = key_parser()
+    add_keys(parser)
+    return parser
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The options that a parser's help names."""
+    return re.findall(r"^ +(--\w+)", parser.format_help(), re.MULTILINE)
+
+
+def explain(error: str, options: Iterable[str] = ()) -> str:
+    """An error of argparse or jsonargparse in a line for whoever typed it: what came, what is expected, what
+    would do."""
+    if match := re.match(r'Parser key "(\w+)', error):
+        key, values = match[1], re.findall(r"(?:Got|Given) value: (.*)", error)
+        if key in KEYS and values:
+            return f"{key}: expected {expected(key)}, got {values[-1]}; for example {example(key, options)}"
+    elif match := re.match(r"unrecognized arguments: ([^\s=]*)", error):
+        if match[1].startswith("-"):
+            return f"there is no option {match[1]}{did_you_mean(match[1], options)}"
+        return f"unexpected {match[1]!r}; lists are written as in {LIST_EXAMPLE}"
+    elif match := re.match(r"argument --(\w+): (.*)", error, re.DOTALL):
+        return match[2] if match[2].startswith(f"{match[1]}: ") else f"{match[1]}: {match[2]}"
+    elif match := re.match(r"the following arguments are required: (.*)", error):
+        missing = (name.strip() for name in match[1].split(","))
+        return "expected also " + ", ".join(n if n[0] == "-" or n.isupper() else f"--{n}" for n in missing)
+    return error
+
+
+def expected(key: str) -> str:
+    """What kind of value a key takes."""
+    return kind(typing.get_type_hints(PretrainConfig)[key])
+
+
+def kind(hint: Any) -> str:
+    """A type in words."""
+    simple = {
+        int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"
+    }  # fmt: skip
+    arguments = typing.get_args(hint)
+    if hint in simple:
+        return simple[hint]
+    if typing.get_origin(hint) is tuple:
+        return f"{len(arguments)} numbers"
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(kind, arguments))
+    return "a mapping"
+
+
+def example(key: str, options: Iterable[str]) -> str:
+    """A value that a key may have, as an option where there are options."""
+    value = in_json(EXAMPLES.get(key, KEYS[key]))
+    if not options:
+        return f"{key}: {value}"
+    return f"--{key}={value}" if value.isalnum() else f"--{key}='{value}'"
+
+
+def in_json(value: Any) -> str:
+    """A value as it is typed and as it stands in a recipe."""
+    return value if isinstance(value, str) else json.dumps(value)
