@@ -344,8 +344,8 @@ def run_search(arguments: list[str]) -> int:
     try:
         import torch
 
-        from bincomm.codes.encode import open_parts
-        from bincomm.codes.search import MOST, contact_sheet, nearest
+        from bincomm.codes.search import MAX_SHOWN, contact_sheet, nearest
+        from bincomm.codes.storage import open_parts
         from bincomm.evaluation.pretrained import load_pretrained
         from bincomm.files import write_file
     except ImportError as error:
@@ -368,7 +368,7 @@ def run_search(arguments: list[str]) -> int:
 
     def run() -> str:
         parts = open_parts(options.folder)
-        made = parts[0].made
+        made = parts[0].metadata
         weights = options.weights or made.get("weights", "")
         if not options.weights and not os.path.exists(weights):
             raise ValueError(
@@ -380,7 +380,9 @@ def run_search(arguments: list[str]) -> int:
         sheet = contact_sheet(options.query, found)
         write_file(Path(options.sheet), lambda file: sheet.save(file, format="png"))
         lines = [f"{n.distance:5}  {n.path}" + (f"  ({n.label})" if n.label else "") for n in found]
-        lines.append(f"in {options.sheet}: the query and " + ("these" if len(found) < MOST else "the first"))
+        lines.append(
+            f"in {options.sheet}: the query and " + ("these" if len(found) < MAX_SHOWN else "the first")
+        )
         whole = -(-made.get("images", 0) // made.get("rows", 1))
         if len(parts) < whole:
             lines.append(f"note: {len(parts)} of {whole} files are there; `bincomm encode` makes the others")

@@ -18,7 +18,7 @@ from bincomm.codes import statistics
 from bincomm.codes.page import FEWEST_OF_CLASS, draw_page
 from bincomm.data.loader import Loader
 from bincomm.data.sources import Source
-from bincomm.evaluation.features import look
+from bincomm.evaluation.features import forward_batches as look
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.files import write_json, write_text
 from bincomm.ops.hamming import hamming_distance
@@ -147,7 +147,7 @@ def _look(model: Pretrained, source: Source, bits: list[int] | None) -> Looked:
         pictures = {row: picture for row, picture in pictures.items() if row in needed}
         for row in needed - pictures.keys():
             pictures[row] = _picture(seen.crops[row - len(images)], model)
-        images += seen.images
+        images += seen.indices
         logits.append(some)
     return Looked(
         torch.tensor(images), torch.cat(logits) if logits else torch.empty(0, 0), pictures, left_out
@@ -434,8 +434,8 @@ def _of_other(
     rows = {int(image): row for row, image in enumerate(images)}
     pairs, found = [], []
     for seen in look(other, source):
-        there = [place for place, image in enumerate(seen.images) if image in rows]
-        pairs += [rows[seen.images[place]] for place in there]
+        there = [place for place, image in enumerate(seen.indices) if image in rows]
+        pairs += [rows[seen.indices[place]] for place in there]
         _check_finite("other", other, seen.logits)
         found.append((seen.logits[there] > 0).cpu())
     if len(pairs) < 4:
