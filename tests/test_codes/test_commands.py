@@ -129,7 +129,7 @@ def test_a_page_about_the_code(run, images, tmp_path, capsys):
     assert cli.main(["codes", str(run), *options, f"--other={run}", f"--attributes={table}"]) == 0
     assert "codes.html" in capsys.readouterr().out
     result = json.loads((output / "codes.json").read_text())
-    assert result["telling_apart"]["classes"] == ["3", "8"]
+    assert result["class_difference"]["classes"] == ["3", "8"]
     assert [shown["bit"] for shown in result["shown"]["bits"]] == [2, 5]
     assert "parity" in result["attributes"]
     assert result["other"]["weights"] == str(run)

@@ -231,9 +231,9 @@ def test_the_sheet_copes_with_what_is_extreme(tmp_path):
         Image.new("RGB", size, (200, 0, 0)).save(tmp_path / "line.png")
         tile = picture_of(contact_sheet(tmp_path / "line.png", []), 0)
         assert (tile == (200, 0, 0)).all(-1).sum() == TILE
-    started = time.perf_counter()
+    started = time.process_time()
     contact_sheet(tmp_path / "line.png", [Neighbor(f"/{'x' * 4000}.png", None, 3)])
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     many = [Neighbor("gone.png", None, 3)] * 10000
     assert (
         contact_sheet(tmp_path / "line.png", many).height
