@@ -21,15 +21,12 @@ from torch import Tensor
 
 from benchmarks.measuring import GPU, in_words, machine
 from bincomm.building import create_networks
-from bincomm.codes.factors import (
-    dci,
-    disentanglement,
+from bincomm.codes.factors import dci, disentanglement, keeps_meaning, recover
+from bincomm.codes.information import (
     entropy,
-    keeps_meaning,
     largest_by_chance,
     mutual_information,
     mutual_information_gap,
-    recover,
 )
 from bincomm.config import PretrainConfig, parse
 from bincomm.data.sources import open_source
@@ -64,9 +61,9 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "hue jitter": {"jitter": [0.2, 0.2, 0.4, 0.5], "jitter_p": 1},
     "small crops": {"global_scale": [0.3, 1], "local_scale": [0.1, 0.4]},
 }
-MEANT = {"hue jitter": "color", "small crops": "place"}  # what each is meant to make a code forget
+IGNORED = {"hue jitter": "color", "small crops": "place"}  # what each is meant to make a code forget
 UNTRAINED = "untrained"
-TOLD = 0.1  # how far above chance a factor is found that bits are said to tell
+CARRIED = 0.1  # how far above chance a factor is recovered that bits are said to carry
 
 
 def main() -> None:
@@ -76,7 +73,7 @@ def main() -> None:
     )
     parser.add_argument("results", type=Path, help="results are written to this name .json and .md")
     options = parser.parse_args()
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "machine": machine("torch", "timm", "scikit-learn", "bincomm"),
         "threads": torch.get_num_threads(),
         "date": date.today().isoformat(),
@@ -86,11 +83,11 @@ def main() -> None:
         "augmentations": AUGMENTATIONS,
     }
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        found |= measure(Path(folder))
+        results |= measure(Path(folder))
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    write_json(options.results.with_suffix(".json"), found)
-    write_text(options.results.with_suffix(".md"), page(found))
-    print(page(found))
+    write_json(options.results.with_suffix(".json"), results)
+    write_text(options.results.with_suffix(".md"), page(results))
+    print(page(results))
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -102,24 +99,25 @@ def measure(folder: Path) -> dict[str, Any]:
     known = read_factors(scenes)
     factors = torch.tensor([known[str(Path(name).relative_to(scenes))] for name in source.images.names()])
     device = torch.device("cuda" if GPU else "cpu")
-    found: dict[str, Any] = {"networks": {}, "channel": {}, "seconds": {}}
+    results: dict[str, Any] = {"networks": {}, "channel": {}, "seconds": {}}
     for augmentation, changes in AUGMENTATIONS.items():
         run = folder / augmentation.replace(" ", "_")
         config = configuration(scenes, run, changes)
-        if not found["networks"]:
+        if not results["networks"]:
             untrained = Pretrained.of(create_networks(config, device)[1], config, device)
-            seen = extract(untrained, source, pixels=True)
-            found["entropy"] = entropy(factors).tolist()
-            found["networks"][UNTRAINED] = of_network(seen, factors)
-            found["pixels"] = in_halves(seen["pixels"], factors[seen["images"]])
+            extracted = extract(untrained, source, pixels=True)
+            results["entropy"] = entropy(factors).tolist()
+            results["networks"][UNTRAINED] = of_network(extracted, factors)
+            results["pixels"] = in_halves(extracted["pixels"], factors[extracted["images"]])
         started = time.perf_counter()
         result = pretrain(config)
-        found["seconds"][augmentation] = time.perf_counter() - started
-        found["channel"][augmentation] = result["last_metrics"]
-        found["networks"][augmentation] = of_network(
+        assert result is not None  # there is one rank
+        results["seconds"][augmentation] = time.perf_counter() - started
+        results["channel"][augmentation] = result["last_metrics"]
+        results["networks"][augmentation] = of_network(
             extract(load_pretrained(str(run), device), source), factors
         )
-    return found
+    return results
 
 
 def configuration(scenes: Path, run: Path, changes: dict[str, Any]) -> PretrainConfig:
@@ -128,37 +126,37 @@ def configuration(scenes: Path, run: Path, changes: dict[str, Any]) -> PretrainC
     return parse([f"--{key}={value}" for key, value in options.items()])[0]
 
 
-def of_network(seen: dict[str, Tensor], factors: Tensor) -> dict[str, Any]:
+def of_network(extracted: dict[str, Tensor], factors: Tensor) -> dict[str, Any]:
     """Every measure of a network's bits and features of the test scenes, by factor in the order of NAMES."""
-    factors = factors[seen["images"]]
-    bits = seen["signs"] > 0
+    factors = factors[extracted["images"]]
+    bits = extracted["signs"] > 0
     information = mutual_information(bits, factors)
     by_chance = torch.tensor([largest_by_chance(bits, factor) for factor in factors.T])
     gap = mutual_information_gap(bits, factors)
     gallery, queries = halves(len(bits))
     recovered = in_halves(bits, factors)
     pairs = zip(recovered["accuracy"], recovered["chance"], strict=True)
-    told = torch.tensor([accuracy - chance > TOLD for accuracy, chance in pairs])
+    carried = torch.tensor([accuracy - chance > CARRIED for accuracy, chance in pairs])
     parts = dci(bits[gallery], factors[gallery], bits[queries], factors[queries])
-    of_told = disentanglement(parts.importance[:, told])[0] if told.sum() > 1 else None
+    of_carried = disentanglement(parts.importance[:, carried])[0] if carried.sum() > 1 else None
     shape, color = (is_unseen(factor, factors) for factor in ("shape", "color"))
     neither = ~shape & ~color
-    asked = {"seen": queries & neither, "unseen shapes": shape & ~color, "unseen colors": color & ~shape}
+    groups = {"seen": queries & neither, "unseen shapes": shape & ~color, "unseen colors": color & ~shape}
     known = gallery & neither
     meanings = {
-        whose: meaning_of(bits[known], factors[known], bits[some], factors[some])
-        for whose, some in asked.items()
+        name: meaning_of(bits[known], factors[known], bits[group], factors[group])
+        for name, group in groups.items()
     }
     return {
         "bit_entropy": entropy(bits).mean().item(),
         "bits": recovered,
-        "features": in_halves(seen["features"], factors),
+        "features": in_halves(extracted["features"], factors),
         "most_information": information.corrected.amax(0).tolist(),
-        "significant": (information.measured > by_chance).sum(0).tolist(),
+        "significant": (information.plug_in > by_chance).sum(0).tolist(),
         "mig": {"gap": gap.gap.tolist(), "ceiling": gap.ceiling.tolist()},
         "dci": {
             "disentanglement": parts.disentanglement,
-            "disentanglement of factors told": of_told,
+            "disentanglement of factors carried": of_carried,
             "completeness": parts.completeness,
             "informativeness": parts.informativeness,
             "by_factor": parts.by_factor.tolist(),
@@ -175,21 +173,21 @@ def is_unseen(factor: str, factors: Tensor) -> Tensor:
 
 
 def meaning_of(bits: Tensor, factors: Tensor, new_bits: Tensor, new_factors: Tensor) -> dict[str, Any]:
-    """What becomes of the bits' meaning on new scenes, by factor; None where it cannot be told."""
+    """What becomes of the bits' meaning on new scenes, by factor; None where it is not defined."""
     names = ("correlation", "agreement", "agreement_chance", "deviation")
     kept = keeps_meaning(bits, factors, new_bits, new_factors)
-    found = {
+    result = {
         name: [x if math.isfinite(x) else None for x in value.tolist()]  # JSON has no NaN
         for name, value in zip(names, (*kept.by_factor(), kept.deviation), strict=True)
     }
-    return {**found, "images": len(new_bits)}
+    return {**result, "images": len(new_bits)}
 
 
-def in_halves(seen: Tensor, factors: Tensor) -> dict[str, list[float]]:
-    """Recovery by a linear classifier that learns from one half of the test scenes, asked about the other."""
-    gallery, queries = halves(len(seen))
-    found = recover(seen[gallery], factors[gallery], seen[queries], factors[queries])
-    return {"accuracy": found.accuracy.tolist(), "chance": found.chance.tolist()}
+def in_halves(values: Tensor, factors: Tensor) -> dict[str, list[float]]:
+    """Recovery by a linear classifier trained on one half of the test scenes, tested on the other."""
+    gallery, queries = halves(len(values))
+    recovery = recover(values[gallery], factors[gallery], values[queries], factors[queries])
+    return {"accuracy": recovery.accuracy.tolist(), "chance": recovery.chance.tolist()}
 
 
 def halves(images: int) -> tuple[Tensor, Tensor]:
@@ -198,56 +196,56 @@ def halves(images: int) -> tuple[Tensor, Tensor]:
     return even, ~even
 
 
-def page(found: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """The Markdown page."""
-    options, scenes = found["options"], found["scenes"]
-    seconds = ", ".join(f"{took:.0f} s ({name})" for name, took in found["seconds"].items())
-    changes = "; ".join(f"`{name}` {json.dumps(change)}" for name, change in found["augmentations"].items())
+    options, scenes = results["options"], results["scenes"]
+    seconds = ", ".join(f"{duration:.0f} s ({name})" for name, duration in results["seconds"].items())
+    changes = "; ".join(f"`{name}` {json.dumps(change)}" for name, change in results["augmentations"].items())
     sections = (channel, recovery, information, pairing, meaning, discussion)
     unseen = ", ".join(value for values in scenes["unseen"].values() for value in values)
     lines = [
         "# What bits carry of known factors",
         "",
-        f"`{found['command']}` on {found['date']}: {in_words(found['machine'])}; threads: "
-        f"{found['threads']}.",
+        f"`{results['command']}` on {results['date']}: {in_words(results['machine'])}; threads: "
+        f"{results['threads']}.",
         "",
         f"{scenes['train']} training scenes (`tests/scenes.py`, seed {scenes['seed']}) without {unseen}; "
         f"{scenes['test']} test scenes with all. One run for each augmentation: {seconds}. Options of all: "
         f"`{json.dumps(options)}`; besides: {changes}.",
     ]
     for section in sections:
-        lines += ["", *section(found)]
+        lines += ["", *section(results)]
     return "\n".join(lines) + "\n"
 
 
-def channel(found: dict[str, Any]) -> list[str]:
+def channel(results: dict[str, Any]) -> list[str]:
     """Whether anything is transmitted."""
     lines = [
         "## The channel, at the end of training",
         "",
-        "| augmentation | bits that agree | by sending the commoner value | bit entropy |",
+        "| augmentation | bits that agree | by sending the more frequent value | bit entropy |",
         "|---|---|---|---|",
     ]
-    entropy = found["networks"][UNTRAINED]["bit_entropy"]
+    entropy = results["networks"][UNTRAINED]["bit_entropy"]
     lines.append(row([UNTRAINED, "", "", f"{entropy:.3f}"]))
-    for name, last in found["channel"].items():
+    for name, last in results["channel"].items():
         shares = (f"{last[key]:.1%}" for key in ("bit_accuracy", "bit_majority"))
         lines.append(row([name, *shares, f"{last['bit_entropy']:.3f}"]))
     return lines
 
 
-def recovery(found: dict[str, Any]) -> list[str]:
+def recovery(results: dict[str, Any]) -> list[str]:
     """Of all networks, from features and from bits."""
-    networks = found["networks"]
+    networks = results["networks"]
     return [
         "## How well a linear classifier reads each factor",
         "",
-        f"Share of {found['scenes']['test'] // 2} test scenes, %; trained on as many others. "
-        f"Two standard errors are at most {200 * standard_error(found):.1f}.",
+        f"Share of {results['scenes']['test'] // 2} test scenes, %; trained on as many others. "
+        f"Two standard errors are at most {200 * standard_error(results):.1f}.",
         "",
         *head(),
         line("chance", networks[UNTRAINED]["bits"]["chance"], 100, 1),
-        line("pixels, 16 × 16", found["pixels"]["accuracy"], 100, 1),
+        line("pixels, 16 × 16", results["pixels"]["accuracy"], 100, 1),
         *(
             line(f"{what}, {name}", network[what]["accuracy"], 100, 1)
             for what in ("features", "bits")
@@ -256,29 +254,29 @@ def recovery(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def information(found: dict[str, Any]) -> list[str]:
+def information(results: dict[str, Any]) -> list[str]:
     """Of the most telling bits."""
     return [
-        "## What one bit tells of each factor",
+        "## What one bit says about each factor",
         "",
         "The most that one bit carries, in bits, corrected for chance; in brackets how many bits carry more "
         "than the best of all has by chance in 19 of 20 cases.",
         "",
         *head(),
-        line("entropy of the factor", found["entropy"], 1, 2),
+        line("entropy of the factor", results["entropy"], 1, 2),
         *(
             line(name, network["most_information"], 1, 3, network["significant"], 0)
-            for name, network in found["networks"].items()
+            for name, network in results["networks"].items()
         ),
     ]
 
 
-def pairing(found: dict[str, Any]) -> list[str]:
+def pairing(results: dict[str, Any]) -> list[str]:
     """MIG and DCI."""
-    networks = found["networks"]
+    networks = results["networks"]
     gaps = {"ceiling": networks[UNTRAINED]["mig"]["ceiling"]}
     gaps |= {name: network["mig"]["gap"] for name, network in networks.items()}
-    parts = ("disentanglement", "disentanglement of factors told", "completeness", "informativeness")
+    parts = ("disentanglement", "disentanglement of factors carried", "completeness", "informativeness")
     return [
         "## One factor, one bit?",
         "",
@@ -287,10 +285,10 @@ def pairing(found: dict[str, Any]) -> list[str]:
         *head("mean"),
         *(line(name, [*values, sum(values) / len(values)], 1, 3) for name, values in gaps.items()),
         "",
-        "DCI by gradient-boosted trees; informativeness is the share of scenes whose factor they find, in "
-        "the mean over factors. A factor that bits do not tell is spread over all of them by chance, which "
-        "pushes disentanglement down: it stands beside that of factors found more than "
-        f"{100 * TOLD:.0f} points above chance.",
+        "DCI by gradient-boosted trees; informativeness is the share of scenes whose factor they predict, in "
+        "the mean over factors. A factor that bits do not carry is spread over all of them by chance, which "
+        "lowers disentanglement: beside it stands that of the factors recovered more than "
+        f"{100 * CARRIED:.0f} points above chance.",
         "",
         row(["", *parts]),
         "|---" * (1 + len(parts)) + "|",
@@ -298,115 +296,118 @@ def pairing(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def meaning(found: dict[str, Any]) -> list[str]:
+def meaning(results: dict[str, Any]) -> list[str]:
     """On other scenes of seen shapes and colors, and on unseen ones."""
     correlations, gains = [], []
-    for name, network in found["networks"].items():
-        for whose, of in network["meaning"].items():
-            correlations.append(line(f"{name}, {whose}", of["correlation"], 1, 2, of["deviation"], 2))
+    for name, network in results["networks"].items():
+        for group, of in network["meaning"].items():
+            correlations.append(line(f"{name}, {group}", of["correlation"], 1, 2, of["deviation"], 2))
             pairs = zip(of["agreement"], of["agreement_chance"], strict=True)
             gain = [None if by_value is None else by_value - by_all for by_value, by_all in pairs]
-            gains.append(line(f"{name}, {whose}", gain, 100, 1))
-    told = found["networks"][UNTRAINED]["meaning"].items()
-    counts = ", ".join(f"{whose} ({of['images']} scenes)" for whose, of in told)
+            gains.append(line(f"{name}, {group}", gain, 100, 1))
+    groups = results["networks"][UNTRAINED]["meaning"].items()
+    counts = ", ".join(f"{group} ({of['images']} scenes)" for group, of in groups)
     return [
         "## Do bits keep their meaning on shapes and colors never seen?",
         "",
         "Correlation of how often a bit is 1 for each value of a factor, between scenes of seen shapes and "
         f"colors, and others: {counts}; "
-        "mean over bits, weighted by how much they tell of the factor. By chance, if the values' meanings "
-        "were dealt out anew, it is 0 with the deviation in brackets, the larger the fewer values there are "
-        "and the more alike the bits. A value that was never seen has nothing to be compared with.",
+        "mean over bits, weighted by how much they say about the factor. By chance, if the values' meanings "
+        "were permuted, it is 0 with the deviation in brackets, the larger the fewer values there are "
+        "and the more alike the bits. A value that was never seen cannot be compared.",
         "",
         *head(),
         *correlations,
         "",
-        "The same as agreement: by how many points the commoner bit of a factor's value predicts the bits of "
-        "these scenes better than the commoner bit of all.",
+        "The same as agreement: by how many points the more frequent bit of a factor's value predicts the "
+        "bits of these scenes better than the more frequent bit of all.",
         "",
         *head(),
         *gains,
     ]
 
 
-def discussion(found: dict[str, Any]) -> list[str]:
-    """Sentences that the numbers decide; differences within two standard errors are called none."""
-    networks = found["networks"]
+def discussion(results: dict[str, Any]) -> list[str]:
+    """Sentences that the numbers decide; differences within two standard errors count as none."""
+    networks = results["networks"]
     trained = {name: network for name, network in networks.items() if name != UNTRAINED}
     chance = dict(zip(NAMES, networks[UNTRAINED]["bits"]["chance"], strict=True))
-    noise = 2 * math.sqrt(2) * standard_error(found)  # of a difference
-    read = {name: dict(zip(NAMES, of["bits"]["accuracy"], strict=True)) for name, of in networks.items()}
-    gentle, before = read["gentle"], read[UNTRAINED]
+    noise = 2 * math.sqrt(2) * standard_error(results)  # of a difference
+    accuracy = {name: dict(zip(NAMES, of["bits"]["accuracy"], strict=True)) for name, of in networks.items()}
+    gentle, untrained = accuracy["gentle"], accuracy[UNTRAINED]
 
     def change(name: str, other: str, factors: list[str]) -> str:
-        pairs = (f"{f} {100 * read[name][f]:.0f} → {100 * read[other][f]:.0f} %" for f in factors)
+        pairs = (f"{f} {100 * accuracy[name][f]:.0f} → {100 * accuracy[other][f]:.0f} %" for f in factors)
         return ", ".join(pairs) or "none"
 
-    gained = [f for f in NAMES if gentle[f] - before[f] > noise]
-    lost = [f for f in NAMES if before[f] - gentle[f] > noise]
+    gained = [f for f in NAMES if gentle[f] - untrained[f] > noise]
+    lost = [f for f in NAMES if untrained[f] - gentle[f] > noise]
     mute = [f for f in NAMES if gentle[f] - chance[f] <= noise]
     lines = [
         "## What the numbers say",
         "",
-        f"Differences of less than {100 * noise:.1f} points are taken for none. One seed each: what another "
-        "would change is not measured.",
+        f"Differences of less than {100 * noise:.1f} points count as none. One seed each: what another would "
+        "change is not measured.",
         "",
         f"- By training (`gentle`) bits gain {change(UNTRAINED, 'gentle', gained)}; they lose "
-        f"{change(UNTRAINED, 'gentle', lost)}. Not told from chance after it: {', '.join(mute) or 'none'}.",
+        f"{change(UNTRAINED, 'gentle', lost)}. Still at chance: {', '.join(mute) or 'none'}.",
     ]
-    for name, factor in MEANT.items():
-        fall, above = gentle[factor] - read[name][factor], gentle[factor] - chance[factor]
+    for name, factor in IGNORED.items():
+        fall, above = gentle[factor] - accuracy[name][factor], gentle[factor] - chance[factor]
         verdict = "is not less" if fall <= noise else f"is less by {100 * fall / above:.0f} %"
-        others = [f for f in NAMES if f != factor and abs(read[name][f] - gentle[f]) > noise]
+        others = [f for f in NAMES if f != factor and abs(accuracy[name][f] - gentle[f]) > noise]
         lines.append(
             f"- `{name}` is meant to make a code ignore {factor}. What bits have of it above chance "
             f"({100 * chance[factor]:.0f} %) {verdict}: {change('gentle', name, [factor])}. Other factors "
             f"that change: {change('gentle', name, others)}."
         )
     for name, network in networks.items():
-        told = [f for f in NAMES if read[name][f] - chance[f] > TOLD]
-        whose = {
-            who: dict(zip(NAMES, of["correlation"], strict=True)) for who, of in network["meaning"].items()
+        carried = [f for f in NAMES if accuracy[name][f] - chance[f] > CARRIED]
+        correlations = {
+            group: dict(zip(NAMES, of["correlation"], strict=True))
+            for group, of in network["meaning"].items()
         }
         changes = {
             new: ", ".join(
-                f"{f} {whose['seen'][f]:.2f} → {whose[new][f]:.2f}" for f in told if whose[new][f] is not None
+                f"{f} {correlations['seen'][f]:.2f} → {correlations[new][f]:.2f}"
+                for f in carried
+                if correlations[new][f] is not None
             )
             for new in ("unseen shapes", "unseen colors")
         }
         lines.append(
-            f"- `{name}`: correlation of meanings of factors read {100 * TOLD:.0f} points above chance, on "
-            "seen → on "
+            f"- `{name}`: correlation of meanings of factors recovered {100 * CARRIED:.0f} points above "
+            "chance, on seen → on "
             + "; on ".join(f"{new}: {change or 'there are none'}" for new, change in changes.items())
             + "."
         )
-    unheard = [f for f in UNSEEN if max(read[name][f] - chance[f] for name in trained) <= TOLD]
-    if unheard:
+    unnoticed = [f for f in UNSEEN if max(accuracy[name][f] - chance[f] for name in trained) <= CARRIED]
+    if unnoticed:
         lines.append(
-            f"- Not one of these codes says much of {' or '.join(unheard)} (at most {100 * TOLD:.0f} points "
-            "above chance): what is new in it is hardly noticed, so that meanings kept there show little."
+            f"- None of these codes says much about {' or '.join(unnoticed)} (at most {100 * CARRIED:.0f} "
+            "points above chance): new values of it are hardly noticed, so meanings kept there show little."
         )
     scores = {
         name: score
         for name, network in networks.items()
-        if (score := network["dci"]["disentanglement of factors told"]) is not None
+        if (score := network["dci"]["disentanglement of factors carried"]) is not None
     }
     if trained.keys() & scores.keys():
-        best = max(trained.keys() & scores.keys(), key=scores.get)
+        best = max(trained.keys() & scores.keys(), key=lambda name: scores[name])
         verdict = (
-            "most bits tell of several factors" if scores[best] < 0.5 else "most bits tell of one factor"
+            "most bits are about several factors" if scores[best] < 0.5 else "most bits are about one factor"
         )
-        before = f"; untrained {scores[UNTRAINED]:.2f}" if UNTRAINED in scores else ""
+        beside = f"; untrained {scores[UNTRAINED]:.2f}" if UNTRAINED in scores else ""
         lines.append(
-            f"- Disentanglement of the factors told is {scores[best]:.2f} at the most (`{best}`{before}): "
+            f"- Disentanglement of the factors carried is {scores[best]:.2f} at the most (`{best}`{beside}): "
             f"{verdict}."
         )
     return lines
 
 
-def standard_error(found: dict[str, Any]) -> float:
+def standard_error(results: dict[str, Any]) -> float:
     """The largest of a share of the queries."""
-    return 0.5 / math.sqrt(found["scenes"]["test"] // 2)
+    return 0.5 / math.sqrt(results["scenes"]["test"] // 2)
 
 
 def head(*more: str) -> list[str]:
@@ -418,16 +419,16 @@ def head(*more: str) -> list[str]:
 def line(
     name: str,
     values: list[float | None],
-    times: float,
+    scale: float,
     digits: int,
     beside: list[float | None] | None = None,
-    their_digits: int = 0,
+    beside_digits: int = 0,
 ) -> str:
     """A row of a table, with others in brackets; None is left empty."""
-    cells = ["" if value is None else f"{times * value:.{digits}f}" for value in values]
-    for place, value in enumerate(beside or []):
+    cells = ["" if value is None else f"{scale * value:.{digits}f}" for value in values]
+    for column, value in enumerate(beside or []):
         if value is not None:
-            cells[place] += f" ({value:.{their_digits}f})"
+            cells[column] += f" ({value:.{beside_digits}f})"
     return row([name, *cells])
 
 

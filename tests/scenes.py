@@ -22,11 +22,11 @@ FACTORS: Mapping[str, tuple[str, ...]] = {
     "background": ("plain", "gradient", "noise", "checks"),
 }  # fmt: skip
 
-FINER = 4  # objects are drawn so many times as large, and shrunk
+FINER = 4  # objects are drawn at so many times the size, and reduced
 RADII = (6 / 64, 8 / 64, 10 / 64)  # of the sizes, as shares of the image's side
-JITTER = 1 / 6 - RADII[-1]  # of the center about that of its cell: even a large object stays in its cell
+JITTER = 1 / 6 - RADII[-1]  # of the object in its cell: even a large one stays inside
 PERIOD = 5 / 64  # of stripes and dots
-DARK = 0.35  # how bright stripes and dots are, the object's color being 1
+DARK = 0.35  # brightness of stripes and dots; the object's color is 1
 COLORS = np.array([colorsys.hsv_to_rgb(hue / 6, 0.8, 0.9) for hue in range(6)])
 CORNERS: Mapping[str, np.ndarray] = {  # in units of the radius, y downwards
     "square": 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]),
@@ -54,21 +54,22 @@ def draw_scenes(
 ) -> Scenes:
     """Draw scenes whose factors are independent and uniform.
 
-    Besides its factors a scene has what nobody asks for: where in its cell the object lies, the phase of its
-    texture, and the background's gray, direction and phase. Scene i depends on the seed, i and `without`
-    alone, so more scenes begin with the fewer.
+    A scene has properties that are not factors, too: where in its cell the object lies, the phase of its
+    texture, and the background's gray, direction and phase. Scene i depends only on the seed, i and
+    `without`, so a larger set begins with the smaller one.
 
     Args:
         count: n.
         seed: at least 0.
         size: S, pixels a side.
-        without: what no scene is to show: {"shape": "star"} no star, {"shape": "ring", "color": "red"} no
-            red ring. What is left is uniform; the factors of a combination are then not quite independent.
+        without: combinations that no scene shows: {"shape": "star"} no star, {"shape": "ring", "color":
+            "red"} no red ring. The rest is uniform; the factors of a combination are then not quite
+            independent.
 
     Raises:
-        ValueError: a factor or a value that there is not, or nothing is left to draw.
+        ValueError: there is no such factor or value, or nothing is left to draw.
     """
-    held_out = [_numbers(combination) for combination in without]
+    held_out = [_as_indices(combination) for combination in without]
     _check_left(held_out)
     images = np.empty((count, size, size, 3), np.uint8)
     factors = np.empty((count, len(FACTORS)), np.int64)
@@ -77,7 +78,10 @@ def draw_scenes(
         generator = np.random.default_rng((seed, scene))
         while True:
             drawn = generator.integers(numbers)
-            if not any(all(drawn[factor] == value for factor, value in one.items()) for one in held_out):
+            if not any(
+                all(drawn[factor] == value for factor, value in combination.items())
+                for combination in held_out
+            ):
                 break
         factors[scene] = drawn
         images[scene] = render(drawn, size, generator)
@@ -85,8 +89,8 @@ def draw_scenes(
 
 
 def render(values: Sequence[int], size: int, generator: np.random.Generator) -> np.ndarray:
-    """The picture (S, S, 3) uint8 of a scene; what is no factor comes from the generator, the same whatever
-    the factors."""
+    """The picture (S, S, 3) uint8 of a scene with these values of the factors; its other properties come from
+    the generator, and do not depend on the factors."""
     shape, color, large, place, texture, background = (int(value) for value in values)
     shift, phase = generator.uniform(-1, 1, 2), generator.uniform(0, 1, 2)
     picture = _background(FACTORS["background"][background], size, generator)[..., None].repeat(3, -1)
@@ -116,14 +120,14 @@ def write_scenes(
     without: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Write scenes as PNG files train/SHAPE/NUMBER.png and test/SHAPE/NUMBER.png, and `factors.csv` with the
-    path of each and the values of its factors in words.
+    path of each and the names of its values.
 
     Args:
-        folder: made if missing.
+        folder: made if it does not exist.
         count: training scenes.
         seed, size: see `draw_scenes`.
-        test_count: test scenes, others than the training scenes; a quarter of `count` unless given.
-        without: what no training scene shows, see `draw_scenes`; test scenes show everything.
+        test_count: test scenes, different from the training scenes; default a quarter of `count`.
+        without: combinations that no training scene shows, see `draw_scenes`; test scenes show everything.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,25 +157,25 @@ def read_factors(folder: str | os.PathLike) -> dict[str, list[int]]:
         }
 
 
-def _numbers(combination: Mapping[str, str]) -> dict[int, int]:
+def _as_indices(combination: Mapping[str, str]) -> dict[int, int]:
     """Indices of factors and of their values, in place of their names."""
-    found = {}
+    indices = {}
     for factor, value in combination.items():
         if factor not in FACTORS:
             raise ValueError(f"without: expected factors of {', '.join(FACTORS)}, got {factor!r}")
         if value not in FACTORS[factor]:
             raise ValueError(f"without: expected a {factor} of {', '.join(FACTORS[factor])}, got {value!r}")
-        found[list(FACTORS).index(factor)] = FACTORS[factor].index(value)
-    return found
+        indices[list(FACTORS).index(factor)] = FACTORS[factor].index(value)
+    return indices
 
 
 def _check_left(held_out: Sequence[Mapping[int, int]]) -> None:
     values = np.indices([len(names) for names in FACTORS.values()]).reshape(len(FACTORS), -1)
     refused = np.zeros(values.shape[1], bool)
-    for one in held_out:
-        refused |= np.all([values[factor] == value for factor, value in one.items()], axis=0)
+    for combination in held_out:
+        refused |= np.all([values[factor] == value for factor, value in combination.items()], axis=0)
     if refused.all():
-        raise ValueError("without: expected something left to draw, got all there is")
+        raise ValueError("without: expected some scenes left to draw, got all of them held out")
 
 
 def _background(kind: str, size: int, generator: np.random.Generator) -> np.ndarray:

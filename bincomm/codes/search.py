@@ -1,4 +1,4 @@
-"""The nearest of an encoded folder: by code, by image, and as a picture; and an index of it for faiss.
+"""The images of a folder of codes nearest to others: by code, by image, as a picture; and an index for faiss.
 
 The search itself is `hamming_topk`, which is faster on a CPU than faiss's flat index and promises, as that
 does not, the first of equally near codes. `build_index` is for programs that speak faiss.
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from bincomm.codes.encode import Part, iterate_codes, open_parts, read_rows, to_codes, to_messages
+from bincomm.codes.storage import Part, iterate_codes, open_parts, read_rows, to_codes, to_messages
 from bincomm.data.images import eight_bits
 from bincomm.data.listing import Files
 from bincomm.data.shards import open_shards
@@ -34,7 +34,7 @@ TILE = 128  # pixels a side of an image in the sheet
 CAPTION = 34  # pixels below it, two lines of text
 GAP = 4
 COLUMNS = 7
-MOST = 20 * COLUMNS  # images in a sheet: more would be a picture that few programs open
+MAX_SHOWN = 20 * COLUMNS  # images in a sheet: few programs open a larger picture
 GRAY = (200, 200, 200)
 
 
@@ -67,23 +67,23 @@ def search(folder: str | Path, codes: np.ndarray, k: int) -> tuple[np.ndarray, n
 def _search(
     folder: str | Path, parts: Sequence[Part], codes: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    bits, count = parts[0].made["bits"], sum(part.rows for part in parts)
+    bits, count = parts[0].metadata["bits"], sum(part.rows for part in parts)
     width = -(-bits // 8)
     if not isinstance(codes, np.ndarray) or codes.dtype != np.uint8 or codes.shape[1:] != (width,):
-        found = f"{codes.dtype} {tuple(codes.shape)}" if hasattr(codes, "shape") else type(codes).__name__
-        raise ValueError(f"codes: expected uint8 (queries, {width}) for {bits} bits in {folder}, got {found}")
+        given = f"{codes.dtype} {tuple(codes.shape)}" if hasattr(codes, "shape") else type(codes).__name__
+        raise ValueError(f"codes: expected uint8 (queries, {width}) for {bits} bits in {folder}, got {given}")
     if bits % 8 and (codes[:, -1] >> bits % 8).any():
         raise ValueError(f"codes: expected {bits} bits as in {folder}, got some that are set beyond these")
     if not 1 <= k <= count:
         raise ValueError(f"k: expected from 1 to the number of codes in {folder}, {count}, got {k}")
     queries, first = to_messages(codes), 0
     distances, rows = queries.new_empty(len(codes), 0), torch.empty(len(codes), 0, dtype=torch.int64)
-    for some in iterate_codes(parts):
-        near, places = hamming_topk(queries, to_messages(some), min(k, len(some)))
-        distances, rows = torch.cat([distances, near], 1), torch.cat([rows, places + first], 1)
+    for batch in iterate_codes(parts):
+        batch_distances, indices = hamming_topk(queries, to_messages(batch), min(k, len(batch)))
+        distances, rows = torch.cat([distances, batch_distances], 1), torch.cat([rows, indices + first], 1)
         distances, order = distances.sort(dim=1, stable=True)  # of a tie the earlier rows come first already
         distances, rows = distances[:, :k], rows.gather(1, order[:, :k])
-        first += len(some)
+        first += len(batch)
     return distances.numpy(), rows.numpy()
 
 
@@ -92,36 +92,37 @@ def nearest(
 ) -> list[list[Neighbor]]:
     """The images of a folder nearest to some images, for each of these at most k, the nearest first.
 
-    An image that is in the folder is at distance 0 from itself, but for bits whose logits are so near 0 that
-    the rounding in a batch of another size, or on another device, decides them.
+    An image that is in the folder is at distance 0 from itself, except for bits whose logits are so near 0
+    that the rounding in a batch of another size, or on another device, decides them.
 
     Args:
-        model: whose codes those in the folder are. The queries are shown to it as the folder's images were.
+        model: the one that the folder was encoded with. The queries are shown to it as those images were.
         queries: files of images.
+        k: at least 1.
 
     Raises:
         ValueError: the codes are of other weights, or of another number of bits; the weights have no head; a
             query cannot be used; or as `search`.
     """
-    from bincomm.evaluation.features import look
+    from bincomm.evaluation.features import forward_batches  # which needs timm and DALI; `search` does not
 
     parts = open_parts(folder)  # once: what is encoded meanwhile would number the rows anew
-    made = parts[0].made
+    metadata = parts[0].metadata
     if model.head is None:
         raise ValueError(
-            f"weights: expected those of the codes in {folder}, {made.get('weights')}, with their head, got "
-            f"{model.name} without one"
+            f"weights: expected those of the codes in {folder}, {metadata.get('weights')}, with their head, "
+            f"got {model.name} without one"
         )
-    if model.config.bits != made["bits"]:
+    if model.config.bits != metadata["bits"]:
         raise ValueError(
-            f"weights: expected codes of {made['bits']} bits as in {folder}, got {model.name} with "
+            f"weights: expected codes of {metadata['bits']} bits as in {folder}, got {model.name} with "
             f"{model.config.bits}"
         )
     identity = weights_identity(model)
-    if identity != made.get("identity"):
+    if identity != metadata.get("identity"):
         raise ValueError(
-            f"weights: expected those of the codes in {folder}, {made.get('weights')} "
-            f"({made.get('identity')}), got {model.name} ({identity})"
+            f"weights: expected those of the codes in {folder}, {metadata.get('weights')} "
+            f"({metadata.get('identity')}), got {model.name} ({identity})"
         )
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
@@ -129,29 +130,34 @@ def nearest(
     def refuse(query: int, why: str) -> None:
         raise ValueError(f"query: {queries[query]} cannot be used: {why}")
 
-    shown = {key: made[key] for key in ("global_size", "eval_crop")}
-    colors = {key: tuple(made[key]) for key in ("mean", "std")}
-    model = replace(model, config=replace(model.config, **shown, **colors))
-    messages = [
-        pack_signs(seen.logits).cpu()
-        for seen in look(model, Source(Files(os.path.abspath(query) for query in queries)), refuse)
-    ]
+    config = replace(
+        model.config,
+        global_size=metadata["global_size"],
+        eval_crop=metadata["eval_crop"],
+        mean=tuple(metadata["mean"]),
+        std=tuple(metadata["std"]),
+    )
+    source = Source(Files(os.path.abspath(query) for query in queries))
+    messages = []
+    for batch in forward_batches(replace(model, config=config), source, refuse):
+        assert batch.logits is not None  # the model has a head
+        messages.append(pack_signs(batch.logits).cpu())
     if not messages:
         return []
     k = min(k, sum(part.rows for part in parts))
-    distances, rows = _search(folder, parts, to_codes(torch.cat(messages), made["bits"]), k)
+    distances, rows = _search(folder, parts, to_codes(torch.cat(messages), metadata["bits"]), k)
     images = iter(read_rows(parts, rows.reshape(-1)))
-    return [[Neighbor(*next(images), distance) for distance in some] for some in distances.tolist()]
+    return [[Neighbor(*next(images), distance) for distance in of_query] for of_query in distances.tolist()]
 
 
-def contact_sheet(query: str | Path, results: Sequence[Neighbor]) -> Image.Image:
-    """The query and what is nearest to it, MOST images at most, as a picture, with distance and label (or
-    name) under each.
+def contact_sheet(query: str | Path, neighbors: Sequence[Neighbor]) -> Image.Image:
+    """The query and its neighbors, MAX_SHOWN images at most, as a picture, with distance and label (or name)
+    under each.
 
-    An image that cannot be opened any more is a gray tile with its path.
+    An image that can no longer be opened is a gray tile with its path.
     """
     tiles = [(str(query), ("query", os.path.basename(query)))]
-    for path, label, distance in results[: MOST - 1]:
+    for path, label, distance in neighbors[: MAX_SHOWN - 1]:
         tiles.append((path, (f"distance {distance}", os.path.basename(path) if label is None else label)))
     columns = min(COLUMNS, len(tiles))
     lines = -(-len(tiles) // columns)
@@ -162,13 +168,13 @@ def contact_sheet(query: str | Path, results: Sequence[Neighbor]) -> Image.Image
         left, top = GAP + number % columns * (TILE + GAP), GAP + number // columns * (TILE + CAPTION + GAP)
         sheet.paste(_tile(path), (left, top))
         for line, text in enumerate(caption):
-            place = left, top + TILE + 3 + line * CAPTION // 2
-            drawing.text(place, _fitting(drawing, text), fill="black")
+            corner = left, top + TILE + 3 + line * CAPTION // 2
+            drawing.text(corner, _fitting(drawing, text), fill="black")
     return sheet
 
 
 def build_index(folder: str | Path) -> Path:
-    """A flat binary index of a folder's codes for faiss, `index.faiss`; made anew where the parts changed.
+    """Write a flat binary index of a folder's codes for faiss, `index.faiss`, unless it is up to date.
 
     Its vectors are the codes in the order of `read_codes`, of d = 8 ⌈K/8⌉ bits. Those beyond K are 0 in all
     of them and in a query's code, so distances are those of K bits. `index.json` has the names, sizes and
@@ -180,10 +186,10 @@ def build_index(folder: str | Path) -> Path:
         OSError: the index cannot be written.
     """
     parts = open_parts(folder)
-    path, beside = Path(folder) / "index.faiss", Path(folder) / "index.json"
+    path, stamps_path = Path(folder) / "index.faiss", Path(folder) / "index.json"
     stamps = [_stamp(part) for part in parts]
     try:
-        if path.exists() and json.loads(beside.read_text()) == stamps:
+        if path.exists() and json.loads(stamps_path.read_text()) == stamps:
             return path
     except (OSError, ValueError):
         pass
@@ -193,12 +199,13 @@ def build_index(folder: str | Path) -> Path:
         raise ImportError(
             "an index needs faiss; install it with: pip install 'bincomm[eval]'", name="faiss"
         ) from error
-    index = faiss.IndexBinaryFlat(8 * -(-parts[0].made["bits"] // 8))
-    for some in iterate_codes(parts):
-        index.add(some)
-    beside.unlink(missing_ok=True)  # at no time does it tell of another index than that beside it
-    write_file(path, lambda file: faiss.write_index_binary(index, faiss.PyCallbackIOWriter(file.write)))
-    write_json(beside, stamps)
+    index = faiss.IndexBinaryFlat(8 * -(-parts[0].metadata["bits"] // 8))
+    for codes in iterate_codes(parts):
+        index.add(codes)
+    stamps_path.unlink(missing_ok=True)  # so that it never describes another index than the one beside it
+    writer = faiss.PyCallbackIOWriter  # type: ignore[attr-defined]  # SWIG makes it at run time
+    write_file(path, lambda file: faiss.write_index_binary(index, writer(file.write)))
+    write_json(stamps_path, stamps)
     return path
 
 
@@ -208,7 +215,7 @@ def _stamp(part: Part) -> list[Any]:
 
 
 def _read(path: str) -> bytes:
-    """An encoded image, of a file or of a shard's member."""
+    """The bytes of an image, of a file or of a shard's member."""
     for end in re.finditer(r"\.tar(?=/)", path):
         shard, member = path[: end.end()], path[end.end() + 1 :]
         if os.path.isfile(shard):
@@ -219,16 +226,16 @@ def _read(path: str) -> bytes:
 
 def _tile(path: str) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(_read(path)))
+        image: Image.Image = Image.open(io.BytesIO(_read(path)))
         image.draft("RGB", (TILE, TILE))
         image = ImageOps.exif_transpose(eight_bits(image)).convert("RGB")
         scale = TILE / max(image.size)  # at least a pixel is left of the shorter side
         image = image.resize([max(1, round(scale * side)) for side in image.size])
         return ImageOps.pad(image, (TILE, TILE), color="white")
-    except Exception:  # of whatever reads it; the path is what there is to show
+    except Exception:  # whatever the decoder raises; what is left to show is the path
         tile = Image.new("RGB", (TILE, TILE), GRAY)
         drawing = ImageDraw.Draw(tile)
-        rest, lines = path, []
+        rest, lines = path, list[str]()
         while rest and len(lines) < TILE // 12 - 1:
             lines.append(_fitting(drawing, rest))
             rest = rest[len(lines[-1]) :]
@@ -237,7 +244,7 @@ def _tile(path: str) -> Image.Image:
 
 
 def _fitting(drawing: ImageDraw.ImageDraw, text: str) -> str:
-    """As much of a text, in letters that every font has, as a tile is wide."""
+    """As much of a text as fits the width of a tile, in letters that every font has."""
     # No letter is less than a pixel wide.
     text = text[:TILE].encode("latin-1", "replace").decode("latin-1").replace("\n", " ")
     while drawing.textlength(text) > TILE - 4:

@@ -32,17 +32,19 @@ Kept = tuple[dict[str, Tensor], list[tuple[int, str]]]  # of images, and those l
 VERSIONS = tuple(package.__version__ for package in (bincomm, torch, timm, nvidia.dali, PIL))
 
 
-class Seen(NamedTuple):
+class FeatureBatch(NamedTuple):
     """A batch of images, one center crop each, on the device."""
 
-    images: list[int]  # their numbers in the source
+    indices: list[int]  # their numbers in the source
     crops: Tensor  # (m, 3, S, S), normalized
     features: Tensor  # (m, D) of the backbone
     logits: Tensor | None  # (m, K) of the head, whose signs are the code; None where there is no head
 
 
 @torch.no_grad()
-def look(model: Pretrained, source: Source, report: Report = lambda image, why: None) -> Iterator[Seen]:
+def forward_batches(
+    model: Pretrained, source: Source, report: Report = lambda image, why: None
+) -> Iterator[FeatureBatch]:
     """A network's view of all images, in batches, in their order; unusable ones are left out and reported."""
     config = model.config
     with tqdm(total=len(source.images), desc="looking", unit="img", leave=False, disable=None) as bar:
@@ -57,7 +59,7 @@ def look(model: Pretrained, source: Source, report: Report = lambda image, why: 
         ):
             features = model.backbone(crops)
             logits = None if model.head is None else model.head.code(features)
-            yield Seen(numbers, crops, features, logits)
+            yield FeatureBatch(numbers, crops, features, logits)
             bar.update(len(numbers))
 
 
@@ -80,8 +82,8 @@ def extract(
     share = list(range(ranks.rank, len(source.images), ranks.world))
     part = source if ranks.world == 1 else source.select(share)
     found: dict[str, list[Tensor]] = {"images": [], "features": [], "signs": [], "pixels": []}
-    for seen in look(model, part, lambda image, why: report(share[image], why)):
-        found["images"].append(torch.tensor(seen.images))
+    for seen in forward_batches(model, part, lambda image, why: report(share[image], why)):
+        found["images"].append(torch.tensor(seen.indices))
         found["features"].append(seen.features.float().cpu())
         if seen.logits is not None:
             found["signs"].append(torch.where(seen.logits > 0, 1.0, -1.0).cpu())
