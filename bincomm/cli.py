@@ -93,6 +93,7 @@ def run_pretrain(arguments: list[str]) -> int:
     """`bincomm pretrain`."""
     try:
         from bincomm.config import parse
+        from bincomm.evaluation.run import summary
         from bincomm.pretraining import pretrain
     except ImportError as error:
         return fail(NEEDS_MORE.format(error), status=1)
@@ -211,8 +212,8 @@ def run_evaluate(arguments: list[str]) -> int:
         from bincomm.data.sources import evaluation_sources, open_source
         from bincomm.distributed.ranks import join_ranks
         from bincomm.evaluation.dense import evaluate_segmentation
+        from bincomm.evaluation.evaluate import PROTOCOLS, describe, evaluate
         from bincomm.evaluation.pretrained import load_pretrained
-        from bincomm.evaluation.protocols import PROTOCOLS, describe, evaluate_images
         from bincomm.evaluation.video import evaluate_davis
         from bincomm.files import write_json
     except ImportError as error:
@@ -275,7 +276,7 @@ def run_evaluate(arguments: list[str]) -> int:
                     )
                     raise ValueError(f"data: expected {expected} in {options.data}")
                 gallery, queries, held_out = sources
-                measured = evaluate_images(model, gallery, queries, options.protocols, ranks=ranks)
+                measured = evaluate(model, gallery, queries, options.protocols, ranks=ranks)
                 if ranks.rank == 0:
                     tell({"data": options.data, "queries_held_out": held_out, **measured})
             ranks.leave()
@@ -568,41 +569,6 @@ def carry_out(run: Callable[[], str | None], output: str) -> int:
     if text is not None:
         print(text)
     return 0
-
-
-def summary(result: dict[str, Any], output: str) -> str:
-    """What a finished run has to say."""
-    metrics, lines = result["last_metrics"], []
-    if result["knn"]:
-        knn = result["knn"]
-        lines.append(
-            f"\nk-NN accuracy, k={knn['k']}, {knn['query_images']} queries in {knn['gallery_images']} images"
-        )
-        names = {
-            "teacher": "teacher's backbone",
-            "codes": "its codes, Hamming",
-            "before_training": "before training",
-        }
-        for key, name in {**names, "pixels": "raw pixels"}.items():
-            lines.append(f"  {name:20} {knn[key]:7.2%}")
-        if not knn["queries_held_out"]:
-            lines.append("  (the queries' images, not their labels, were seen in training)")
-    else:
-        lines.append("\nno k-NN: the data has no usable images with labels (folders named after classes)")
-    if "bit_entropy" in metrics:
-        entropy, least = metrics["bit_entropy"], metrics["bit_entropy_min"]
-        gain = metrics["bit_accuracy"] - metrics["bit_majority"]
-        lines.append(
-            f"channel: bit entropy {entropy:.3f} (least {least:.3f}), {metrics['dead_bits']:.1%} dead bits,"
-        )
-        lines.append(
-            f"  {metrics['bit_accuracy']:.1%} of bits agree, {gain:+.1%} over always sending the commoner "
-            "value"
-        )
-    lines.append(
-        f"in {output}: backbone.safetensors, curves.png, metrics.jsonl, result.json, config.yaml, checkpoints"
-    )
-    return "\n".join(lines)
 
 
 DATA_USAGE = """usage: bincomm data COMMAND [OPTIONS]

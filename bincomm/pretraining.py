@@ -35,7 +35,7 @@ from bincomm.engine.records import Records
 from bincomm.engine.run import open_run
 from bincomm.engine.schedules import cosine, warmup_cosine
 from bincomm.engine.step import Step, has_batch_norm
-from bincomm.evaluation.evaluate import evaluate
+from bincomm.evaluation.run import evaluate_run
 from bincomm.files import write_file, write_json, write_text
 from bincomm.networks import Network, create_backbone
 from bincomm.ops.coding_rate import rate_ceiling
@@ -81,7 +81,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
                     return None
                 export_backbone(teacher, config, run)
                 plot_curves(run)
-                result = evaluate(teacher, evaluation, config, run, ranks.device)
+                result = evaluate_run(teacher, evaluation, config, run, ranks.device)
                 write_json(run / "result.json", result)
                 return result
 
