@@ -221,12 +221,12 @@ def test_memory_is_bounded_and_drawn_alike(tmp_path, monkeypatch):
     once, again = (evaluate_segmentation(pretrained(), tmp_path, size=64, memory=100) for _ in range(2))
     assert once == again
     assert once["patches"] == 100
-    pairs = dense._pairs(tmp_path / "train")
-    kept = dense._remember(pretrained(), pairs, 64, 100)
+    pairs = dense.image_pairs(tmp_path / "train")
+    kept = dense.collect_patches(pretrained(), pairs, 64, 100)
     assert set(Counter(kept.images.tolist()).values()) == {14, 15}
     assert (kept.shares.sum(1) == 1).all()
     for memory in (1, 5):  # fewer than images
-        kept = dense._remember(pretrained(), pairs, 64, memory)
+        kept = dense.collect_patches(pretrained(), pairs, 64, memory)
         assert len(kept.features) == len(kept.images.unique()) == memory
 
 
@@ -241,12 +241,12 @@ def test_every_patch_has_its_pixels(height, width, grid):
             patch = int((row + 0.5) * grid[0] / height), int((column + 0.5) * grid[1] / width)
             expected[(*patch, int(mask[row, column]))] += 1
     expected = (expected / expected.sum(-1, keepdim=True))[..., :255]
-    assert torch.allclose(dense._shares(mask, grid).view(*grid, 255), expected)
+    assert torch.allclose(dense.class_shares(mask, grid).view(*grid, 255), expected)
 
 
 def memory_of(features, shares, images=None):
     images = torch.arange(len(features)) if images is None else images
-    return dense._Memory(features, shares, images, torch.arange(shares.shape[1]))
+    return dense.PatchMemory(features, shares, images, torch.arange(shares.shape[1]))
 
 
 def test_near_patches_vote_by_their_cosine(monkeypatch):
@@ -254,7 +254,7 @@ def test_near_patches_vote_by_their_cosine(monkeypatch):
     features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([1.0, 5.0, 2.0, 1.0])[:, None]
     shares = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.5, 0.25], [0.0, 1.0]])
     monkeypatch.setattr(dense, "NEIGHBORS", 3)
-    found = dense._nearest(memory_of(features, shares))(torch.tensor([[[3.0, 0.0]]]))
+    found = dense.nearest_patches(memory_of(features, shares))(torch.tensor([[[3.0, 0.0]]]))
     weights = (torch.tensor([0.0, 0.1, 0.3]).cos() / 0.02).softmax(0)
     assert torch.allclose(found[0, 0], weights @ shares[:3], rtol=1e-4)
 
@@ -262,25 +262,25 @@ def test_near_patches_vote_by_their_cosine(monkeypatch):
 def test_thirty_patches_vote():
     angles = torch.linspace(0, 0.1, 40)
     memory = memory_of(torch.stack([angles.cos(), angles.sin()], 1), torch.eye(40))
-    found = dense._nearest(memory)(torch.tensor([[[1.0, 0.0]]]))
+    found = dense.nearest_patches(memory)(torch.tensor([[[1.0, 0.0]]]))
     assert found[0, 0].nonzero().flatten().tolist() == list(range(30))
 
 
 def test_blocks_make_no_difference(monkeypatch):
     features, shares = torch.randn(50, 8), torch.rand(50, 11)
     queries = torch.randn(6, 7, 8)
-    votes = dense._nearest(memory_of(features, shares))(queries)
-    pixels = dense._to_pixels(votes, (40, 50))
+    votes = dense.nearest_patches(memory_of(features, shares))(queries)
+    pixels = dense.to_pixels(votes, (40, 50))
     monkeypatch.setattr(dense, "SIMILARITIES", 350)
     monkeypatch.setattr(dense, "SCORES", 40 * 50 * 3)
-    again = dense._nearest(memory_of(features, shares))(queries)
+    again = dense.nearest_patches(memory_of(features, shares))(queries)
     assert votes.shape == (6, 7, 11)
     assert torch.allclose(votes, again, atol=1e-6)
-    assert torch.equal(pixels, dense._to_pixels(votes, (40, 50)))
+    assert torch.equal(pixels, dense.to_pixels(votes, (40, 50)))
     big = F.interpolate(votes.permute(2, 0, 1)[None], (40, 50), mode="bilinear")[0]
     assert torch.equal(pixels, big.argmax(0))
     assert len(pixels.unique()) > 5
-    assert not dense._to_pixels(torch.ones(6, 7, 11), (40, 50)).any()  # of equals the first
+    assert not dense.to_pixels(torch.ones(6, 7, 11), (40, 50)).any()  # of equals the first
 
 
 def test_the_linear_probe_is_that_of_scikit_learn(monkeypatch):
@@ -290,7 +290,7 @@ def test_the_linear_probe_is_that_of_scikit_learn(monkeypatch):
     means = torch.randn(4, 16)
     labels, queries = torch.randint(4, (3000,)), torch.randint(4, (1200,))
     x, y = (2 * (means[some] + torch.randn(len(some), 16)) + 7 for some in (labels, queries))
-    predict, _ = dense._linear(memory_of(x, F.one_hot(labels).float(), torch.arange(3000) // 100))
+    predict, _ = dense.linear_patches(memory_of(x, F.one_hot(labels).float(), torch.arange(3000) // 100))
     found = predict(y.view(30, 40, 16)).argmax(-1).flatten()
     expected = LogisticRegression(max_iter=1000).fit(x, labels).score(y, queries)
     assert 0.7 < expected < 0.99
@@ -301,7 +301,7 @@ def test_the_learning_rate_is_chosen_by_images_not_trained_on(monkeypatch):
     fast(monkeypatch)
     # Noise is learned the better, and foretold the worse, the larger the rate.
     features, labels = torch.randn(400, 64), torch.randint(4, (400,))
-    _, rate = dense._linear(memory_of(features, F.one_hot(labels).float(), torch.arange(400) // 10))
+    _, rate = dense.linear_patches(memory_of(features, F.one_hot(labels).float(), torch.arange(400) // 10))
     assert rate == dense.LEARNING_RATES[0]
 
 
@@ -310,7 +310,7 @@ def test_the_classifier_is_trained_on_all_images(monkeypatch):
     # Class 0, between the others, is that of the image alone which chooses the learning rate.
     labels = torch.arange(40) // 10
     features = torch.cat([torch.zeros(1, 4), 5 * torch.eye(4)[1:]])[labels] + 0.1 * torch.randn(40, 4)
-    predict, _ = dense._linear(memory_of(features, F.one_hot(labels).float(), labels))
+    predict, _ = dense.linear_patches(memory_of(features, F.one_hot(labels).float(), labels))
     assert torch.equal(predict(features[None])[0].argmax(-1), labels)
 
 

@@ -52,7 +52,7 @@ def test_steps_are_those_of_torch():
     images, labels = gaussians(100)
     x, y = torch.tensor(images).float(), torch.tensor(labels)
     rates, epochs = [0.01, 0.3], 20
-    found = linear._train(x, y, 10, rates, epochs, 256, torch.Generator())  # fewer images than a batch
+    found = linear.train_classifiers(x, y, 10, rates, epochs, 256, torch.Generator())  # fewer images than a batch
     for rate, weights in zip(rates, found, strict=True):
         model = torch.nn.Linear(32, 10, bias=False)
         torch.nn.init.zeros_(model.weight)
@@ -81,8 +81,8 @@ def test_the_learning_rate_is_not_chosen_by_the_queries():
 
 
 def test_a_tenth_of_every_class_is_held_out(monkeypatch):
-    trained_on, train = [], linear._train
-    monkeypatch.setattr(linear, "_train", lambda x, y, *rest: trained_on.append(y) or train(x, y, *rest))
+    trained_on, train = [], linear.train_classifiers
+    monkeypatch.setattr(linear, "train_classifiers", lambda x, y, *rest: trained_on.append(y) or train(x, y, *rest))
     y = torch.arange(4).repeat_interleave(torch.tensor([200, 30, 45, 1]))
     linear_probe(torch.randn(276, 3), y, torch.randn(2, 3), torch.zeros(2), epochs=1)
     held_out = [y.bincount() - some.bincount(minlength=4) for some in trained_on[:-1]]

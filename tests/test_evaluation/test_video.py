@@ -93,7 +93,7 @@ def test_f_without_contours():
     # What fills the image has none either, and a pixel in the lower right corner has one of three.
     assert contour_accuracy(0 * a + 1, 0 * a) == 1.0
     corner = square((60, 80), 59, 79, 1)
-    assert video._contour(corner.astype(bool)).tolist() == [[58, 78], [58, 79], [59, 78]]
+    assert video.contour(corner.astype(bool)).tolist() == [[58, 78], [58, 79], [59, 78]]
 
 
 @pytest.mark.parametrize("shape", [(480, 854), (90, 70)])
@@ -178,7 +178,7 @@ def test_first_labels_are_those_of_the_nearest_pixels(width, stride):
     mask = np.random.default_rng(0).integers(0, 7, (480, width)).astype(np.uint8)
     grid = 480 // stride, width // 64 * 64 // stride
     expected = Image.fromarray(mask).resize(grid[::-1], Image.Resampling.NEAREST)
-    labels = video._shrink(torch.from_numpy(mask).long(), grid)
+    labels = video.patch_labels(torch.from_numpy(mask).long(), grid)
     assert labels.shape == (*grid, 7)
     assert (labels.argmax(-1).numpy() == np.array(expected)).all()
 
@@ -187,7 +187,7 @@ def test_of_two_pixels_beside_a_center_the_later_gives_the_first_label():
     for width, patches in ((848, 52), (736, 44), (36, 3)):
         places = [math.floor(Fraction((2 * patch + 1) * width, 2 * patches)) for patch in range(patches)]
         mask = torch.arange(width)[None]
-        assert video._shrink(mask, (1, patches)).argmax(-1)[0].tolist() == places
+        assert video.patch_labels(mask, (1, patches)).argmax(-1)[0].tolist() == places
 
 
 def reference(frames, first):
@@ -406,7 +406,7 @@ def test_objects_are_those_of_the_first_frame(missing, tmp_path):
     ],
 )
 def test_frames_are_resized_as_by_dino(shape, stride, expected):
-    assert video._shown_size(shape, stride) == expected
+    assert video.resized_shape(shape, stride) == expected
 
 
 def test_colors_are_normalized_and_frames_resized(tmp_path):
