@@ -147,7 +147,7 @@ def evaluate(
         on_result: called with each part once it is measured, for what comes after it may fail.
 
     Returns:
-        The results of all parts; `bincomm.evaluation.protocols.evaluate_images`, `evaluate_davis` and
+        The results of all parts; `bincomm.evaluation.evaluate.evaluate`, `evaluate_davis` and
         `evaluate_segmentation` tell what they hold.
 
     Raises:
@@ -157,8 +157,8 @@ def evaluate(
     from bincomm.data.sources import evaluation_sources, open_source
     from bincomm.distributed.ranks import join_ranks
     from bincomm.evaluation.dense import evaluate_segmentation
+    from bincomm.evaluation.evaluate import evaluate as evaluate_images
     from bincomm.evaluation.pretrained import load_pretrained
-    from bincomm.evaluation.protocols import evaluate_images
     from bincomm.evaluation.video import evaluate_davis
     from bincomm.files import write_json
 
@@ -284,15 +284,15 @@ def search(
     """
     import torch
 
-    from bincomm.codes.encode import open_parts
     from bincomm.codes.search import contact_sheet, nearest
+    from bincomm.codes.storage import open_parts
     from bincomm.evaluation.pretrained import load_pretrained
     from bincomm.files import write_file
 
     if sheet is not None:
         check_file("sheet", sheet)
     parts = open_parts(folder)
-    metadata = parts[0].made
+    metadata = parts[0].metadata
     if weights is None:
         weights = metadata.get("weights", "")
         if not os.path.exists(weights):

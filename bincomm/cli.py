@@ -192,6 +192,7 @@ def status_of(error: BaseException, call: Call) -> int:
     from torch import OutOfMemoryError
 
     from bincomm.distributed.ranks import FirstRankError
+    from bincomm.engine.signals import Interrupted
 
     command = call.command
     if isinstance(error, KeyboardInterrupt):
@@ -202,7 +203,7 @@ def status_of(error: BaseException, call: Call) -> int:
         return 128 + signal.SIGPIPE
     if isinstance(error, FirstRankError):  # rank 0 prints what it was
         return 1
-    if type(error).__name__ == "Interrupted":
+    if isinstance(error, Interrupted):
         if rank() == 0:
             name, output = signal.Signals(error.args[0]).name, call.options.config.output
             print(f"\n{name}: saved in {output}; the same command goes on from here", file=sys.stderr)
@@ -247,41 +248,6 @@ def rank() -> int:
 def ranks() -> int:
     """How many processes torchrun started."""
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def summary(result: dict[str, Any], output: str) -> str:
-    """What a finished run has to say."""
-    metrics, lines = result["last_metrics"], []
-    if result["knn"]:
-        knn = result["knn"]
-        lines.append(
-            f"\nk-NN accuracy, k={knn['k']}, {knn['query_images']} queries in {knn['gallery_images']} images"
-        )
-        names = {
-            "teacher": "teacher's backbone",
-            "codes": "its codes, Hamming",
-            "before_training": "before training",
-        }
-        for key, name in {**names, "pixels": "raw pixels"}.items():
-            lines.append(f"  {name:20} {knn[key]:7.2%}")
-        if not knn["queries_held_out"]:
-            lines.append("  (the queries' images, not their labels, were seen in training)")
-    else:
-        lines.append("\nno k-NN: the data has no usable images with labels (folders named after classes)")
-    if "bit_entropy" in metrics:
-        entropy, least = metrics["bit_entropy"], metrics["bit_entropy_min"]
-        gain = metrics["bit_accuracy"] - metrics["bit_majority"]
-        lines.append(
-            f"channel: bit entropy {entropy:.3f} (least {least:.3f}), {metrics['dead_bits']:.1%} dead bits,"
-        )
-        lines.append(
-            f"  {metrics['bit_accuracy']:.1%} of bits agree, {gain:+.1%} over always sending the commoner "
-            "value"
-        )
-    lines.append(
-        f"in {output}: backbone.safetensors, curves.png, metrics.jsonl, result.json, config.yaml, checkpoints"
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

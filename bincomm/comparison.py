@@ -1,6 +1,7 @@
 """Several methods side by side: each trained with the same budget and seeds, then measured alike."""
 
 import difflib
+import logging
 import os
 import platform
 import textwrap
@@ -19,11 +20,14 @@ from bincomm.building import create_networks
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.checkpoints import Checkpoints
-from bincomm.evaluation.measure import Labeled, device_of, look_at, measure, of_features
-from bincomm.evaluation.pretrained import Pretrained
+from bincomm.evaluation.evaluate import figure
+from bincomm.evaluation.pretrained import Pretrained, evaluation_device
+from bincomm.evaluation.run import evaluate_reproducibly
 from bincomm.files import read_json_lines, write_file, write_json, write_text
 from bincomm.networks import Network
 from bincomm.pretraining import TrainingError, pretrain
+
+logger = logging.getLogger(__name__)
 
 # A method's keys; everything else is the same for all. The ablations are of bits-fixed, as in the paper.
 METHODS: dict[str, dict[str, Any]] = {
@@ -40,18 +44,21 @@ RESET_EVERY = 10  # of bits-reset where the configuration says never
 IMAGES_PER_PROTOTYPE = 20  # as DINO's 65 536 have on ImageNet's 1.28 million images
 BEFORE, PIXELS = "before training", "raw pixels"
 
-# Of a figure: its heading, what it is multiplied by, decimals.
-FIGURES = {
-    "knn": ("k-NN %", 100, 1),
-    "linear": ("linear %", 100, 1),
-    "map": ("mAP % features", 100, 1),
-    "map_codes": ("mAP % codes", 100, 1),
-    "d_eff": ("d_eff", 1, 1),
-    "r_eff": ("r_eff", 1, 1),
-    "bit_entropy": ("bit entropy", 1, 2),
-    "dead_bits": ("dead bits %", 100, 1),
+FEATURE_PROTOCOLS = ("knn", "linear", "map", "geometry")
+PROTOCOLS = (*FEATURE_PROTOCOLS, "map_codes", "bits")
+
+# By a figure's path in a result of `evaluate`: its heading, what it is multiplied by, decimals.
+FIGURES: dict[tuple[str, ...], tuple[str, int, int]] = {
+    ("knn", "20"): ("k-NN %", 100, 1),
+    ("linear", "accuracy"): ("linear %", 100, 1),
+    ("map",): ("mAP % features", 100, 1),
+    ("map_codes",): ("mAP % codes", 100, 1),
+    ("geometry", "d_eff"): ("d_eff", 1, 1),
+    ("geometry", "r_eff"): ("r_eff", 1, 1),
+    ("bits", "bit_entropy"): ("bit entropy", 1, 2),
+    ("bits", "dead_bits"): ("dead bits %", 100, 1),
 }
-COLUMNS = {**FIGURES, "seconds": ("seconds", 1, 0)}
+COLUMNS = {**FIGURES, ("training_seconds",): ("seconds", 1, 0)}
 
 
 def compare(
@@ -60,10 +67,10 @@ def compare(
     seeds: Sequence[int] | None = None,
     prototypes: int | None = None,
 ) -> dict[str, Any]:
-    """Train every method with every seed, each an ordinary run in `config.output`/METHOD[-seedK], measure
-    all, and write table.md, table.json and plot.png there; returns what table.json holds.
+    """Train every method with every seed, each an ordinary run in `config.output`/METHOD[-seedK], evaluate
+    all, and write table.md, table.json and plot.png there.
 
-    Runs that are finished are measured only, also those of methods not named, and one that was interrupted
+    Runs that are finished are evaluated only, also those of methods not named, and one that was interrupted
     goes on.
 
     Args:
@@ -73,6 +80,14 @@ def compare(
         seeds: None: the configuration's alone.
         prototypes: of DINO; None: the configuration's, or where that is the default `prototypes_for` the
             number of images.
+
+    Returns:
+        What table.json holds: "rows", a row for raw pixels, one for the network before training and one for
+        each method; "seeds", "config" (the keys that all runs share), "differences" (by method, its other
+        keys), "failed" (by a run's directory, why), "queries_held_out", "versions" and "machine". A row has
+        "name"; "runs", a result of `bincomm.evaluation.evaluate.evaluate` for each seed, that of a trained
+        network with its "training_seconds"; and "mean" and "std" (None of a single run) of the figures of
+        `COLUMNS`, under the same keys.
 
     Raises:
         ValueError: an unknown method, a method's own key set, no reset within the runs of bits-reset, images
@@ -90,8 +105,8 @@ def compare(
     if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):
         raise ValueError(f"output: expected another folder than that of the images, got {config.output}")
     source = open_source(config.data)
-    found = evaluation_sources(config.data, source)
-    if found is None:
+    evaluation = evaluation_sources(config.data, source)
+    if evaluation is None:
         raise ValueError(
             f"data: expected images with labels (folders named after classes) to measure on, got none in "
             f"{config.data}"
@@ -107,43 +122,37 @@ def compare(
     failed: dict[str, str] = {}  # by the run's directory
     for method, runs in configs.items():
         for run in runs:
-            print(f"\n{method}, seed {run.seed}: {run.output}", flush=True)
+            logger.info("%s, seed %d: %s", method, run.seed, run.output)
             try:
                 pretrain(run)
             except TrainingError as error:
-                print(f"error: {error}", flush=True)
+                logger.error("%s", error)
                 failed[run.output] = str(error)
 
-    gallery, queries, held_out = found
-    device = device_of(config)
+    gallery, queries, held_out = evaluation
+    device = evaluation_device(config)
 
-    def see(network: Network) -> tuple[Labeled, Labeled]:
-        return look_at(Pretrained.of(network, config, device), (gallery, queries))
+    def evaluated(network: Network) -> dict[str, Any]:
+        return evaluate_reproducibly(Pretrained.of(network, config, device), gallery, queries, PROTOCOLS)
 
+    pixels = Pretrained.of_pixels(config, device)
     # Backbones begin alike whatever the method, and heads with that of the bits.
-    begin = [see(create_networks(run, device)[1]) for run in method_configs(shared, "bits-fixed", seeds)]
-    theirs, asked = begin[0]
+    untrained = (create_networks(run, device)[1] for run in method_configs(shared, "bits-fixed", seeds))
     rows = [
-        {"name": PIXELS, "runs": [of_features(theirs.pixels, theirs.labels, asked.pixels, asked.labels)]},
-        {"name": BEFORE, "runs": [measure(*seen) for seen in begin]},
+        table_row(PIXELS, [evaluate_reproducibly(pixels, gallery, queries, FEATURE_PROTOCOLS)]),
+        table_row(BEFORE, [evaluated(network) for network in untrained]),
     ]
     for method, runs in configs.items():
-        measured = [
-            {**measure(*see(trained_teacher(run, device))), "seconds": seconds_trained(run)}
+        results = [
+            {**evaluated(trained_teacher(run, device)), "training_seconds": training_seconds(run)}
             for run in runs
             if run.output not in failed
         ]
-        rows.append({"name": method, "runs": measured})
-    for row in rows:
-        values = {key: [run[key] for run in row["runs"]] for key in (row["runs"] or [{}])[0]}
-        row["mean"] = {key: mean(each) for key, each in values.items()}
-        row["std"] = {key: stdev(each) for key, each in values.items()} if len(row["runs"]) > 1 else None
+        rows.append(table_row(method, results))
     table = {
         "rows": rows,
         **common_and_own(configs),
         "failed": failed,
-        "gallery_images": len(gallery.images),
-        "query_images": len(queries.images),
         "queries_held_out": held_out,
         "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "machine": {
@@ -156,14 +165,36 @@ def compare(
     output = Path(config.output)
     write_json(output / "table.json", table)
     write_text(output / "table.md", as_markdown(table))
-    figure = plot(rows)
-    write_file(output / "plot.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    panels = plot(rows)
+    write_file(output / "plot.png", lambda file: panels.savefig(file, format="png", dpi=110))
     if failed:
         raise TrainingError(
             f"{', '.join(failed)}: could not be trained to the end; the table, in {config.output}, is of the "
             "others. Remove a run's folder to train it anew"
         )
     return table
+
+
+def table_row(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """A row of the table: results of a method's runs, and the mean and standard deviation of their figures
+    under the same keys."""
+    average: dict[str, Any] = {}
+    deviation: dict[str, Any] = {}
+    for path in COLUMNS:
+        figures = [figure(result, *path) for result in results if path[0] in result]
+        if figures:
+            insert(average, path, mean(figures))
+        if len(figures) > 1:
+            insert(deviation, path, stdev(figures))
+    return {"name": name, "runs": results, "mean": average, "std": deviation or None}
+
+
+def insert(tree: dict[str, Any], path: tuple[str, ...], value: float) -> None:
+    """Put a value into nested dicts at a path of keys."""
+    *outer, last = path
+    for key in outer:
+        tree = tree.setdefault(key, {})
+    tree[last] = value
 
 
 def finished(run: PretrainConfig) -> bool:
@@ -215,7 +246,7 @@ def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
         ValueError: its last checkpoint is missing.
     """
     run = Path(config.output)
-    checkpoint = Checkpoints(run / "checkpoints", config.keep, print).load()
+    checkpoint = Checkpoints(run / "checkpoints", config.keep, logger.warning).load()
     last = read_json_lines(run / "metrics.jsonl")[-1]["step"]
     if checkpoint is None or checkpoint["step"] != last:
         raise ValueError(
@@ -226,7 +257,7 @@ def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
     return teacher
 
 
-def seconds_trained(config: PretrainConfig) -> float:
+def training_seconds(config: PretrainConfig) -> float:
     """How long a run's steps took, waiting for data included and without what comes before and after them."""
     seconds, step = 0.0, 0
     for line in read_json_lines(Path(config.output) / "speed.jsonl"):
@@ -255,64 +286,65 @@ def as_markdown(table: dict[str, Any]) -> str:
     """The table, its columns aligned, and what one must know to read it."""
     lines = [["method", *(heading for heading, _, _ in COLUMNS.values())]]
     for row in table["rows"]:
-        lines.append([row["name"], *(words(row, key) for key in COLUMNS)])
+        lines.append([row["name"], *(cell(row, path) for path in COLUMNS)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+    aligned = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
         for line in lines
     ]
     config, seeds, failed = table["config"], table["seeds"], table["failed"]
+    (pixels,) = table["rows"][0]["runs"]
     budget = f"{config['epochs']} epochs"
     if config["max_steps"]:
         budget += f", at most {config['max_steps']} steps"
     spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
-    seen = "" if table["queries_held_out"] else ", whose images, not their labels, were seen in training"
+    overlap = "" if table["queries_held_out"] else ", whose images, not their labels, were seen in training"
     notes = (
         f"{config['data']}: {config['backbone']}, {budget}, batches of {config['batch_size']}, "
         f"{config['bits']} bits; {spread if len(seeds) > 1 else f'seed {seeds[0]}'}.",
         "Features are those of the teacher's backbone, of one center crop, of "
-        f"{table['gallery_images']} images and {table['query_images']} queries{seen}. k-NN with k = 20; "
+        f"{pixels['gallery_images']} images and {pixels['query_images']} queries{overlap}. k-NN with k = 20; "
         "mAP@ALL by the cosine of features and the Hamming distance of codes; d_eff, r_eff and use of bits "
         "are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
         "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Seconds are those "
         "of a run's training steps. All methods have the hyperparameters above, and DINO none of its own: "
         "its last layer learns from the first epoch on.",
-        *(f"{run}: {why}" for run, why in failed.items()),
+        *(f"{run}: {reason}" for run, reason in failed.items()),
     )
-    return "\n".join([*text, *(f"\n{textwrap.fill(note, 110)}" for note in notes)]) + "\n"
+    return "\n".join([*aligned, *(f"\n{textwrap.fill(note, 110)}" for note in notes)]) + "\n"
 
 
-def words(row: dict[str, Any], key: str) -> str:
+def cell(row: dict[str, Any], path: tuple[str, ...]) -> str:
     """A figure of a row as the table shows it."""
-    if key not in row["mean"]:
+    if path[0] not in row["mean"]:
         return "-"
-    _, factor, decimals = COLUMNS[key]
-    spread = "" if row["std"] is None else f" ± {factor * row['std'][key]:.{decimals}f}"
-    return f"{factor * row['mean'][key]:.{decimals}f}{spread}"
+    _, factor, decimals = COLUMNS[path]
+    spread = "" if row["std"] is None else f" ± {factor * figure(row['std'], *path):.{decimals}f}"
+    return f"{factor * figure(row['mean'], *path):.{decimals}f}{spread}"
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
     """A panel per figure, a line per method: every seed a small dot, their mean a large one with its value;
     dashed, the network before training."""
-    figure = Figure(figsize=(14, 2.6 + 0.5 * len(rows)), layout="constrained")
+    canvas = Figure(figsize=(14, 2.6 + 0.5 * len(rows)), layout="constrained")
     methods = [row for row in rows if row["runs"] and row["name"] not in (BEFORE, PIXELS)]
     (before,) = (row["mean"] for row in rows if row["name"] == BEFORE)
-    panels = figure.subplots(2, len(FIGURES) // 2, sharey=True)
-    for axes, (key, (heading, factor, _)) in zip(panels.flat, FIGURES.items(), strict=True):
-        axes.axvline(factor * before[key], color="gray", linestyle="--", linewidth=1)
-        for place, row in enumerate(methods):
-            color, center = f"C{place}", factor * row["mean"][key]
-            each = [factor * run[key] for run in row["runs"]]
-            axes.plot([min(each), max(each)], [place, place], color=color, alpha=0.5)
-            axes.plot(each, [place] * len(each), ".", color=color, alpha=0.6)
-            axes.plot(center, place, "o", color=color, markersize=8)
+    panels = canvas.subplots(2, len(FIGURES) // 2, sharey=True)
+    for axes, (path, (heading, factor, _)) in zip(panels.flat, FIGURES.items(), strict=True):
+        axes.axvline(factor * figure(before, *path), color="gray", linestyle="--", linewidth=1)
+        for line, row in enumerate(methods):
+            color, center = f"C{line}", factor * figure(row["mean"], *path)
+            values = [factor * figure(run, *path) for run in row["runs"]]
+            axes.plot([min(values), max(values)], [line, line], color=color, alpha=0.5)
+            axes.plot(values, [line] * len(values), ".", color=color, alpha=0.6)
+            axes.plot(center, line, "o", color=color, markersize=8)
             axes.annotate(
-                words(row, key), (center, place), (0, 7), textcoords="offset points", ha="center", fontsize=8
+                cell(row, path), (center, line), (0, 7), textcoords="offset points", ha="center", fontsize=8
             )
         axes.set(title=heading, ylim=(len(methods) - 0.4, -0.7))
         axes.set_yticks(range(len(methods)), [row["name"] for row in methods])
         axes.margins(x=0.2)
         axes.grid(axis="x", alpha=0.3)
-    figure.suptitle("dashed: before training", fontsize="small", color="gray")
-    return figure
+    canvas.suptitle("dashed: before training", fontsize="small", color="gray")
+    return canvas

@@ -18,7 +18,7 @@ from bincomm.engine.job import Job
 from bincomm.engine.lock import open_run
 from bincomm.engine.run import begin_run, read_result
 from bincomm.engine.signals import Interrupted, Signals
-from bincomm.evaluation.evaluate import evaluate as evaluate_run
+from bincomm.evaluation.run import evaluate_run
 from bincomm.files import write_json
 from bincomm.networks import Network
 

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Measure, and print each part once it is there."""
     from bincomm.api import evaluate
-    from bincomm.evaluation.protocols import describe
+    from bincomm.evaluation.evaluate import describe
 
     def on_result(part: dict[str, Any]) -> None:
         print(describe(part), flush=True)

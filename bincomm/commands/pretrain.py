@@ -21,7 +21,7 @@ def add_arguments(parser: "ArgumentParser") -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Pretrain, and print what came of it."""
-    from bincomm.cli import summary
+    from bincomm.evaluation.run import summary
     from bincomm.pretraining import pretrain
 
     config = options.config

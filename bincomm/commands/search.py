@@ -17,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Search, and print distances and names."""
     from bincomm.api import search
-    from bincomm.codes.search import MOST
+    from bincomm.codes.search import MAX_SHOWN
 
     neighbors = search(options.folder, options.query, options.k, weights=options.weights, sheet=options.sheet)
     print(" bits  image")
     for neighbor in neighbors:
         label = f"  ({neighbor.label})" if neighbor.label else ""
         print(f"{neighbor.distance:5}  {neighbor.path}{label}")
-    print(f"in {options.sheet}: the query and {'these' if len(neighbors) < MOST else 'the first'}")
+    print(f"in {options.sheet}: the query and {'these' if len(neighbors) < MAX_SHOWN else 'the first'}")

@@ -24,7 +24,7 @@ SCALE = (0.08, 1.0)  # torchvision's, of a crop's area
 def augmented_probe(
     model: Pretrained,
     source: Source,
-    images: torch.Tensor,
+    indices: torch.Tensor,
     gallery: torch.Tensor,
     queries: torch.Tensor,
     query_labels: torch.Tensor,
@@ -32,18 +32,19 @@ def augmented_probe(
     epochs: int = 10,
     seed: int = 0,
 ) -> LinearProbe:
-    """Share of queries that softmax regression classifies rightly which was trained on features of random
+    """Share of queries that softmax regression classifies rightly after training on features of random
     resized crops and flips, new ones in every epoch.
 
-    As `linear_probe` otherwise (SGD with momentum 0.9, no weight decay, cosine to 0, the learning rate
+    Otherwise as `linear_probe` (SGD with momentum 0.9, no weight decay, cosine to 0, the learning rate
     swept), but for one thing: the classifier is the one that chose its learning rate, trained on nine tenths
-    of the gallery, for training it anew would look at all crops again. An image gives two crops at a time.
+    of the gallery, because training it anew would take another pass over all crops. An image gives two crops
+    at a time.
 
     Args:
         model: the backbone.
         source: the gallery's images, labeled.
-        images: (N,) int64, numbers of those of its images that can be used, and gallery: (N, D) their
-            features by one center crop each, which choose the learning rate.
+        indices: (N,) int64, of those of its images that can be used, and gallery: (N, D) their features by
+            one center crop each, which choose the learning rate.
         queries: (M, D) features by center crops, query_labels: (M,) class indices.
         epochs: crops of every image.
         seed: of crops, order and the tenth.
@@ -53,7 +54,7 @@ def augmented_probe(
     """
     if source.labels is None:
         raise ValueError("source: expected images with labels, got none")
-    labels = torch.from_numpy(source.labels)[images]
+    labels = torch.from_numpy(source.labels)[indices]
     check_labeled("gallery", gallery, labels)
     check_labeled("queries", queries, query_labels)
     check_alike(gallery, queries)
@@ -61,7 +62,7 @@ def augmented_probe(
     order, tenth = hold_out(targets, torch.Generator().manual_seed(seed))
     chosen, rest = order[tenth == 0], order[tenth > 0]
     if len(rest) == 0:
-        raise ValueError(f"source: expected images beside those held out, got {len(images)} in all")
+        raise ValueError(f"source: expected images beside those held out, got {len(indices)} in all")
     config, device = model.config, model.device
     crops = Crops(
         global_size=config.global_size,
@@ -75,7 +76,7 @@ def augmented_probe(
         std=config.std,
     )
     loader = Loader(
-        source.select(images[rest].tolist()),
+        source.select(indices[rest].tolist()),
         crops,
         batch_size=min(BATCH // 2, len(rest)),
         seed=seed,
@@ -83,22 +84,22 @@ def augmented_probe(
         threads=config.threads,
         max_unusable=1.0,
     )
-    show = scaling(gallery.to(device))
+    scale = scaling(gallery.to(device))
     steps = loader.steps_per_epoch * -(-epochs // 2)
     descent = Descent(LEARNING_RATES, len(classes), gallery.shape[1] + 1, steps, device)
     for _ in range(steps):
         views, _ = loader.next()
         with torch.no_grad():
             features = model.backbone(views.flatten(0, 1))
-        seen = targets[rest[loader.indices]].repeat_interleave(views.shape[1])
-        descent.step(show(features.float()), seen.to(device))
-    held_out = show(gallery[chosen].to(device)), targets[chosen].to(device)
+        batch_targets = targets[rest[loader.indices]].repeat_interleave(views.shape[1])
+        descent.step(scale(features.float()), batch_targets.to(device))
+    held_out = scale(gallery[chosen].to(device)), targets[chosen].to(device)
     best = int(cross_entropy(descent.weights, *held_out, BATCH).argmin())
-    found = accuracy(
+    share = accuracy(
         descent.weights[best],
         classes.to(device),
-        show(queries.to(device)),
+        scale(queries.to(device)),
         query_labels.to(device),
         BATCH,
     )
-    return LinearProbe(found, LEARNING_RATES[best])
+    return LinearProbe(share, LEARNING_RATES[best])

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from bincomm.data.images import EXTENSIONS, WITHOUT_RANGE, eight_bits
 from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_entropy, scaling
 from bincomm.evaluation.pretrained import Pretrained
+from bincomm.logs import progress_bar
 
 CLASSES = 255  # an eight-bit mask holds the classes 0 to 254
 IGNORED = 255
@@ -48,24 +48,25 @@ def patch_features(backbone: nn.Module, images: Tensor) -> Tensor:
     rows, columns = -(-height // stride), -(-width // stride)
     images = F.pad(images, (0, columns * stride - width, 0, rows * stride - height), mode="replicate")
     name = type(backbone).__name__
+    forward_features: Any = backbone.forward_features
     try:
-        found = backbone.forward_features(images)
+        features = forward_features(images)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         size = f"{images.shape[-2]}×{images.shape[-1]}"
         raise ValueError(f"backbone: {name} cannot take images of {size} pixels: {error}") from error
-    if isinstance(found, Tensor) and found.dim() == 4:
-        last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+    if isinstance(features, Tensor) and features.dim() == 4:
+        channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
         # A net of unpadded convolutions has a smaller map, which is then taken to cover the image.
-        return found if last else found.permute(0, 2, 3, 1)
-    if isinstance(found, Tensor) and found.dim() == 3:
-        tokens = found[:, getattr(backbone, "num_prefix_tokens", 0) :]
+        return features if channels_last else features.permute(0, 2, 3, 1)
+    if isinstance(features, Tensor) and features.dim() == 3:
+        tokens = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
         if tokens.shape[1] == rows * columns:
             norm = getattr(backbone, "fc_norm", None)
             tokens = tokens if norm is None else norm(tokens)
             return tokens.unflatten(1, (rows, columns))
-    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
     raise ValueError(
         f"backbone: expected of {name} a map (n, D, h, w) or tokens of {rows}×{columns} patches, got {shape}"
     )
@@ -77,8 +78,9 @@ def stride_of(backbone: nn.Module) -> int:
     Raises:
         ValueError: it does not say, or has no feature maps.
     """
+    feature_info: Any = getattr(backbone, "feature_info", None)
     try:
-        stride = int(backbone.feature_info[-1]["reduction"])
+        stride = int(feature_info[-1]["reduction"])
     except (AttributeError, IndexError, KeyError, TypeError):
         stride = 0
     if stride < 1 or not hasattr(backbone, "forward_features"):
@@ -122,16 +124,18 @@ def evaluate_segmentation(
         ValueError: no images; masks that are missing, unreadable, of another size or with no class; fewer
             than two training images with classes; or a backbone that gives no map, or NaN or infinity.
     """
-    halves = [_pairs(Path(folder).expanduser() / half) for half in ("train", "val")]
+    halves = [image_pairs(Path(folder).expanduser() / half) for half in ("train", "val")]
     if memory < 1 or size < 1:
         raise ValueError(f"memory and size: expected at least 1, got {memory} and {size}")
-    kept = _remember(model, halves[0], size, memory)
-    (linear, rate), knn = _linear(kept), _nearest(kept)  # the former needs more room while it is made
+    patches = collect_patches(model, halves[0], size, memory)
+    # The linear probe first, as it needs more memory while it is trained.
+    linear, rate = linear_patches(patches)
+    knn = nearest_patches(patches)
     tables = torch.zeros(2, CLASSES, CLASSES, dtype=torch.int64)
-    for features, mask in _look(model, halves[1], size, "segmenting"):
+    for features, mask in labeled_patches(model, halves[1], size, "segmenting"):
+        height, width = mask.shape
         for table, predict in zip(tables, (knn, linear), strict=True):
-            found = kept.classes[_to_pixels(predict(features), mask.shape)].cpu()
-            table += confusion(mask, found)
+            table += confusion(mask, patches.classes[to_pixels(predict(features), (height, width))].cpu())
     if not tables[0].any():
         raise ValueError(f"val: expected a class at some pixel, got none in {folder}")
     figures = [mean_iou(table) for table in tables]
@@ -140,8 +144,8 @@ def evaluate_segmentation(
         "linear": {"miou": figures[1][0], "iou": figures[1][1], "learning_rate": rate},
         "train_images": len(halves[0]),
         "val_images": len(halves[1]),
-        "patches": len(kept.features),
-        "classes": len(kept.classes),
+        "patches": len(patches.features),
+        "classes": len(patches.classes),
     }
 
 
@@ -194,14 +198,14 @@ def open_mask(path: Path) -> np.ndarray:
     return np.array(mask, dtype=np.uint8)
 
 
-def centers(parts: int, others: int) -> Tensor:
-    """A line is divided into equal parts, and into equal others: which of the others holds the center of each
-    part, (parts,) int64; the later one where it lies between two."""
-    return (2 * torch.arange(parts) + 1) * others // (2 * parts)
+def centers(parts: int, cells: int) -> Tensor:
+    """A line is divided into equal parts, and into equal cells: the index of the cell that holds the center
+    of each part, (parts,) int64; the later one where the center lies between two."""
+    return (2 * torch.arange(parts) + 1) * cells // (2 * parts)
 
 
-def show(model: Pretrained, image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """An image as the network sees it, resized to (height, width), bicubic: (1, 3, H, W), on its device."""
+def preprocess(model: Pretrained, image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """An image resized to (height, width), bicubic, and normalized: (1, 3, H, W), on the model's device."""
     if image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).to(model.device).permute(2, 0, 1).float() / 255
@@ -211,17 +215,21 @@ def show(model: Pretrained, image: Image.Image, size: tuple[int, int]) -> Tensor
     return ((pixels - mean) / std)[None]
 
 
-class _Memory(NamedTuple):
+class PatchMemory(NamedTuple):
     """Patches of training images."""
 
     features: Tensor  # (N, D) fp32
     shares: Tensor  # (N, C) of a patch's pixels that have each class
     images: Tensor  # (N,) the image each is of
-    classes: Tensor  # (C,) that some patch has
+    classes: Tensor  # (C,) that occur in a patch
 
 
-def _pairs(half: Path) -> list[tuple[Path, Path]]:
-    """Images and their masks."""
+def image_pairs(half: Path) -> list[tuple[Path, Path]]:
+    """The files of images and of their masks.
+
+    Raises:
+        ValueError: no images, or masks are missing.
+    """
     try:
         images = sorted(path for path in (half / "images").iterdir() if path.suffix.lower() in EXTENSIONS)
     except OSError as error:
@@ -235,44 +243,48 @@ def _pairs(half: Path) -> list[tuple[Path, Path]]:
     return list(zip(images, masks, strict=True))
 
 
-def _look(
-    model: Pretrained, pairs: list[tuple[Path, Path]], size: int, what: str
+def labeled_patches(
+    model: Pretrained, pairs: list[tuple[Path, Path]], size: int, activity: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Patch features (h, w, D), fp32, and mask (H, W) uint8, CPU, of one image after another."""
     stride = stride_of(model.backbone)
-    for path, mask_path in tqdm(pairs, desc=what, unit="img", leave=False, disable=None):
-        image, mask = open_image(path), open_mask(mask_path)
-        if mask.shape != image.size[::-1]:
-            of_mask, of_image = (f"{w}×{h}" for w, h in (mask.shape[::-1], image.size))
-            raise ValueError(f"{mask_path}: expected {of_image} pixels as of its image, got {of_mask}")
-        scale = size / min(image.size)
-        sides = tuple(max(1, round(side * scale / stride)) * stride for side in image.size[::-1])
-        features = patch_features(model.backbone, show(model, image, sides))[0].float()
-        if not features.isfinite().all():
-            raise ValueError(f"{path}: expected finite features, got NaN or infinity")
-        yield features, torch.from_numpy(mask)
+    with progress_bar(total=len(pairs), desc=activity, unit="img", leave=False) as bar:
+        for path, mask_path in pairs:
+            image, mask = open_image(path), open_mask(mask_path)
+            if mask.shape != image.size[::-1]:
+                expected, actual = (f"{w}×{h}" for w, h in (image.size, mask.shape[::-1]))
+                raise ValueError(f"{mask_path}: expected {expected} pixels as of its image, got {actual}")
+            scale = size / min(image.size)
+            width, height = (max(1, round(side * scale / stride)) * stride for side in image.size)
+            features = patch_features(model.backbone, preprocess(model, image, (height, width)))[0].float()
+            if not features.isfinite().all():
+                raise ValueError(f"{path}: expected finite features, got NaN or infinity")
+            yield features, torch.from_numpy(mask)
+            bar.update()
 
 
-def _remember(model: Pretrained, pairs: list[tuple[Path, Path]], size: int, memory: int) -> _Memory:
+def collect_patches(model: Pretrained, pairs: list[tuple[Path, Path]], size: int, memory: int) -> PatchMemory:
+    """At most `memory` patches of training images, drawn with a fixed seed, as many of each image."""
     generator = torch.Generator().manual_seed(0)
-    found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for image, (features, mask) in enumerate(_look(model, pairs, size, "remembering")):
-        shares = _shares(mask, features.shape[:2])
+    parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for image, (features, mask) in enumerate(labeled_patches(model, pairs, size, "collecting patches")):
+        rows, columns = features.shape[:2]
+        shares = class_shares(mask, (rows, columns))
         labeled = shares.sum(1).nonzero().flatten()
         # The same share of memory for each; where there are more images than patches, one or none.
         quota = memory * (image + 1) // len(pairs) - memory * image // len(pairs)
         drawn = labeled[torch.randperm(len(labeled), generator=generator)[:quota]]
-        found[0].append(features.flatten(0, 1)[drawn.to(features.device)])
-        found[1].append(shares[drawn].to(features.device))
-        found[2].append(torch.full((len(drawn),), image))
-    features, shares, images = (torch.cat(parts) for parts in found)
+        parts[0].append(features.flatten(0, 1)[drawn.to(features.device)])
+        parts[1].append(shares[drawn].to(features.device))
+        parts[2].append(torch.full((len(drawn),), image))
+    features, shares, images = (torch.cat(part) for part in parts)
     if len(features) == 0:
         raise ValueError(f"train: expected a class at some pixel, got none in {pairs[0][1].parent}")
     classes = shares.any(0).nonzero().flatten()
-    return _Memory(features, shares[:, classes], images.to(features.device), classes)
+    return PatchMemory(features, shares[:, classes], images.to(features.device), classes)
 
 
-def _shares(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+def class_shares(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """What share of the pixels of every patch has each class: (H, W) -> (h·w, 255). A pixel belongs to the
     patch that holds its center; what the ignored pixels of a patch lack of 1 votes for nothing."""
     rows, columns = (centers(pixels, patches) for pixels, patches in zip(mask.shape, grid, strict=True))
@@ -282,14 +294,15 @@ def _shares(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     return counts[:, :CLASSES] / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-def _nearest(memory: _Memory) -> Predict:
+def nearest_patches(memory: PatchMemory) -> Predict:
+    """The class shares of the nearest patches: a function of features (h, w, D) -> (h, w, C)."""
     keys = F.normalize(memory.features, dim=-1)
     block = max(1, SIMILARITIES // len(keys))
 
     def predict(features: Tensor) -> Tensor:
         votes = []
-        for some in F.normalize(features, dim=-1).flatten(0, 1).split(block):
-            near = (some @ keys.T).topk(min(NEIGHBORS, len(keys)), dim=-1)
+        for queries in F.normalize(features, dim=-1).flatten(0, 1).split(block):
+            near = (queries @ keys.T).topk(min(NEIGHBORS, len(keys)), dim=-1)
             weights = (near.values / TEMPERATURE).softmax(-1)
             votes.append((weights[:, None] @ memory.shares[near.indices])[:, 0])
         return torch.cat(votes).unflatten(0, features.shape[:2])
@@ -297,8 +310,8 @@ def _nearest(memory: _Memory) -> Predict:
     return predict
 
 
-def _linear(memory: _Memory) -> tuple[Predict, float]:
-    """The classifier, and the learning rate it was trained with."""
+def linear_patches(memory: PatchMemory) -> tuple[Predict, float]:
+    """The linear probe, a function of features (h, w, D) -> logits (h, w, C), and its learning rate."""
     features, targets = memory.features, memory.shares.argmax(-1)
     standardized, device = scaling(features), features.device
     generator = torch.Generator().manual_seed(0)
@@ -326,19 +339,17 @@ def _linear(memory: _Memory) -> tuple[Predict, float]:
     return lambda x: (standardized(x.flatten(0, 1)) @ weights.T).unflatten(0, x.shape[:2]), rate
 
 
-def _to_pixels(scores: Tensor, size: tuple[int, int]) -> Tensor:
+def to_pixels(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Which of the C scores of patches (h, w, C), interpolated to pixels, is the highest: (H, W) int64."""
-    best = found = None
+    highest = scores.new_full(size, -torch.inf)
+    classes = torch.zeros(size, dtype=torch.int64, device=scores.device)
     block = max(1, SCORES // (size[0] * size[1]))
-    for first, some in enumerate(scores.permute(2, 0, 1).split(block)):
-        value, index = F.interpolate(some[None], size, mode="bilinear", align_corners=False)[0].max(0)
-        index += first * block
-        if best is None:
-            best, found = value, index
-        else:
-            better = value > best
-            best, found = torch.where(better, value, best), torch.where(better, index, found)
-    return found
+    for number, part in enumerate(scores.permute(2, 0, 1).split(block)):
+        value, index = F.interpolate(part[None], size, mode="bilinear", align_corners=False)[0].max(0)
+        better = value > highest
+        highest = torch.where(better, value, highest)
+        classes = torch.where(better, index + number * block, classes)
+    return classes
 
 
 def _open(path: Path) -> Image.Image:

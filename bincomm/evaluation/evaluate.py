@@ -1,81 +1,219 @@
-"""What a run's backbone and codes are worth at its end."""
+"""What a pretrained network is worth on labeled images: every protocol, and one schema for its result."""
 
-import platform
-from dataclasses import replace
-from pathlib import Path
+import logging
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import timm
 import torch
+from torch import Tensor
 
-from bincomm import __version__
 from bincomm.bits import bit_statistics
-from bincomm.building import create_networks
-from bincomm.config import PretrainConfig
 from bincomm.data.sources import Source
-from bincomm.logs import printable
-from bincomm.evaluation.features import extract
-from bincomm.evaluation.knn import knn_accuracy
+from bincomm.distributed.ranks import ALONE, Ranks
+from bincomm.evaluation.augmented import augmented_probe
+from bincomm.evaluation.features import extract_features, extract_features_cached
+from bincomm.evaluation.geometry import effective_dimensions
+from bincomm.evaluation.knn import knn_accuracies
+from bincomm.evaluation.linear import linear_probe
 from bincomm.evaluation.pretrained import Pretrained
-from bincomm.files import read_json_lines
-from bincomm.networks import Network
-from bincomm.ops.coding_rate import rate_ceiling
+from bincomm.evaluation.retrieval import mean_average_precision, precision_within
+from bincomm.ops.messages import pack_signs
+
+logger = logging.getLogger(__name__)
+
+NEIGHBORS = (10, 20, 100, 200)
+CODE_PROTOCOLS = ("knn_codes", "map_codes", "lookup", "bits")  # need a head
+PROTOCOLS = ("knn", "linear", "augmented", "map", "geometry", *CODE_PROTOCOLS)
+
+
+class NoUsableImagesError(ValueError):
+    """None of the gallery's or of the queries' images can be used."""
 
 
 def evaluate(
-    teacher: Network,
-    sources: tuple[Source, Source, bool] | None,
-    config: PretrainConfig,
-    run: Path,
-    device: torch.device,
+    model: Pretrained,
+    gallery: Source,
+    queries: Source,
+    protocols: Sequence[str] | None = None,
+    *,
+    ranks: Ranks = ALONE,
+    cache: bool = True,
+    report_unusable: Sequence[str] = ("gallery", "queries"),
 ) -> dict[str, Any]:
-    """k-NN of the teacher, of the same network before training, of pixels and codes; use of the bits."""
-    metrics = read_json_lines(run / "metrics.jsonl")
-    result: dict[str, Any] = {
-        "last_metrics": metrics[-1] if metrics else {},
-        "rate_ceiling": rate_ceiling(
-            torch.tensor(config.batch_size, dtype=torch.float64), config.bits, config.eps_squared
-        ).item(),
-        "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
-        "machine": {"device": device.type, "python": platform.python_version()},
+    """Evaluate a network on labeled images, one center crop each.
+
+    Args:
+        model: what was pretrained.
+        gallery, queries: labeled sources.
+        protocols: of `PROTOCOLS`; None: all of them, without those of codes where the model has no head.
+        ranks: each computes the features of a share of the images; all call, rank 0 evaluates, and the others
+            get {}.
+        cache: take features from bincomm's cache where they are there, and keep them there.
+        report_unusable: of "gallery" and "queries", those of which images that cannot be used are logged.
+
+    Returns:
+        "gallery_images", "query_images" (those that can be used) and "classes": numbers; "preprocessing":
+        {"global_size", "eval_crop"}; "seconds": of "features" and of each protocol; and by protocol, shares
+        from 0 to 1 and entropies in bits:
+
+        - "knn" by cosine and "knn_codes" by Hamming distance: accuracy by k, {"10", "20", "100", "200"}; the
+          number of the gallery's images stands for every k above it;
+        - "linear", the probe on features, and "augmented" on random crops: {"accuracy", "learning_rate"};
+        - "map" and "map_codes": mAP@ALL;
+        - "lookup": {"precision", "answered"} within Hamming radius 2;
+        - "geometry": {"d_eff", "r_eff"} of the queries' features;
+        - "bits": `bincomm.bits.bit_statistics` of the queries' codes.
+
+    Raises:
+        NoUsableImagesError: none of the gallery's or of the queries' images can be used.
+        ValueError: an unknown protocol, no labels, or a protocol of codes without a head.
+    """
+    chosen = check_protocols(model, protocols)
+    result: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    extract = extract_features_cached if cache else extract_features
+    sources = {"gallery": gallery, "queries": queries}
+    for name, source in sources.items():
+        if source.labels is None:
+            raise ValueError(f"{name}: expected images with labels (folders named after classes), got none")
+    values = {}
+    for name, source in sources.items():
+
+        def report(index: int, reason: str, name: str = name, source: Source = source) -> None:
+            if name in report_unusable:
+                logger.warning("left out of the %s: %s: %s", name, source.images.name(index), reason)
+
+        values[name] = extract(model, source, report, ranks=ranks)
+    if ranks.rank:
+        return {}
+    for name, source in sources.items():
+        if len(values[name]["indices"]) == 0:
+            raise NoUsableImagesError(f"{name}: none of the {len(source.images)} images can be used")
+    # Their order is that of the sources, and features and codes are on the CPU.
+    labels = [torch.from_numpy(source.labels)[values[name]["indices"]] for name, source in sources.items()]
+    result["gallery_images"], result["query_images"] = map(len, labels)
+    result["classes"] = len(torch.cat(labels).unique())
+    result["preprocessing"] = {"global_size": model.config.global_size, "eval_crop": model.config.eval_crop}
+    seconds["features"] = time.perf_counter() - started
+
+    device = model.device
+    features = [values[name]["features"].to(device) for name in sources]
+    on_device = [each.to(device) for each in labels]
+    labeled = features[0], on_device[0], features[1], on_device[1]
+    if model.head is not None:
+        signs = [values[name]["signs"].to(device) for name in sources]
+        messages = [pack_signs(each) for each in signs]
+        labeled_signs = signs[0], on_device[0], signs[1], on_device[1]
+        labeled_messages = messages[0], on_device[0], messages[1], on_device[1]
+
+    def augmented() -> dict[str, Any]:
+        on_cpu = values["gallery"]["features"], values["queries"]["features"]
+        return augmented_probe(model, gallery, values["gallery"]["indices"], *on_cpu, labels[1])._asdict()
+
+    def knn(parts: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, float]:
+        neighbors = sorted({min(k, len(parts[0])) for k in NEIGHBORS})
+        accuracies = knn_accuracies(*parts, neighbors=neighbors)
+        return {str(k): accuracy for k, accuracy in zip(neighbors, accuracies, strict=True)}
+
+    measures: dict[str, Callable[[], Any]] = {
+        "knn": lambda: knn(labeled),
+        "linear": lambda: linear_probe(*labeled)._asdict(),
+        "augmented": augmented,
+        "map": lambda: mean_average_precision(*labeled),
+        "geometry": lambda: effective_dimensions(features[1])._asdict(),
+        "knn_codes": lambda: knn(labeled_signs),
+        "map_codes": lambda: mean_average_precision(*labeled_messages),
+        "lookup": lambda: precision_within(*labeled_messages)._asdict(),
+        "bits": lambda: bit_statistics((signs[1] > 0).sum(0), len(signs[1])),
     }
-    if sources is None:
-        return {**result, "knn": None}
-    gallery, queries, held_out = sources
+    for name in chosen:
+        started = time.perf_counter()
+        result[name] = measures[name]()
+        seconds[name] = time.perf_counter() - started
+    return {**result, "seconds": seconds}
 
-    def tell(image: int, why: str) -> None:
-        print(printable(f"left out of the queries: {queries.images.name(image)}: {why}"))
 
-    # What cannot be used of the pretraining images was told when they were trained on.
-    model = Pretrained.of(teacher, config, device)
-    trained = [
-        extract(model, gallery, pixels=True),
-        extract(model, queries, pixels=True, **({"report": tell} if held_out else {})),
-    ]
-    if not all(len(found["images"]) for found in trained):
-        return {**result, "knn": None}
-    untrained = Pretrained.of(create_networks(replace(config, fsdp=False), device)[1], config, device)
-    before = [extract(untrained, source) for source in (gallery, queries)]
-    labels = [
-        torch.from_numpy(source.labels)[found["images"]]
-        for source, found in zip((gallery, queries), trained, strict=True)
-    ]
+def check_protocols(model: Pretrained, protocols: Sequence[str] | None) -> list[str]:
+    """The given protocols, or all that the model allows where that is None.
 
-    def knn(gallery_features: torch.Tensor, query_features: torch.Tensor) -> float:
-        return knn_accuracy(*(x.to(device) for x in (gallery_features, labels[0], query_features, labels[1])))
+    Raises:
+        ValueError: there is none of a name, or it needs a head.
+    """
+    if protocols is None:
+        return [name for name in PROTOCOLS if model.head is not None or name not in CODE_PROTOCOLS]
+    for name in protocols:
+        if name not in PROTOCOLS:
+            raise ValueError(f"protocols: there is none named {name!r}; protocols: {', '.join(PROTOCOLS)}")
+        if name in CODE_PROTOCOLS and model.head is None:
+            raise ValueError(
+                f"protocols: {name} measures codes, and {model.name} holds a backbone without a head; take a "
+                "run's directory with its checkpoints, or a checkpoint"
+            )
+    return list(protocols)
 
-    signs = trained[1]["signs"]
-    return {
-        **result,
-        "knn": {
-            "teacher": knn(trained[0]["features"], trained[1]["features"]),
-            "codes": knn(trained[0]["signs"], trained[1]["signs"]),
-            "before_training": knn(before[0]["features"], before[1]["features"]),
-            "pixels": knn(trained[0]["pixels"], trained[1]["pixels"]),
-            "k": 20,
-            "gallery_images": len(labels[0]),
-            "query_images": len(labels[1]),
-            "queries_held_out": held_out,
-        },
-        "codes": bit_statistics((signs > 0).sum(0), len(signs)),
-    }
+
+def figure(result: dict[str, Any], *path: str) -> float:
+    """A figure of a result by its keys, as in `figure(result, "knn", "20")`; of a gallery with fewer images
+    than k, k-NN of all of them."""
+    *outer, last = path
+    for key in outer:
+        result = result[key]
+    if outer in (["knn"], ["knn_codes"]):
+        last = max((k for k in result if int(k) <= int(last)), key=int)
+    return result[last]
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result of `evaluate`, of `evaluate_davis` as "davis" and of `evaluate_segmentation` as
+    "segmentation", for a terminal."""
+    lines = []
+    if "classes" in result:
+        sizes = f"{result['query_images']} queries in {result['gallery_images']} images"
+        lines.append(f"{sizes} of {result['classes']} classes")
+        if not result.get("queries_held_out", True):
+            lines.append("  (one folder, split: where it was pretrained on, the queries' images were, too)")
+    for name, title in (("knn", "k-NN"), ("knn_codes", "k-NN of codes")):
+        if name in result:
+            accuracies = "  ".join(f"k={k} {accuracy:.2%}" for k, accuracy in result[name].items())
+            lines.append(f"  {title:22} {accuracies}")
+    for name, title in (("linear", "linear probe"), ("augmented", "  on random crops")):
+        if name in result:
+            lines.append(
+                f"  {title:22} {result[name]['accuracy']:.2%}  "
+                f"(learning rate {result[name]['learning_rate']:g})"
+            )
+    for name, title in (("map", "mAP of features"), ("map_codes", "mAP of codes")):
+        if name in result:
+            lines.append(f"  {title:22} {result[name]:.2%}")
+    if "lookup" in result:
+        lookup = result["lookup"]
+        lines.append(
+            f"  {'within 2 bits':22} {lookup['precision']:.2%} right, a query without any counting as wrong: "
+            f"{lookup['answered']:.1%} have some"
+        )
+    if "geometry" in result:
+        geometry = result["geometry"]
+        lines.append(
+            f"  {'dimensions in use':22} d_eff {geometry['d_eff']:.1f}  r_eff {geometry['r_eff']:.1f}"
+        )
+    if "bits" in result:
+        bits = result["bits"]
+        lines.append(
+            f"  {'use of the bits':22} entropy {bits['bit_entropy']:.3f} (least "
+            f"{bits['bit_entropy_min']:.3f}), {bits['dead_bits']:.1%} dead"
+        )
+    if "davis" in result:
+        davis = result["davis"]
+        lines.append(
+            f"DAVIS, {davis['objects']} objects: J&F {davis['jf']:.2%}, J {davis['j']:.2%}, "
+            f"F {davis['f']:.2%}"
+        )
+    if "segmentation" in result:
+        patches = result["segmentation"]
+        lines.append(
+            f"segmentation, {patches['val_images']} images of {patches['classes']} classes: mIoU "
+            f"{patches['knn']['miou']:.2%} by nearest patches, {patches['linear']['miou']:.2%} linear"
+        )
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Features, codes and pixels of images, in their order."""
+"""Features and codes of images, in their order."""
 
 import hashlib
 import json
@@ -12,10 +12,8 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 import bincomm
 from bincomm.data.cache import cache_folder
@@ -25,17 +23,19 @@ from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.evaluation.identity import images_identity, weights_identity
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.files import write_file
+from bincomm.logs import progress_bar
 
-PIXELS = 16  # a million images of more would not fit in memory, and k-NN on pixels gains nothing from it
-Report = Callable[[int, str], None]
-Kept = tuple[dict[str, Tensor], list[tuple[int, str]]]  # of images, and those left out with the reason
+Report = Callable[[int, str], None]  # of the index of an image that cannot be used, and the reason
+Unusable = list[tuple[int, str]]
+Features = dict[str, Tensor]  # see `extract_features`
+LAYOUT = 2  # of a cached file
 VERSIONS = tuple(package.__version__ for package in (bincomm, torch, timm, nvidia.dali, PIL))
 
 
 class FeatureBatch(NamedTuple):
     """A batch of images, one center crop each, on the device."""
 
-    indices: list[int]  # their numbers in the source
+    indices: list[int]  # of the m images in the source
     crops: Tensor  # (m, 3, S, S), normalized
     features: Tensor  # (m, D) of the backbone
     logits: Tensor | None  # (m, K) of the head, whose signs are the code; None where there is no head
@@ -43,12 +43,13 @@ class FeatureBatch(NamedTuple):
 
 @torch.no_grad()
 def forward_batches(
-    model: Pretrained, source: Source, report: Report = lambda image, why: None
+    model: Pretrained, source: Source, report: Report = lambda index, reason: None
 ) -> Iterator[FeatureBatch]:
-    """A network's view of all images, in batches, in their order; unusable ones are left out and reported."""
+    """Pass all images through a network, in batches, in their order; unusable ones are left out and
+    reported."""
     config = model.config
-    with tqdm(total=len(source.images), desc="looking", unit="img", leave=False, disable=None) as bar:
-        for numbers, crops in eval_batches(
+    with progress_bar(total=len(source.images), desc="computing features", unit="img", leave=False) as bar:
+        for indices, crops in eval_batches(
             source,
             config.crops,
             crop_ratio=config.eval_crop,
@@ -59,104 +60,112 @@ def forward_batches(
         ):
             features = model.backbone(crops)
             logits = None if model.head is None else model.head.code(features)
-            yield FeatureBatch(numbers, crops, features, logits)
-            bar.update(len(numbers))
+            yield FeatureBatch(indices, crops, features, logits)
+            bar.update(len(indices))
 
 
-def extract(
+def extract_features(
     model: Pretrained,
     source: Source,
-    report: Report = lambda image, why: None,
+    report: Report = lambda index, reason: None,
     *,
-    pixels: bool = False,
     ranks: Ranks = ALONE,
-) -> dict[str, Tensor]:
-    """What a network makes of images, one center crop each; unusable ones are left out and reported.
+) -> Features:
+    """Features and codes of images, one center crop each; unusable ones are left out and reported at the end.
 
     Returns:
-        "images" (n,) int64, the numbers of the images in the source; "features" (n, D) of the backbone;
-        where there is a head "signs" (n, K) of its code as ±1; if asked for "pixels" (n, 3·s·s), the image
-        itself averaged down to s = PIXELS a side where it is larger; fp32, CPU. Of several ranks each looks
-        at a share, and all get everything.
+        "indices" (n,) int64 of the images in the source; "features" (n, D) of the backbone; where there is a
+        head "signs" (n, K) of its code as ±1; fp32, CPU. Of several ranks each computes a share and gets
+        everything; rank 0 reports.
     """
     share = list(range(ranks.rank, len(source.images), ranks.world))
     part = source if ranks.world == 1 else source.select(share)
-    found: dict[str, list[Tensor]] = {"images": [], "features": [], "signs": [], "pixels": []}
-    for seen in forward_batches(model, part, lambda image, why: report(share[image], why)):
-        found["images"].append(torch.tensor(seen.indices))
-        found["features"].append(seen.features.float().cpu())
-        if seen.logits is not None:
-            found["signs"].append(torch.where(seen.logits > 0, 1.0, -1.0).cpu())
-        if pixels:
-            side = min(PIXELS, seen.crops.shape[-1])
-            found["pixels"].append(F.adaptive_avg_pool2d(seen.crops, side).flatten(1).float().cpu())
-    kept = ["images", "features"] + ["signs"] * (model.head is not None) + ["pixels"] * pixels
-    own = {name: torch.cat(found[name]) if found[name] else torch.empty(0) for name in kept}
+    names = ["indices", "features"] + ["signs"] * (model.head is not None)
+    batches: dict[str, list[Tensor]] = {name: [] for name in names}
+    unusable: Unusable = []
+    for batch in forward_batches(model, part, lambda index, reason: unusable.append((share[index], reason))):
+        batches["indices"].append(torch.tensor([share[index] for index in batch.indices]))
+        batches["features"].append(batch.features.float().cpu())
+        if batch.logits is not None:
+            batches["signs"].append(torch.where(batch.logits > 0, 1.0, -1.0).cpu())
+    own = {name: torch.cat(each) if each else torch.empty(0) for name, each in batches.items()}
+    parts = ranks.gather((own, unusable))
+    if ranks.rank == 0:
+        for index, reason in sorted(one for _, others in parts for one in others):
+            report(index, reason)
     if ranks.world == 1:
         return own
-    own["images"] = torch.tensor(share, dtype=torch.int64)[own["images"].long()]
-    every = [one for one in ranks.gather(own) if len(one["images"])] or [own]
-    joined = {name: torch.cat([one[name] for one in every]) for name in kept}
-    order = joined["images"].argsort()
-    return {name: value[order] for name, value in joined.items()}
+    nonempty = [values for values, _ in parts if len(values["indices"])] or [own]
+    joined = {name: torch.cat([values[name] for values in nonempty]) for name in names}
+    order = joined["indices"].argsort()
+    return {name: values[order] for name, values in joined.items()}
 
 
-def extract_cached(
-    model: Pretrained, source: Source, report: Report = lambda image, why: None, *, ranks: Ranks = ALONE
-) -> dict[str, Tensor]:
-    """`extract`, from bincomm's cache where the same weights saw the same files in the same way before; rank
-    0 alone gets what it found, and the others {}."""
-    path, kept = Path(), None  # which rank 0 alone comes to know
+def extract_features_cached(
+    model: Pretrained,
+    source: Source,
+    report: Report = lambda index, reason: None,
+    *,
+    ranks: Ranks = ALONE,
+) -> Features:
+    """`extract_features`, from bincomm's cache where the same weights were given the same files in the same
+    way before; rank 0 alone gets them, and the others {}."""
+    path, cached = Path(), None  # known to rank 0 alone
 
     def look_up() -> bool:
-        nonlocal path, kept
+        nonlocal path, cached
         path = cache_folder() / "features" / f"{identity(model, source)}.safetensors"
-        kept = _read(path)
-        return kept is not None
+        cached = _read(path)
+        return cached is not None
 
     if not ranks.first(look_up):
-        left_out: list[tuple[int, str]] = []
-        values = extract(model, source, lambda image, why: left_out.append((image, why)), ranks=ranks)
-        kept = values, sorted(one for some in ranks.gather(left_out) for one in some)
+        unusable: Unusable = []
+        values = extract_features(
+            model, source, lambda index, reason: unusable.append((index, reason)), ranks=ranks
+        )
+        cached = values, unusable
         if ranks.rank == 0:
-            _write(path, *kept)
-    if ranks.rank:
+            _write(path, *cached)
+    if cached is None or ranks.rank:
         return {}
-    values, every = kept
-    for image, why in every:
-        report(image, why)
+    values, unusable = cached
+    for index, reason in unusable:
+        report(index, reason)
     return values
 
 
 def identity(model: Pretrained, source: Source) -> str:
-    """A name for what a network sees of images: of its weights, of how they are shown, of the files, and of
-    the software that all of this goes through."""
+    """A name for the features of images: of the network's weights, of how images are preprocessed, of the
+    files, and of the software that all of this goes through."""
     config = model.config
-    shown = (config.global_size, config.eval_crop, config.mean, config.std, model.device.type)
-    seen = (weights_identity(model), images_identity(source, closely=True), shown, VERSIONS)
-    return hashlib.sha256(repr(seen).encode()).hexdigest()[:32]
+    preprocessing = (config.global_size, config.eval_crop, config.mean, config.std, model.device.type)
+    images = images_identity(source, closely=True)
+    parts = (LAYOUT, weights_identity(model), images, preprocessing, VERSIONS)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def _read(path: Path) -> Kept | None:
-    """What is kept in a file, or None where it is not whole."""
+def _read(path: Path) -> tuple[Features, Unusable] | None:
+    """What a cached file holds, or None where it is not whole."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            left_out = json.loads(file.metadata()["left_out"])
+            unusable = json.loads(file.metadata()["unusable"])
             names = file.keys()
             values = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
     if "signs" in values:
         values["signs"] = values["signs"].float()
-    return values, [tuple(one) for one in left_out]
+    return values, [(index, reason) for index, reason in unusable]
 
 
-def _write(path: Path, values: dict[str, Tensor], left_out: list[tuple[int, str]]) -> None:
-    """Keep what was seen; where that is not possible the images are looked at again the next time."""
-    kept = {name: (value.char() if name == "signs" else value).contiguous() for name, value in values.items()}
+def _write(path: Path, values: Features, unusable: Unusable) -> None:
+    """Keep features; where that is not possible they are computed again the next time."""
+    stored = {
+        name: (value.char() if name == "signs" else value).contiguous() for name, value in values.items()
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = safetensors.torch.save(kept, metadata={"left_out": json.dumps(left_out)})
+        data = safetensors.torch.save(stored, metadata={"unusable": json.dumps(unusable)})
         write_file(path, lambda file: file.write(data))
     except OSError:
         pass

@@ -1,4 +1,4 @@
-"""Names for weights and for images as they are, by which what was made of them is known again."""
+"""Names for weights and for images in their present state, to recognize what was computed from them."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ def weights_identity(model: "Pretrained") -> str:
 
 def images_identity(source: Source, *, closely: bool = False) -> str:
     """A name for images as they are now: of their names, their labels, and their files' sizes and times;
-    closely also of the times that nobody can set, by which a file is known to be changed whose own time was
-    put back, but which differ for each copy of the files."""
+    closely also of the times that nobody can set (ctime), which show that a file was changed even if its own
+    time was put back, but which differ for each copy of the files."""
     digest, images = hashlib.sha256(), source.images
     for name in images.names():
         digest.update(os.fsencode(name) + b"\0")
@@ -38,12 +38,12 @@ def images_identity(source: Source, *, closely: bool = False) -> str:
         )
     parts = images.parts if isinstance(images, Mix) else [images]
     for file in (
-        file for some in parts for file in (some.shards if isinstance(some, Shards) else some.names())
+        file for part in parts for file in (part.shards if isinstance(part, Shards) else part.names())
     ):
         try:
             stat = os.stat(file)
             changed = f" {stat.st_ctime_ns}" if closely else ""
             digest.update(f"{stat.st_size} {stat.st_mtime_ns}{changed}\0".encode())
-        except OSError:  # one that is gone is told when it is read
+        except OSError:  # a missing file is reported when it is read
             digest.update(b"gone\0")
     return digest.hexdigest()[:32]

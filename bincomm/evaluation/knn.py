@@ -19,7 +19,7 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Share of queries whose class the nearest gallery images name.
+    """Share of queries whose class the nearest gallery images vote for.
 
     Similarity s is the cosine; each of the k nearest votes for its class with weight exp(s/temperature).
     Given codes as ±1 vectors the cosine is 1 - 2d/K with d the Hamming distance, so this is then the Hamming
@@ -58,22 +58,22 @@ def knn_accuracies(
     gallery, queries = unit(gallery), unit(queries)
     sizes = [min(k, len(gallery)) for k in neighbors]
     correct, block = [0] * len(sizes), max(1, SIMILARITIES // len(gallery))
-    for some, labels in zip(queries.split(block), query_labels.split(block), strict=True):
-        similarity = (some @ gallery.T).mul_(RESOLUTION).round_()
+    for part, labels in zip(queries.split(block), query_labels.split(block), strict=True):
+        similarity = (part @ gallery.T).mul_(RESOLUTION).round_()
         nearest = similarity.topk(max(sizes), dim=-1).values
         query, image = (similarity >= nearest[:, -1:]).nonzero(as_tuple=True)
         near = similarity[query, image]
-        place, weights = query * len(classes) + targets[image], (near / RESOLUTION / temperature).exp()
+        ballot, weights = query * len(classes) + targets[image], (near / RESOLUTION / temperature).exp()
         for number, k in enumerate(sizes):
             last = nearest[:, k - 1]
             above = (nearest > last[:, None]).sum(-1)
-            tied = query[near == last[query]].bincount(minlength=len(some))
+            tied = query[near == last[query]].bincount(minlength=len(part))
             share = torch.where(
                 near == last[query], ((k - above) / tied)[query], (near > last[query]).double()
             )
-            votes = torch.zeros(len(some), len(classes), dtype=torch.float64, device=some.device)
-            votes.view(-1).index_add_(0, place, share * weights)
-            # Equal votes are told from what the order of adding does to their last digits.
+            votes = torch.zeros(len(part), len(classes), dtype=torch.float64, device=part.device)
+            votes.view(-1).index_add_(0, ballot, share * weights)
+            # Rounded, because the order of adding changes the last digits of equal votes.
             votes = (votes / votes.amax(-1, keepdim=True) * RESOLUTION).round()
             correct[number] += int((classes[votes.argmax(-1)] == labels).sum())
     return [hits / len(queries) for hits in correct]

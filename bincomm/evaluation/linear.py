@@ -40,21 +40,21 @@ def linear_probe(
     """Share of queries that softmax regression, trained on the features of the gallery, classifies rightly.
 
     The protocol of DINO (arXiv 2104.14294): SGD with momentum 0.9, no weight decay, cosine to 0, the learning
-    rate swept; on cached features, so without augmentation. The learning rate taken is the one
-    whose classifier, trained on nine tenths of the gallery, has the lowest cross-entropy on the other tenth,
-    drawn by class; the share it gets right is too coarse where that tenth is small. Where it is of fewer
-    than 100 images, further tenths are held out in turn until so many have chosen. The classifier is then
-    trained anew on all of the gallery. Choosing by the queries instead would flatter.
+    rate swept; on features computed once, so without augmentation. The learning rate taken is the one whose
+    classifier, trained on nine tenths of the gallery, has the lowest cross-entropy on the other tenth, drawn
+    by class; accuracy would be too coarse where that tenth is small. Where it has fewer than 100 images,
+    further tenths are held out in turn until so many have chosen. The classifier is then trained anew on all
+    of the gallery. Choosing by the queries instead would flatter.
 
-    From all features the gallery's mean is first subtracted, and they are divided by one number, the largest
-    standard deviation of the gallery in any direction, so that one grid of rates fits every backbone. The
-    classifiers there are stay the same; but a mean that outweighs the differences, as that of an untrained
-    network's features does, would keep gradient descent from finding the good ones.
+    The gallery's mean is first subtracted from all features, and they are divided by one number, the largest
+    standard deviation of the gallery in any direction, so that one grid of rates fits every backbone. That
+    leaves the possible classifiers the same; but a mean that outweighs the differences, as that of an
+    untrained network's features does, would keep gradient descent from finding the good ones.
 
     Args:
         gallery: (N, D) features, gallery_labels: (N,) class indices.
         queries: (M, D) features, query_labels: (M,) class indices; a class that the gallery lacks is missed.
-        learning_rates: for features so shown; all are trained at once, in fp32.
+        learning_rates: for features so scaled; all are trained at once, in fp32.
         epochs: passes over the gallery.
         batch_size: images per step.
         seed: of the tenth and of the order of images. The global generators are left alone.
@@ -68,14 +68,14 @@ def linear_probe(
     check_alike(gallery, queries)
     if len(learning_rates) == 0:
         raise ValueError("learning_rates: expected at least one, got none")
-    show = scaling(gallery)
-    gallery, queries = show(gallery), show(queries)
+    scale = scaling(gallery)
+    gallery, queries = scale(gallery), scale(queries)
     classes, targets = gallery_labels.unique(return_inverse=True)
     generator = torch.Generator().manual_seed(seed)
 
     def train(images: Tensor, rates: Sequence[float]) -> Tensor:
         x, y = gallery[images], targets[images]
-        return _train(x, y, len(classes), rates, epochs, batch_size, generator)
+        return train_classifiers(x, y, len(classes), rates, epochs, batch_size, generator)
 
     order, tenth = hold_out(targets, generator)
     losses = torch.zeros(len(learning_rates), device=gallery.device)
@@ -89,9 +89,9 @@ def linear_probe(
 
 
 def scaling(gallery: Tensor) -> Callable[[Tensor], Tensor]:
-    """What is done to features (n, D) before they are classified: of the gallery they get mean 0 and a
-    largest variance of 1 in any direction; and a last feature is added that is always 1, whose weight is the
-    bias."""
+    """A function that features (n, D) pass through before they are classified: those of the gallery get mean
+    0 and a largest variance of 1 in any direction; and a last feature is added that is always 1, whose weight
+    is the bias."""
     mean, covariance = moments(gallery)
     scale = float(torch.linalg.eigvalsh(covariance)[-1].clamp(min=0).sqrt()) or 1.0
     return lambda x: F.pad(((x - mean) / scale).float(), (0, 1), value=1.0)
@@ -107,18 +107,18 @@ def hold_out(targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tenso
 
 def cross_entropy(weights: Tensor, features: Tensor, targets: Tensor, batch_size: int) -> Tensor:
     """Sums over features (n, D) under each of the classifiers (S, C, D): (S,), infinite where it is NaN."""
-    found = torch.zeros(len(weights), device=features.device)
+    sums = torch.zeros(len(weights), device=features.device)
     for x, y in zip(features.split(batch_size), targets.split(batch_size), strict=True):
         likelihood = _logits(x, weights).log_softmax(-1)
-        found -= likelihood.take_along_dim(y[:, None, None], -1).sum((0, 2))
-    return found.nan_to_num(torch.inf)
+        sums -= likelihood.take_along_dim(y[:, None, None], -1).sum((0, 2))
+    return sums.nan_to_num(torch.inf)
 
 
 def accuracy(weights: Tensor, classes: Tensor, queries: Tensor, labels: Tensor, batch_size: int) -> float:
-    """Share of queries (M, D) that a classifier (C, D) of some classes (C,) gets right."""
+    """Share of queries (M, D) that a classifier (C, D) of classes (C,) gets right."""
     hits = 0
-    for x, actual in zip(queries.split(batch_size), labels.split(batch_size), strict=True):
-        hits += int((classes[(x @ weights.T).argmax(-1)] == actual).sum())
+    for x, targets in zip(queries.split(batch_size), labels.split(batch_size), strict=True):
+        hits += int((classes[(x @ weights.T).argmax(-1)] == targets).sum())
     return hits / len(queries)
 
 
@@ -154,8 +154,8 @@ class Descent:
         error -= (targets[:, None] == self.indices).float()[:, None]
         gradient = (error.flatten(1).T @ x).view_as(self.weights) / len(x)
         self.velocity.mul_(MOMENTUM).add_(gradient)
-        fall = 0.5 + 0.5 * math.cos(math.pi * self.done / self.steps)
-        self.weights -= self.rates * fall * self.velocity
+        decay = 0.5 + 0.5 * math.cos(math.pi * self.done / self.steps)
+        self.weights -= self.rates * decay * self.velocity
         self.done += 1
 
 
@@ -164,7 +164,7 @@ def _logits(x: Tensor, weights: Tensor) -> Tensor:
     return (x @ weights.flatten(0, 1).T).unflatten(1, weights.shape[:2])
 
 
-def _train(
+def train_classifiers(
     features: Tensor,
     targets: Tensor,
     classes: int,

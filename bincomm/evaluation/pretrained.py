@@ -1,12 +1,14 @@
-"""A pretrained backbone, and its head where it has one, ready to look at images."""
+"""A pretrained backbone, and its head where it has one, ready to be evaluated."""
 
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, read_config
@@ -14,13 +16,24 @@ from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone, feature_width
 from bincomm.weights import load_weights, read_metadata
 
+logger = logging.getLogger(__name__)
+
+
+class Pixels(nn.Module):
+    """Raw pixels as features: images (n, 3, S, S) -> (n, 3·s·s), averaged down to s = min(16, S) a side."""
+
+    SIDE = 16  # those of a million larger images would not fit in memory, and k-NN gains nothing from it
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(images, min(self.SIDE, images.shape[-1])).flatten(1)
+
 
 @dataclass(frozen=True)
 class Pretrained:
     """A backbone, images (n, 3, S, S) -> features (n, D), and its head, features -> logits of the code.
 
-    Of `config` counts how images are shown to it: `global_size`, `eval_crop`, `mean` and `std`, and with how
-    many `threads` and in what `batch_size` they are read.
+    Of `config` only the keys count by which images are read and preprocessed: `global_size`, `eval_crop`,
+    `mean`, `std`, `threads` and `batch_size`.
     """
 
     name: str
@@ -35,45 +48,60 @@ class Pretrained:
         network.eval()
         return cls(config.output, network.backbone, network.head, config, device)
 
+    @classmethod
+    def of_pixels(cls, config: PretrainConfig, device: torch.device) -> "Pretrained":
+        """No network: features are the pixels that a network of this configuration is given."""
+        return cls("raw pixels", Pixels(), None, config, device)
+
+
+def evaluation_device(config: PretrainConfig) -> torch.device:
+    """The device that a run of this configuration is evaluated on: the one it is trained on, on this
+    machine."""
+    gpu = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
 
 def load_pretrained(
-    weights: str | Path, device: torch.device | str, *, backbone: str | None = None, **shown: Any
+    weights: str | Path, device: torch.device | str, *, backbone: str | None = None, **preprocessing: Any
 ) -> Pretrained:
     """Load what was pretrained.
 
     Args:
         weights: a run's directory (its newest checkpoint, else its backbone alone), a checkpoint, a
             .safetensors file or a timm model with pretrained weights, by name; the last two have no head.
-        device: where the networks shall be.
+        device: of the networks.
         backbone: timm's name of it, for a .safetensors file that does not say.
-        shown: keys of `PretrainConfig` that tell how images are shown, where not as in training.
+        preprocessing: keys of `PretrainConfig` by which images are read and preprocessed, where not as in
+            training.
 
     Raises:
         ValueError: there are no such weights, or they do not fit.
     """
-    found = _load(os.fspath(weights), torch.device(device), backbone, shown)
-    if backbone not in (None, found.config.backbone):
-        raise ValueError(f"backbone: expected {found.config.backbone}, as {weights} says, got {backbone}")
-    return found
+    model = _load(os.fspath(weights), torch.device(device), backbone, preprocessing)
+    if backbone not in (None, model.config.backbone):
+        raise ValueError(f"backbone: expected {model.config.backbone}, as {weights} says, got {backbone}")
+    return model
 
 
-def _load(weights: str, device: torch.device, backbone: str | None, shown: dict[str, Any]) -> Pretrained:
+def _load(
+    weights: str, device: torch.device, backbone: str | None, preprocessing: dict[str, Any]
+) -> Pretrained:
     path = Path(os.path.expanduser(weights))
     if path.suffix == ".ckpt":
         if not path.exists():
             raise ValueError(f"weights: expected a checkpoint, got {weights}, which does not exist")
-        return _of_state(load_checkpoint(path), weights, device, shown)
+        return _from_state(load_checkpoint(path), weights, device, preprocessing)
     keys: dict[str, Any] = {}
     if path.is_dir():
-        checkpoint = Checkpoints(path / "checkpoints", 1, print).load()
+        checkpoint = Checkpoints(path / "checkpoints", 1, logger.warning).load()
         if checkpoint is not None:
-            return _of_state(checkpoint, weights, device, shown)
+            return _from_state(checkpoint, weights, device, preprocessing)
         keys = read_config(path, "weights")
     keys = {**read_metadata(weights, "weights"), **keys}
     if not keys.setdefault("backbone", backbone):
         raise ValueError(f"weights: {weights} does not say of which backbone it is; say --backbone")
-    # Made for the size that is shown: position embeddings are then resampled to it, and once.
-    config = _config({**keys, **shown}, weights)
+    # Made for the size of the crops: position embeddings are then resampled to it, and once.
+    config = _config({**keys, **preprocessing}, weights)
     network, _ = create_backbone(config.backbone, config.global_size, **config.backbone_args)
     load_weights(network, weights, "weights")
     feature_width(network, [config.global_size])
@@ -81,7 +109,7 @@ def _load(weights: str, device: torch.device, backbone: str | None, shown: dict[
     return Pretrained(weights, network.to(device), None, config, device)
 
 
-def _of_state(state: Any, weights: str, device: torch.device, shown: dict[str, Any]) -> Pretrained:
+def _from_state(state: Any, weights: str, device: torch.device, preprocessing: dict[str, Any]) -> Pretrained:
     if not (isinstance(state, dict) and {"config", "teacher"} <= state.keys()):
         raise ValueError(f"weights: {weights} is no checkpoint of a run")
     config = _config(state["config"], weights)
@@ -91,16 +119,16 @@ def _of_state(state: Any, weights: str, device: torch.device, shown: dict[str, A
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"weights: {weights} does not fit the network of its config: {reason}") from error
-    found = Pretrained.of(teacher, config, device)
-    if "global_size" in shown:
-        feature_width(found.backbone.cpu(), [shown["global_size"]])
-        found.backbone.to(device)
-    return replace(found, name=weights, config=replace(config, **shown))
+    model = Pretrained.of(teacher, config, device)
+    if "global_size" in preprocessing:
+        feature_width(model.backbone.cpu(), [preprocessing["global_size"]])
+        model.backbone.to(device)
+    return replace(model, name=weights, config=replace(config, **preprocessing))
 
 
 def _config(keys: dict[str, Any], weights: str) -> PretrainConfig:
-    """Of keys as YAML and JSON give them; those that only training goes by and that could stand in the way of
-    others are left out."""
+    """A configuration from keys as YAML and JSON give them, without those that matter in training only and
+    could contradict others."""
     training = {"init_from": None, "fsdp": False, "accumulate": 1}
     keys = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
     try:

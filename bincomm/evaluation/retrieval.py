@@ -63,14 +63,14 @@ def mean_average_precision(
         if len(relevant) <= same:
             continue
         (asking,) = (query_labels == label).nonzero(as_tuple=True)
-        for some in asking.split(max(1, PAIRS // len(database))):
+        for block in asking.split(max(1, PAIRS // len(database))):
             if messages:
-                distances = hamming_distance(queries[some], database)
+                distances = hamming_distance(queries[block], database)
             else:
-                distances = (queries[some] @ database.T).mul_(-RESOLUTION).round_().to(torch.int32)
+                distances = (queries[block] @ database.T).mul_(-RESOLUTION).round_().to(torch.int32)
             if same:
                 # Last of all, where it counts for nothing.
-                distances[torch.arange(len(some), device=some.device), some] = LAST
+                distances[torch.arange(len(block), device=block.device), block] = LAST
             total += float(_average_precision(distances, relevant, len(relevant) - same).sum())
         counted += len(asking)
     if counted == 0:
@@ -108,12 +108,12 @@ def precision_within(
     check_alike(database, queries)
     precision, answered = 0.0, 0
     block = max(1, PAIRS // len(database))
-    for some, labels in zip(queries.split(block), query_labels.split(block), strict=True):
-        near = hamming_distance(some, database) <= radius
-        found = near.sum(1)
+    for part, labels in zip(queries.split(block), query_labels.split(block), strict=True):
+        near = hamming_distance(part, database) <= radius
+        neighbors = near.sum(1)
         right = (near & (labels[:, None] == database_labels)).sum(1)
-        precision += float((right / found.clamp(min=1)).sum(dtype=torch.float64))
-        answered += int((found > 0).sum())
+        precision += float((right / neighbors.clamp(min=1)).sum(dtype=torch.float64))
+        answered += int((neighbors > 0).sum())
     return Lookup(precision / len(queries), answered / len(queries))
 
 

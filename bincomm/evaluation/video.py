@@ -5,24 +5,35 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.spatial import KDTree
 from torch import Tensor
-from tqdm import tqdm
 
 from bincomm.distributed.ranks import ALONE, Ranks
-from bincomm.evaluation.dense import IGNORED, centers, open_image, open_mask, patch_features, show, stride_of
+from bincomm.evaluation.dense import (
+    IGNORED,
+    centers,
+    open_image,
+    open_mask,
+    patch_features,
+    preprocess,
+    stride_of,
+)
 from bincomm.evaluation.pretrained import Pretrained
+from bincomm.logs import progress_bar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 FRAMES, RADIUS, NEIGHBORS, TEMPERATURE = 7, 12, 5, 0.1  # DINO's
 SIDE, MULTIPLE = 480, 64  # pixels
-TILE = 16  # patches a side whose neighborhoods are looked at together
-# Cosines are told apart to 2⁻¹⁶: coarser than fp32's rounding, which depends on what is multiplied together
-# and must not choose among equally near patches.
+TILE = 16  # patches a side whose neighborhoods are compared together
+# Cosines are rounded to 2⁻¹⁶: coarser than fp32's rounding, which depends on the size of the product and must
+# not choose among equally near patches.
 RESOLUTION = 1 << 16
 TOLERANCE = 0.008  # of the diagonal
 
@@ -60,14 +71,16 @@ def evaluate_davis(
     names = list(sequences)
     own = {name: sequences[name] for name in names[ranks.rank :: ranks.world]}
     frames = sum(len(pairs) for pairs in own.values())
-    with tqdm(
-        total=frames, desc="following", unit="frame", leave=False, disable=True if ranks.rank else None
+    with progress_bar(
+        total=frames, desc="tracking objects", unit="frame", leave=False, disable=ranks.rank > 0
     ) as bar:
-        followed = {name: _follow(model, pairs, bar) for name, pairs in own.items()}
-    followed = {name: objects for some in ranks.gather(followed) for name, objects in some.items()}
-    every = [followed[name] for name in names]
-    found = {name: _figures(objects) for name, objects in zip(names, every, strict=True)}
-    return {**_figures(np.concatenate(every)), "sequences": found}
+        shares = ranks.gather({name: _follow(model, pairs, bar) for name, pairs in own.items()})
+    by_name = {name: objects for share in shares for name, objects in share.items()}
+    objects = [by_name[name] for name in names]
+    return {
+        **_figures(np.concatenate(objects)),
+        "sequences": {name: _figures(each) for name, each in zip(names, objects, strict=True)},
+    }
 
 
 @torch.no_grad()
@@ -75,14 +88,14 @@ def propagate(features: Iterable[Tensor], first: Tensor | np.ndarray) -> Iterato
     """Carry the mask of a video's first frame through the frames that follow, by their features alone.
 
     A patch takes its labels from the first frame and the 7 before it: of their patches that are at most 12
-    rows and columns away, the 5 nearest by cosine c, weighted by exp(c/0.1); what is as near as the fifth is
+    rows and columns away, the 5 nearest by cosine c, weighted by exp(c/0.1); those as near as the fifth are
     taken too. The first frame's labels are those at its patches' centers. For the mask, labels are
     interpolated to the pixels (bilinear), those of each object stretched to [0, 1] over the frame, and the
-    highest is taken. All of this is DINO's, but for frames that were resized before: DINO interpolates to
-    their size, and takes the mask's pixels from the nearest there.
+    highest is taken. All of this is DINO's, except for resized frames: DINO interpolates to their size, and
+    takes the mask's pixels from the nearest there.
 
     Args:
-        features: (h, w, D) of one frame after another, of any kind, any device, in the order of time; read as
+        features: (h, w, D) of one frame after another in the order of time, any dtype, any device; read as
             they are needed, and at most nine are held.
         first: (H, W) mask of the first frame, integers: 0 is background, 1 to L are objects.
 
@@ -98,14 +111,16 @@ def propagate(features: Iterable[Tensor], first: Tensor | np.ndarray) -> Iterato
         raise ValueError(f"first: expected a mask (H, W) with objects from 1 to 254, got {_describe(first)}")
     context: deque[tuple[Tensor, Tensor]] = deque(maxlen=FRAMES)
     start = None
+    height, width = first.shape
     for frame in features:
         frame = _unit(frame, start)
         if start is None:
-            start = frame, _shrink(first, frame.shape[:2]).to(frame.device)
+            rows, columns = frame.shape[:2]
+            start = frame, patch_labels(first, (rows, columns)).to(frame.device)
             continue
         labels = _carry(frame, [start, *context])
         context.append((frame, labels))
-        yield _enlarge(labels, first.shape)
+        yield _enlarge(labels, (height, width))
     if start is None:
         raise ValueError("features: expected at least one frame, got none")
 
@@ -121,12 +136,12 @@ def contour_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
     """F, the harmonic mean of precision and recall of a mask's contour, both masks (H, W).
 
     A pixel is of the contour if it differs from its neighbor to the right, below, or below to the right
-    (inside the image; so a mask of all pixels has no contour). It is found if a pixel of the other contour
+    (inside the image; so a mask of all pixels has no contour). It is matched if a pixel of the other contour
     is at most ⌈0.008·√(H² + W²)⌉ pixels away. 1 where neither mask has a contour, 0 where only one has. From
     Perazzi et al., CVPR 2016, as the code of DAVIS-2017 has it; there contours are dilated by a disk, which
     is the same.
     """
-    contours = [_contour(mask.astype(bool)), _contour(truth.astype(bool))]
+    contours = [contour(mask.astype(bool)), contour(truth.astype(bool))]
     if not all(map(len, contours)):
         return float(len(contours[0]) == len(contours[1]))
     radius = math.ceil(TOLERANCE * math.hypot(*mask.shape))
@@ -136,6 +151,13 @@ def contour_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
         for own, other in (contours, contours[::-1])
     )
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+
+
+def contour(mask: np.ndarray) -> np.ndarray:
+    """Pixels of a mask's contour, see `contour_accuracy`: (H, W) bool -> (n, 2) rows and columns."""
+    around = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+    below, right, across = around[1:, :-1], around[:-1, 1:], around[1:, 1:]
+    return np.argwhere((mask != below) | (mask != right) | (mask != across))
 
 
 def _names(path: Path) -> list[str]:
@@ -153,12 +175,13 @@ def _names(path: Path) -> list[str]:
 def _sequence(folder: Path, name: str) -> list[tuple[Path, Path]]:
     """Frames and masks of a sequence, in the order of time."""
     frames, masks = folder / "JPEGImages" / "480p" / name, folder / "Annotations" / "480p" / name
-    of_frames, of_masks = (
-        {path.stem for path in place.glob(f"*{kind}")} for place, kind in ((frames, ".jpg"), (masks, ".png"))
+    frame_stems, mask_stems = (
+        {path.stem for path in folder.glob(f"*{suffix}")}
+        for folder, suffix in ((frames, ".jpg"), (masks, ".png"))
     )
-    if len(of_frames | of_masks) < 3:
-        raise ValueError(f"{frames}: expected at least 3 frames, got {len(of_frames)}")
-    pairs = [(frames / f"{stem}.jpg", masks / f"{stem}.png") for stem in sorted(of_frames | of_masks)]
+    if len(frame_stems | mask_stems) < 3:
+        raise ValueError(f"{frames}: expected at least 3 frames, got {len(frame_stems)}")
+    pairs = [(frames / f"{stem}.jpg", masks / f"{stem}.png") for stem in sorted(frame_stems | mask_stems)]
     for path in (path for pair in pairs for path in pair):
         if not path.is_file():
             other = "frame" if path.suffix == ".png" else "mask"
@@ -166,53 +189,48 @@ def _sequence(folder: Path, name: str) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def _follow(model: Pretrained, pairs: list[tuple[Path, Path]], bar: tqdm) -> np.ndarray:
+def _follow(model: Pretrained, pairs: list[tuple[Path, Path]], bar: "tqdm") -> np.ndarray:
     """J and F of every object of a sequence, means over its frames: (objects, 2)."""
     first = _annotation(pairs[0][1])
     if not first.any():
         raise ValueError(f"{pairs[0][1]}: expected an object, got background alone")
+    objects = np.unique(first[first > 0])
     figures = []
-    masks = propagate(_features(model, pairs, first.shape, bar), first)
-    # Not the first, which masks do not have either, and not the last.
+    height, width = first.shape
+    masks = propagate(_features(model, pairs, (height, width), bar), first)
+    # Neither the first frame, which masks lack as well, nor the last one counts.
     for mask, (_, path) in zip(masks, pairs[1:-1], strict=True):
-        mask, truth = mask.numpy(), _annotation(path)
+        predicted, truth = mask.numpy(), _annotation(path)
         if truth.shape != first.shape:
             raise ValueError(f"{path}: expected {_pixels(first.shape)} as before, got {_pixels(truth.shape)}")
-        figures.append(
-            [
-                [
-                    measure(mask == number, truth == number)
-                    for measure in (region_similarity, contour_accuracy)
-                ]
-                for number in np.unique(first[first > 0])
-            ]
-        )
+        masks_of = [(predicted == number, truth == number) for number in objects]
+        figures.append([[region_similarity(*pair), contour_accuracy(*pair)] for pair in masks_of])
     bar.update()  # the last frame
     return np.mean(figures, axis=0)
 
 
 def _features(
-    model: Pretrained, pairs: list[tuple[Path, Path]], shape: tuple[int, int], bar: tqdm
+    model: Pretrained, pairs: list[tuple[Path, Path]], shape: tuple[int, int], bar: "tqdm"
 ) -> Iterator[Tensor]:
-    size = _shown_size(shape, stride_of(model.backbone))
+    size = resized_shape(shape, stride_of(model.backbone))
     for path, _ in pairs[:-1]:
         image = open_image(path)
         if image.size[::-1] != shape:
-            got = _pixels(image.size[::-1])
-            raise ValueError(f"{path}: expected {_pixels(shape)} as of the first frame's mask, got {got}")
+            actual = _pixels(image.size[::-1])
+            raise ValueError(f"{path}: expected {_pixels(shape)} as of the first frame's mask, got {actual}")
         bar.update()
-        yield patch_features(model.backbone, show(model, image, size))[0]
+        yield patch_features(model.backbone, preprocess(model, image, size))[0]
 
 
-def _shown_size(shape: tuple[int, int], stride: int) -> tuple[int, int]:
-    """To which (height, width) frames are resized."""
+def resized_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
+    """The (height, width) to which frames of a shape (H, W) are resized for a backbone's stride."""
     multiple = MULTIPLE if MULTIPLE % stride == 0 else stride
-    short = max(1, SIDE // stride) * stride
-    high, wide = (
-        short if side == min(shape) else max(1, SIDE * side // min(shape) // multiple) * multiple
+    shorter = max(1, SIDE // stride) * stride
+    height, width = (
+        shorter if side == min(shape) else max(1, SIDE * side // min(shape) // multiple) * multiple
         for side in shape
     )
-    return high, wide
+    return height, width
 
 
 def _annotation(path: Path) -> np.ndarray:
@@ -245,7 +263,7 @@ def _unit(frame: Tensor, start: tuple[Tensor, Tensor] | None) -> Tensor:
     return F.normalize(frame.float(), dim=-1)
 
 
-def _shrink(mask: Tensor, grid: tuple[int, int]) -> Tensor:
+def patch_labels(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """Labels (h, w, 1 + L) of patches, those of the pixels at their centers."""
     rows, columns = (centers(patches, pixels) for pixels, patches in zip(mask.shape, grid, strict=True))
     return F.one_hot(mask[rows[:, None], columns], int(mask.max()) + 1).float()
@@ -257,19 +275,19 @@ def _enlarge(labels: Tensor, size: tuple[int, int]) -> Tensor:
     low, high = labels.flatten(1).aminmax(dim=1)
     spread = (high - low)[:, None, None]
     stretched = (labels - low[:, None, None]) / spread
-    # What is the same everywhere has nothing to be stretched: an object that is gone, and what is left.
+    # A label that is the same everywhere cannot be stretched: one of an object that has left, for example.
     return torch.where(spread > 0, stretched, labels).argmax(0).to(torch.uint8).cpu()
 
 
 def _carry(frame: Tensor, context: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Labels (h, w, 1 + L) of a frame from those of other frames; features (h, w, D) of length 1.
 
-    Tile by tile: what is held at once are the similarities of a tile's patches to those within the radius of
-    the tile. Were all patches of two frames compared, at a stride of 8 it would be 39 million pairs, for each
-    of eight frames.
+    Tile by tile, so that only the similarities of a tile's patches to those within the radius of the tile are
+    in memory at once. All patches of two frames, at a stride of 8, would be 39 million pairs, for each of
+    eight frames.
     """
     height, width = frame.shape[:2]
-    found = frame.new_empty(height, width, context[0][1].shape[-1])
+    result = frame.new_empty(height, width, context[0][1].shape[-1])
     rows, columns = (torch.arange(side, device=frame.device) for side in (height, width))
     for top in range(0, height, TILE):
         for left in range(0, width, TILE):
@@ -278,13 +296,13 @@ def _carry(frame: Tensor, context: list[tuple[Tensor, Tensor]]) -> Tensor:
                 slice(max(0, top - RADIUS), top + TILE + RADIUS),
                 slice(max(0, left - RADIUS), left + TILE + RADIUS),
             )
-            above, aside = (
-                (places[own, None] - places[other]).abs() > RADIUS
-                for places, own, other in zip((rows, columns), tile, near, strict=True)
+            far_rows, far_columns = (
+                (indices[own, None] - indices[other]).abs() > RADIUS
+                for indices, own, other in zip((rows, columns), tile, near, strict=True)
             )
-            far = (above[:, None, :, None] | aside[None, :, None, :]).flatten(2).flatten(0, 1)
+            far = (far_rows[:, None, :, None] | far_columns[None, :, None, :]).flatten(2).flatten(0, 1)
             keys, labels = (
-                torch.cat([x[near].flatten(0, 1) for x in kind]) for kind in zip(*context, strict=True)
+                torch.cat([x[near].flatten(0, 1) for x in part]) for part in zip(*context, strict=True)
             )
             similarity = (frame[tile].flatten(0, 1) @ keys.T * RESOLUTION).round()
             similarity.unflatten(1, (len(context), -1)).masked_fill_(far[:, None], -torch.inf)
@@ -292,12 +310,5 @@ def _carry(frame: Tensor, context: list[tuple[Tensor, Tensor]]) -> Tensor:
             weights = ((similarity - nearest[:, :1]) / RESOLUTION / TEMPERATURE).exp()
             weights.masked_fill_(similarity < nearest[:, -1:], 0)
             carried = weights @ labels / weights.sum(-1, keepdim=True)
-            found[tile] = carried.view_as(found[tile])
-    return found
-
-
-def _contour(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask's contour, (n, 2)."""
-    around = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-    below, right, across = around[1:, :-1], around[:-1, 1:], around[1:, 1:]
-    return np.argwhere((mask != below) | (mask != right) | (mask != across))
+            result[tile] = carried.view_as(result[tile])
+    return result

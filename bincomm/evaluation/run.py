@@ -1,0 +1,126 @@
+"""What a run's backbone and codes are worth at its end, and what a finished run prints."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from bincomm import __version__
+from bincomm.building import create_networks
+from bincomm.config import PretrainConfig
+from bincomm.data.sources import Source
+from bincomm.evaluation.evaluate import NoUsableImagesError, evaluate, figure
+from bincomm.evaluation.pretrained import Pretrained
+from bincomm.files import read_json_lines
+from bincomm.networks import Network
+from bincomm.ops.coding_rate import rate_ceiling
+
+
+def evaluate_run(
+    teacher: Network,
+    sources: tuple[Source, Source, bool] | None,
+    config: PretrainConfig,
+    run: Path,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Evaluate the teacher that a run ends with, beside the same network before training and raw pixels.
+
+    Args:
+        teacher: backbone and head.
+        sources: gallery, queries, and whether the queries were held out from training; None: no labels.
+        config: of the run.
+        run: its directory.
+        device: of the teacher.
+
+    Returns:
+        What result.json holds: "last_metrics", "rate_ceiling" (nats), "versions", "machine", and
+        "evaluation": {"teacher", "before_training", "pixels", "queries_held_out"}, the first three as
+        `evaluate` returns them but for the seconds; None where there are no usable images with labels.
+    """
+    metrics = read_json_lines(run / "metrics.jsonl")
+    batch_size = torch.tensor(config.batch_size, dtype=torch.float64)
+    return {
+        "last_metrics": metrics[-1] if metrics else {},
+        "rate_ceiling": rate_ceiling(batch_size, config.bits, config.eps_squared).item(),
+        "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "machine": {"device": device.type, "python": platform.python_version()},
+        "evaluation": None if sources is None else _evaluate_teacher(teacher, sources, config, device),
+    }
+
+
+def evaluate_reproducibly(
+    model: Pretrained,
+    gallery: Source,
+    queries: Source,
+    protocols: Sequence[str],
+    report_unusable: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`evaluate` as runs, comparisons and adaptations keep its result: alike for equal networks, so without
+    the seconds; and without the cache, for no other weights will ever be the same."""
+    result = evaluate(model, gallery, queries, protocols, cache=False, report_unusable=report_unusable)
+    del result["seconds"]
+    return result
+
+
+def _evaluate_teacher(
+    teacher: Network, sources: tuple[Source, Source, bool], config: PretrainConfig, device: torch.device
+) -> dict[str, Any] | None:
+    gallery, queries, held_out = sources
+    try:
+        trained = evaluate_reproducibly(
+            Pretrained.of(teacher, config, device),
+            gallery,
+            queries,
+            ("knn", "knn_codes", "bits"),
+            # Unusable images among those of pretraining were reported when they were trained on.
+            report_unusable=("queries",) if held_out else (),
+        )
+    except NoUsableImagesError:
+        return None
+    _, untrained = create_networks(replace(config, fsdp=False), device)
+    return {
+        "teacher": trained,
+        "before_training": evaluate_reproducibly(
+            Pretrained.of(untrained, config, device), gallery, queries, ("knn",)
+        ),
+        "pixels": evaluate_reproducibly(Pretrained.of_pixels(config, device), gallery, queries, ("knn",)),
+        "queries_held_out": held_out,
+    }
+
+
+def summary(result: dict[str, Any], output: str) -> str:
+    """What a finished run prints, from what its result.json holds and its directory."""
+    metrics, evaluation, lines = result["last_metrics"], result["evaluation"], []
+    if evaluation:
+        teacher = evaluation["teacher"]
+        sizes = f"{teacher['query_images']} queries in {teacher['gallery_images']} images"
+        lines.append(f"\nk-NN accuracy, k=20, {sizes}")
+        for title, part, protocol in (
+            ("teacher's backbone", "teacher", "knn"),
+            ("its codes, Hamming", "teacher", "knn_codes"),
+            ("before training", "before_training", "knn"),
+            ("raw pixels", "pixels", "knn"),
+        ):
+            lines.append(f"  {title:20} {figure(evaluation[part], protocol, '20'):7.2%}")
+        if not evaluation["queries_held_out"]:
+            lines.append("  (the queries' images, not their labels, were seen in training)")
+    else:
+        lines.append("\nno k-NN: the data has no usable images with labels (folders named after classes)")
+    if "bit_entropy" in metrics:
+        entropy, least = metrics["bit_entropy"], metrics["bit_entropy_min"]
+        gain = metrics["bit_accuracy"] - metrics["bit_majority"]
+        lines.append(
+            f"channel: bit entropy {entropy:.3f} (least {least:.3f}), {metrics['dead_bits']:.1%} dead bits,"
+        )
+        lines.append(
+            f"  {metrics['bit_accuracy']:.1%} of bits agree, {gain:+.1%} over always sending the commoner "
+            "value"
+        )
+    lines.append(
+        f"in {output}: backbone.safetensors, curves.png, metrics.jsonl, result.json, config.yaml, checkpoints"
+    )
+    return "\n".join(lines)
