@@ -86,19 +86,22 @@ bool can_sweep(int device, int tiles) {
   int available = 0;
   check(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device attribute");
   cudaFuncAttributes code{};
-  check(cudaFuncGetAttributes(&code, sweep_kernel<kSide>), "kernel attributes");
+  check(cudaFuncGetAttributes(&code, coding_rate_sweep_kernel<kSide>), "kernel attributes");
   available -= static_cast<int>(code.sharedSizeBytes);  // what newer architectures keep for themselves
   if (sweep_bytes<kSide>(tiles) > static_cast<size_t>(available)) return false;
-  allow_shared(sweep_kernel<kSide>, available);
+  allow_shared(coding_rate_sweep_kernel<kSide>, available);
   if (kSide == 1) return true;
   int has_clusters = 0;
   check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device), "device attribute");
   if (!has_clusters || code.ptxVersion < 90) return false;  // code for older architectures knows no clusters
-  check(cudaFuncSetAttribute(sweep_kernel<kSide>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
+  check(cudaFuncSetAttribute(coding_rate_sweep_kernel<kSide>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+        "cluster size");
   cudaLaunchAttribute cluster[1];
   const cudaLaunchConfig_t config = sweep_config<kSide>(1, tiles, nullptr, cluster);
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, sweep_kernel<kSide>, &config) != cudaSuccess) cudaGetLastError();
+  if (cudaOccupancyMaxActiveClusters(&clusters, coding_rate_sweep_kernel<kSide>, &config) != cudaSuccess) {
+    cudaGetLastError();
+  }
   return clusters > 0;
 }
 
@@ -125,7 +128,7 @@ template <int kSide>
 void launch_sweep(const SweepArguments& arguments, int64_t matrices, cudaStream_t stream) {
   cudaLaunchAttribute cluster[1];
   const auto config = sweep_config<kSide>(matrices, static_cast<int>(tiles_of(arguments.n)), stream, cluster);
-  check(cudaLaunchKernelEx(&config, sweep_kernel<kSide>, arguments), "sweep");
+  check(cudaLaunchKernelEx(&config, coding_rate_sweep_kernel<kSide>, arguments), "sweep");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> coding_rate_sweep(Tensor gram_) {
@@ -202,9 +205,9 @@ std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits, double alpha, bool of
     const cudaStream_t stream = stream_of(logits.get_device_index());
     float* const r = static_cast<float*>(reciprocal.mutable_data_ptr());
     const Logits<T> a = view_of<T>(logits, r);
-    reciprocal_norms_kernel<<<grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock), kRowsPerBlock * kTile, 0,
-                              stream>>>(a, r, views * n);
-    const auto kernel = of_images ? gram_kernel<T, true> : gram_kernel<T, false>;
+    const unsigned row_blocks = grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock);
+    coding_rate_reciprocal_norms_kernel<<<row_blocks, kRowsPerBlock * kTile, 0, stream>>>(a, r, views * n);
+    const auto kernel = of_images ? coding_rate_gram_kernel<T, true> : coding_rate_gram_kernel<T, false>;
     const ProductShape shape(of_images ? bits : n);
     allow_shared(kernel, kProductBytes);
     const int64_t tiles = tiles_of(side);
@@ -233,14 +236,15 @@ Tensor coding_rate_backward(Tensor arriving_, Tensor logits, Tensor inverse_, Te
     using T = std::remove_pointer_t<decltype(type)>;
     const cudaStream_t stream = stream_of(logits.get_device_index());
     const Logits<T> a = view_of<T>(logits, static_cast<const float*>(reciprocal.const_data_ptr()));
-    const auto kernel = of_images ? direction_kernel<T, true> : direction_kernel<T, false>;
+    const auto kernel = of_images ? coding_rate_direction_kernel<T, true> : coding_rate_direction_kernel<T, false>;
     const ProductShape shape(of_images ? n : bits);
     allow_shared(kernel, kProductBytes);
     float* const g_data = static_cast<float*>(g.mutable_data_ptr());
     float* const radial_data = static_cast<float*>(radial.mutable_data_ptr());
     kernel<<<grid(views * tiles_of(n) * tiles), shape.threads, shape.bytes, stream>>>(
         a, static_cast<const float*>(inverse.const_data_ptr()), g_data, radial_data);
-    gradient_kernel<<<grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock), kRowsPerBlock * kTile, 0, stream>>>(
+    const unsigned row_blocks = grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock);
+    coding_rate_gradient_kernel<<<row_blocks, kRowsPerBlock * kTile, 0, stream>>>(
         a, static_cast<const float*>(arriving.const_data_ptr()), static_cast<float>(alpha), g_data, radial_data,
         static_cast<T*>(out.mutable_data_ptr()), views * n);
     check(cudaGetLastError(), "gradient");

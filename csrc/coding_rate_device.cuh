@@ -630,28 +630,29 @@ __device__ __forceinline__ void gradient(const Logits<T>& logits, const float* a
 // ---- The kernels
 
 template <int kSide>
-__global__ void __launch_bounds__(kSweepThreads) sweep_kernel(SweepArguments p) {
+__global__ void __launch_bounds__(kSweepThreads) coding_rate_sweep_kernel(SweepArguments p) {
   sweep<kSide>(p);
 }
 
 template <typename T>
-__global__ void reciprocal_norms_kernel(Logits<T> logits, float* reciprocal, int64_t rows) {
+__global__ void coding_rate_reciprocal_norms_kernel(Logits<T> logits, float* reciprocal, int64_t rows) {
   reciprocal_norms(logits, reciprocal, rows);
 }
 
 template <typename T, bool kOfImages>
-__global__ void __launch_bounds__(kProductWarps* kTile) gram_kernel(Logits<T> logits, float alpha, float* out) {
+__global__ void __launch_bounds__(kProductWarps* kTile)
+    coding_rate_gram_kernel(Logits<T> logits, float alpha, float* out) {
   gram<T, kOfImages>(logits, alpha, out);
 }
 
 template <typename T, bool kOfImages>
 __global__ void __launch_bounds__(kProductWarps* kTile)
-    direction_kernel(Logits<T> logits, const float* inverse, float* g, float* radial) {
+    coding_rate_direction_kernel(Logits<T> logits, const float* inverse, float* g, float* radial) {
   direction<T, kOfImages>(logits, inverse, g, radial);
 }
 
 template <typename T>
-__global__ void gradient_kernel(Logits<T> logits, const float* arriving, float alpha, const float* g,
+__global__ void coding_rate_gradient_kernel(Logits<T> logits, const float* arriving, float alpha, const float* g,
                                 const float* radial, T* out, int64_t rows) {
   gradient(logits, arriving, alpha, g, radial, out, rows);
 }

@@ -103,4 +103,4 @@ define(
         queries.new_empty((queries.shape[0], k), dtype=torch.int64),
     ),
 )
-use_triton("hamming_distance", "hamming", "hamming_distance")
+use_triton("hamming_distance", "hamming", "launch_hamming_distance")

@@ -78,5 +78,5 @@ define(
     pytorch_form=reference.unpack_signs,
     fake=lambda messages, bits: messages.new_empty((*messages.shape[:-1], bits), dtype=torch.bool),
 )
-use_triton("pack_signs", "messages", "pack_signs")
-use_triton("unpack_signs", "messages", "unpack_signs")
+use_triton("pack_signs", "messages", "launch_pack_signs")
+use_triton("unpack_signs", "messages", "launch_unpack_signs")

@@ -121,5 +121,5 @@ define(
     fake=lambda grad, student, messages, pairs: student.new_empty(student.shape),
 )
 torch.library.register_autograd("bincomm::sign_bce", _backward, setup_context=_setup_context, lib=LIBRARY)
-use_triton("sign_bce", "sign_bce", "sign_bce_forward")
-use_triton("sign_bce_backward", "sign_bce", "sign_bce_backward")
+use_triton("sign_bce", "sign_bce", "launch_sign_bce_forward")
+use_triton("sign_bce_backward", "sign_bce", "launch_sign_bce_backward")
