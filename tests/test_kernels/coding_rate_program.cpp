@@ -1,6 +1,6 @@
 // The coding rate's kernels on fibers, launched as csrc/coding_rate.cu launches them on a GPU.
 //
-//     program SIDE OF_IMAGES SEED V n K ALPHA PERMUTED < logits and arriving gradients, floats > results, floats
+//     program SIDE OF_IMAGES SEED V n K ALPHA PERMUTED < logits and gradients of the rates, floats > results, floats
 //
 // SIDE is that of the cluster of blocks of a matrix; PERMUTED has the logits as (n, K, V) in memory. Every array is a
 // heap allocation of its own size, filled with NaN, so that sanitizers see an access beyond its ends, and a result
@@ -51,7 +51,7 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
   const int m = kOfImages ? n : bits;
   const int64_t rows = static_cast<int64_t>(views) * n, tiles = tiles_of(m);
   const int64_t bit_tiles = tiles_of(bits), row_tiles = tiles_of(n);
-  const std::vector<float> a = read(rows * bits), arriving = read(views);
+  const std::vector<float> a = read(rows * bits), grad = read(views);
   auto reciprocal = array<float>(rows), out = array<float>(static_cast<int64_t>(views) * m * m);
   auto inverse = array<float>(out.size()), rate = array<float>(views), smallest = array<float>(views);
   auto clamped = array<int>(views);
@@ -76,7 +76,7 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
     coding_rate_direction_kernel<float, kOfImages>(logits, inverse.data(), gradient_of_a.data(), radial.data());
   });
   fibers::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed + 4, [&] {
-    coding_rate_gradient_kernel(logits, arriving.data(), alpha, gradient_of_a.data(), radial.data(),
+    coding_rate_gradient_kernel(logits, grad.data(), alpha, gradient_of_a.data(), radial.data(),
                                 gradient_of_a.data(), rows);
   });
   for (const auto* result : {&out, &inverse, &rate, &smallest, &gradient_of_a}) write(*result);
