@@ -30,8 +30,8 @@ from torch import Tensor
 # Launch constants, chosen by counting on the compiled code.
 WARPS = 4  # small programs: at n·K = 128 k there are as many as a GPU has multiprocessors
 # Bytes of a view that a thread loads at once, the largest load there is. With loads of two views in flight
-# and at most 64 registers per thread, a multiprocessor has 32 KB or more in flight; an H200 needs 23 KB to keep
-# its memory busy.
+# and at most 64 registers per thread, a multiprocessor has 32 KB or more in flight; an H200 needs 23 KB to
+# keep its memory busy.
 LOAD_BYTES = 16
 REDUCE_BLOCK = 4096  # partial sums per step of the reduction: each step costs a memory latency
 REDUCE_WARPS = 8
@@ -258,7 +258,7 @@ def sign_bce_forward_kernel(
             t = tl.load(teacher_ptr + _to_int64(u) * stride_teacher_view + source).to(tl.float32)
             byte = tl.sum(tl.where((t > 0) & mask, power, 0.0), 1, keep_dims=True).to(tl.int32)
             total += tl.sum(tl.where(t == t, 0.0, t), 1)  # a NaN of the teacher must show in the loss
-        teacher_bytes += (byte,)
+        teacher_bytes += (byte,)  # type: ignore[assignment]  # unrolled: each has its own type
     if not PACKED:
         for u in tl.static_range(U):  # after all teachers' loads: the compiler moves no load across a store
             tl.store(
@@ -359,7 +359,8 @@ def sign_bce_backward_kernel(
     BYTES: tl.constexpr = 4 * ((K + 31) // 32)
     teacher_bytes = ()
     for u in tl.static_range(U):
-        teacher_bytes += (tl.load(messages_ptr + _to_int64(u) * n * BYTES + group),)
+        byte = tl.load(messages_ptr + _to_int64(u) * n * BYTES + group)
+        teacher_bytes += (byte,)  # type: ignore[assignment]  # as in the forward kernel
 
     OWN_VIEWS: tl.constexpr = 0 if MODE == 1 else U
     OWN_TEACHERS: tl.constexpr = 1 if MODE == 2 else U - 1
