@@ -1,9 +1,9 @@
 """Build bincomm and its extension `bincomm._C`.
 
-The metadata stands in pyproject.toml; this file only builds. C++ is compiled always, CUDA when nvcc is found:
+The metadata is in pyproject.toml; this file only builds. C++ is always compiled, CUDA if nvcc is found:
 
-    BINCOMM_CUDA=auto|0|1   auto (default) builds CUDA if it can and says why if not; 1 makes that an error
-    TORCH_CUDA_ARCH_LIST    GPU architectures, like "8.0;9.0+PTX"; default: those of ARCHITECTURES nvcc knows
+    BINCOMM_CUDA=auto|0|1   auto (default) builds CUDA if possible and prints why not; 1 makes that an error
+    TORCH_CUDA_ARCH_LIST    GPU architectures, like "8.0;9.0+PTX"; default: ARCHITECTURES, if nvcc has them
     MAX_JOBS                compiler processes; default: one per core, fewer where memory is short
 
 The extension is written against PyTorch's stable ABI: one binary serves torch 2.11 and every later release.
@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -25,7 +26,7 @@ MEMORY_PER_JOB = 2 << 30  # bytes; one nvcc process with its four device passes 
 
 
 def output_of(*command: str | Path) -> str:
-    """What a command prints, on either stream."""
+    """What a command prints to stdout and stderr."""
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
@@ -36,14 +37,14 @@ def find_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
         raise SystemExit(f"BINCOMM_CUDA={choice!r}: expected auto, 0 or 1")
     if choice == "0":
         return None, "BINCOMM_CUDA=0"
-    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = Path(named or "/usr/local/cuda", "bin", "nvcc")
-    if not named and shutil.which("nvcc"):
-        nvcc = Path(shutil.which("nvcc"))
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(home or "/usr/local/cuda", "bin", "nvcc")
+    if not home and (on_path := shutil.which("nvcc")):
+        nvcc = Path(on_path)
     if torch_cuda is None:
-        why = "this torch has no CUDA support"
+        reason = "this torch has no CUDA support"
     elif not Path(nvcc).exists():
-        why = f"nvcc was not found{' on PATH or' if not named else ''} at {nvcc}"
+        reason = f"nvcc was not found{' on PATH or' if not home else ''} at {nvcc}"
     else:
         release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
         version = release.group(1) if release else "unknown"
@@ -53,14 +54,14 @@ def find_cuda(torch_cuda: str | None) -> tuple[str | None, str]:
                 r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE
             )
             return os.path.realpath(top.group(1)) if top else str(nvcc.resolve().parent.parent), version
-        why = f"nvcc is CUDA {version}, torch needs CUDA {torch_cuda}: the major versions must agree"
+        reason = f"nvcc is CUDA {version}, torch needs CUDA {torch_cuda}: the major versions must agree"
     if choice == "1":
-        raise SystemExit(f"BINCOMM_CUDA=1 asks for the CUDA kernels, but {why}")
-    return None, why
+        raise SystemExit(f"BINCOMM_CUDA=1 asks for the CUDA kernels, but {reason}")
+    return None, reason
 
 
 def supported_architectures(cuda_home: str) -> str:
-    """The default architectures this nvcc can compile for; the last one also as PTX for GPUs to come."""
+    """The default architectures that this nvcc supports; the last one also as PTX for future GPUs."""
     nvcc = os.path.join(cuda_home, "bin", "nvcc")
     listed = output_of(nvcc, "--list-gpu-arch")
     known = [a for a in ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in listed]
@@ -68,7 +69,7 @@ def supported_architectures(cuda_home: str) -> str:
 
 
 def limit_jobs() -> None:
-    """Leave every compiler process MEMORY_PER_JOB of memory, unless MAX_JOBS says otherwise."""
+    """Leave MEMORY_PER_JOB of memory for each compiler process, unless MAX_JOBS is set."""
     if "MAX_JOBS" not in os.environ and Path("/proc/meminfo").exists():
         available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
         fit = int(available.group(1)) * 1024 // MEMORY_PER_JOB if available else 1
@@ -107,13 +108,13 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
         ("BINCOMM_TORCH_VERSION", text(torch.__version__)),
     ]
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
-    options = {
+    options: dict[str, Any] = {
         "sources": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")),
         "depends": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.*h")),
         "include_dirs": [pybind11.get_include()],
         "define_macros": define,
         "extra_compile_args": {"cxx": flags},
-        "extra_link_args": ["-Wl,--as-needed"],  # libtorch_python and libtorch_cuda are offered, but not used
+        "extra_link_args": ["-Wl,--as-needed"],  # libtorch_python and libtorch_cuda are not used
     }
     if cuda_home:
         options["sources"] += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cu"))
@@ -135,9 +136,9 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
                 if os.environ.get("BINCOMM_CUDA") == "1":
                     raise SystemExit(f"BINCOMM_CUDA=1: there is no C++ compiler ({compiler}) to build with")
                 print(
-                    f"bincomm: no C++ compiler ({compiler}) was found, so bincomm._C is not built and every"
+                    f"bincomm: no C++ compiler ({compiler}) was found: bincomm._C is not built, operations\n"
+                    "bincomm: run in PyTorch, more slowly; see `bincomm doctor`"
                 )
-                print("bincomm: operation takes its slower PyTorch form; see `bincomm doctor`")
                 self.extensions = []
                 return
             super().run()
@@ -147,9 +148,9 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
 
 modules, builder = extension()
 setup(
-    license="Apache-2.0",  # not in pyproject.toml, where old and new setuptools want it in different forms
+    license="Apache-2.0",  # not in pyproject.toml, where old and new setuptools expect different forms
     packages=find_packages(include=["bincomm", "bincomm.*"]),
-    package_dir={"bincomm.kernels": "kernels"},  # a checkout finds them through bincomm/kernels/__init__.py
+    package_dir={"bincomm.kernels": "kernels"},  # in a checkout: bincomm/kernels/__init__.py
     ext_modules=modules,
     cmdclass={"build_ext": builder},
 )

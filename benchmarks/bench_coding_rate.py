@@ -1,4 +1,4 @@
-"""coding_rate beside the ways it is written without it, differentiated by autograd."""
+"""coding_rate beside the usual ways to write it, differentiated by autograd."""
 
 import functools
 
@@ -53,12 +53,12 @@ def logits_of(shape):
 @functools.cache
 def truth(shape):
     """Value and gradient in fp64."""
-    torch.compiler.reset()  # with a new shape: what was compiled for others counts against a limit
+    torch.compiler.reset()  # for each shape: the number of compiled variants is limited
     return value_and_gradient(lambda a: reference.coding_rate(a).sum(), logits_of(shape).double())
 
 
 def bytes_moved(direction, logits):
-    """What has to be read and written: logits, the inverse or factor, the gradient."""
+    """Bytes to be read and written: logits, the inverse or factor, the gradient."""
     views, n, bits = logits.shape
     inverse = 4 * views * min(n, bits) ** 2
     forward, backward = logits.nbytes + inverse, 2 * logits.nbytes + inverse

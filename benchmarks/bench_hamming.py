@@ -29,12 +29,12 @@ def test_hamming_topk(measure_plain, device, shape, contender):
         pytest.skip("faiss-cpu does not search on a GPU")
     queries, database, bits = shape
     generator = torch.Generator().manual_seed(0)
-    some, base = (
+    query_rows, database_rows = (
         torch.randint(-(2**31), 2**31, (rows, bits // 32), generator=generator, dtype=torch.int32).to(device)
         for rows in (queries, database)
     )
-    search = search_of(contender, some, base)
-    expected = bincomm.hamming_distance(some[:20], base).sort(stable=True).values[:, :K]
+    search = search_of(contender, query_rows, database_rows)
+    expected = bincomm.hamming_distance(query_rows[:20], database_rows).sort(stable=True).values[:, :K]
     assert torch.equal(search()[:20].to(expected), expected)
     labels = {"table": f"hamming_topk, k = {K}", "shape": shape, "dtype": "int32", "contender": contender}
     measure_plain(search, {**labels, "direction": "search", "elements": queries * database}, rounds=5)

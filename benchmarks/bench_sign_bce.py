@@ -1,4 +1,4 @@
-"""sign_bce beside the ways it is written without it."""
+"""sign_bce beside the usual ways to write it."""
 
 import functools
 
@@ -12,7 +12,7 @@ from bincomm.ops import reference
 
 SHAPES = [(10, 2, 64, 1024), (12, 2, 64, 256), (12, 2, 256, 256), (12, 2, 512, 2048), (12, 2, 512, 8192)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# What grows, from the shape (8, 2, 16, 256): each over three decades.
+# Sizes that grow, from the shape (8, 2, 16, 256): each over three decades.
 SCALING = dict.fromkeys(
     [
         *((views, 2, 16, 256) for views in (8, 32, 128, 512, 2048, 8192)),
@@ -37,7 +37,7 @@ def vectorized(student, teacher):
     counts[:teachers] -= 1
     sums = targets.sum(0).expand_as(student).clone()
     sums[:teachers] -= targets
-    # The mean of half types is taken in fp32, in which their sum would lose its last digits or overflow.
+    # The mean of half types is computed in fp32, because their sum would lose digits or overflow.
     mean = (counts * F.softplus(student) - sums * student).mean(dtype=torch.float32)
     return mean * views / (teachers * views - teachers)
 
@@ -67,7 +67,7 @@ def truth(shape, dtype, pairs="cross"):
 
 
 def bytes_moved(direction, student, teacher):
-    """What has to be read and written: logits, the teacher's once, the message, the gradient."""
+    """Bytes to be read and written: logits, the teacher's once, the message, the gradient."""
     message = teacher.numel() // 8
     forward = student.nbytes + teacher.nbytes + message
     backward = 2 * student.nbytes + message
@@ -106,7 +106,7 @@ def test_scaling(measure, device, shape):
 @pytest.mark.parametrize("contender", ["bincomm", "binary_cross_entropy_with_logits"])
 @pytest.mark.parametrize("direction", ["forward", "both"])
 def test_entry(measure, device, direction, contender):
-    """One logit: what a call costs beside its work."""
+    """One logit: the overhead of a call."""
     shape = (1, 1, 1, 1)
     logit, teacher = logits_of(shape, "fp32", device)
     target = (teacher > 0).float()

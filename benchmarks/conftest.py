@@ -1,8 +1,8 @@
 """Benchmarks of the operations: every contender of a table runs in the same session, on the same tensors.
 
 A contender is timed only after its value and its gradient agree with the fp64 reference. On a CPU a time is
-pytest-benchmark's; on a GPU it is CUDA events around a step that finds the second-level cache flushed and the
-GPU idle, so that launching counts, and again around the replay of a CUDA graph of the step.
+pytest-benchmark's; on a GPU it is CUDA events around a step that starts with a flushed second-level cache and
+an idle GPU, so that launching counts, and again around the replay of a CUDA graph of the step.
 """
 
 import functools
@@ -21,7 +21,7 @@ ROUNDS = 40
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """What a figure needs beside it."""
+    """The machine, published beside the figures."""
     machine_info["bincomm"] = {
         "bincomm": __version__,
         "torch": torch.__version__,
@@ -39,7 +39,7 @@ def device():
 
 @pytest.fixture
 def measure(benchmark):
-    """Time one direction of a scalar function of logits, after holding value and gradient against fp64.
+    """Time one direction of a scalar function of logits, after comparing value and gradient with fp64.
 
     What it returns takes the function, its logits, `truth` from `value_and_gradient` in fp64, the direction
     ("forward", "backward" or "both"), the labels for the table (table, shape, dtype, contender), and the
@@ -61,14 +61,14 @@ def measure(benchmark):
             logits.grad = None
             return (function(logits),) if direction == "backward" else ()
 
-        step = {
+        steps: dict[str, Callable[..., Any]] = {
             "forward": lambda: function(logits),
-            # A captured backward pass is replayed, and reads every time what the forward pass has left.
+            # A captured backward pass is replayed, and reads the same saved tensors each time.
             "backward": functools.partial(Tensor.backward, retain_graph=GPU),
             "both": lambda: function(logits).backward(),
-        }[direction]
+        }
         labels |= {"direction": direction, "error": error, "elements": logits.numel()}
-        time_it(benchmark, step, prepare, ROUNDS, labels, moved)
+        time_it(benchmark, steps[direction], prepare, ROUNDS, labels, moved)
 
     return run
 

@@ -1,4 +1,4 @@
-"""Values and gradients held against fp64, times and memory of a step, on a CPU and on a GPU."""
+"""Values and gradients compared with fp64, times and memory of a step, on a CPU and on a GPU."""
 
 import os
 import platform
@@ -15,30 +15,31 @@ from torch.profiler import ProfilerActivity, profile
 
 GPU = torch.cuda.is_available()
 CORES = len(os.sched_getaffinity(0))
-SECONDS = 2.0  # of rounds for one figure, about, but
+SECONDS = 2.0  # approximate time of all rounds for one figure
 FEWEST_ROUNDS = 10
 
 
 def value_and_gradient(function: Callable, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """A scalar function's value and its gradient at some logits."""
+    """A scalar function's value and its gradient at given logits."""
     logits = logits.detach().requires_grad_()
     value = function(logits)
     value.backward()
+    assert logits.grad is not None
     return value.detach(), logits.grad
 
 
-def check(found: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], ours: bool) -> float:
-    """Relative error of the gradient against fp64; fails where it or the value is wrong.
+def check(result: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], is_bincomm: bool) -> float:
+    """Relative error of the gradient against fp64; fails if it or the value is wrong.
 
-    Ours has to keep its own promise, a rounding to the logits' type; a peer, which sums half types in
-    themselves, has to be right enough for its time to mean something.
+    bincomm's error may be one rounding to the logits' dtype; a peer, which sums half types in half precision,
+    may have a larger one, as long as its time means something.
     """
-    half = found[1].dtype != torch.float32
-    value, exact = found[0].double().cpu(), truth[0].cpu()
-    torch.testing.assert_close(value, exact, rtol=2e-2 if half and not ours else 1e-4, atol=1e-6)
-    gradient = truth[1].to(found[1].device)
-    error = ((found[1].double() - gradient).norm() / gradient.norm()).item()
-    limit = max(1e-4, torch.finfo(found[1].dtype).eps) if ours else 3e-2
+    half = result[1].dtype != torch.float32
+    value, exact = result[0].double().cpu(), truth[0].cpu()
+    torch.testing.assert_close(value, exact, rtol=2e-2 if half and not is_bincomm else 1e-4, atol=1e-6)
+    gradient = truth[1].to(result[1].device)
+    error = ((result[1].double() - gradient).norm() / gradient.norm()).item()
+    limit = max(1e-4, torch.finfo(result[1].dtype).eps) if is_bincomm else 3e-2
     assert error < limit, f"the gradient is off by {error:.1e}"
     return error
 
@@ -51,9 +52,9 @@ def time_it(
     labels: dict[str, Any],
     moved: int | None,
 ) -> None:
-    """Run the rounds and leave what was found in the benchmark's `extra_info`.
+    """Run the rounds and write the figures into the benchmark's `extra_info`.
 
-    What `prepare` returns are the step's arguments; preparing is not timed.
+    `prepare` returns the step's arguments; preparing is not timed.
     """
     for _ in range(3):
         arguments = prepare()
@@ -98,7 +99,7 @@ def quantiles(milliseconds: list[float]) -> dict[str, float]:
 def events(step: Callable, prepare: Callable[[], tuple], rounds: int) -> dict[str, float]:
     """Milliseconds on the GPU from an idle start, its second-level cache flushed before every round."""
     flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
-    found = []
+    times = []
     for _ in range(rounds):
         arguments = prepare()
         flush.zero_()
@@ -108,8 +109,8 @@ def events(step: Callable, prepare: Callable[[], tuple], rounds: int) -> dict[st
         step(*arguments)
         end.record()
         end.synchronize()
-        found.append(start.elapsed_time(end))
-    return quantiles(found)
+        times.append(start.elapsed_time(end))
+    return quantiles(times)
 
 
 def replay(step: Callable, prepare: Callable[[], tuple], rounds: int) -> dict[str, float] | str:
@@ -141,17 +142,17 @@ def copy_bandwidth() -> float:
 
 
 def machine(*packages: str) -> dict[str, str]:
-    """What figures need beside them: device, CPU, and versions of Python and of those packages."""
+    """For a page of figures: device, CPU, and versions of Python and of those packages."""
     cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    found = {
+    facts = {
         "device": torch.cuda.get_device_name() if GPU else "CPU",
         "cpu": f"{cpu.partition(':')[2].strip()}, {CORES} cores",
         "python": platform.python_version(),
     }
     for package in packages:
         if (number := installed_version(package)) is not None:
-            found[package] = number
-    return found
+            facts[package] = number
+    return facts
 
 
 def installed_version(package: str) -> str | None:
@@ -163,7 +164,7 @@ def installed_version(package: str) -> str | None:
 
 
 def in_words(machine: dict[str, str]) -> str:
-    """What `machine` found, as a page has it."""
+    """The facts of `machine` as text for a page."""
     versions = dict(machine)
     device, cpu = versions.pop("device"), versions.pop("cpu")
     return f"{device}, {cpu}; {', '.join(f'{package} {number}' for package, number in versions.items())}"

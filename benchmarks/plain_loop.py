@@ -1,4 +1,4 @@
-"""The same training in plain PyTorch, as scripts for DINO and its kin have it: what our step is held against.
+"""The same training in plain PyTorch, as in scripts for DINO and similar methods: the peer of our step.
 
 Crops come as a list of batches, a view each. The loss goes through all pairs of views, clipping and the
 moving average through all parameters, and numbers are read as they are needed.
@@ -7,6 +7,7 @@ moving average through all parameters, and numbers are read as they are needed.
 import math
 from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 class MultiCrop(nn.Module):
     """Backbone and head on a list of views (n, 3, H, W): -> (V·n, K), crops of one size in one batch."""
 
-    def __init__(self, backbone: nn.Module, hidden: int, bits: int):
+    def __init__(self, backbone: Any, hidden: int, bits: int):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Sequential(
@@ -36,11 +37,12 @@ class MultiCrop(nn.Module):
 
 
 def create_optimizer(student: nn.Module) -> torch.optim.AdamW:
-    """AdamW as torch would have it; no weight decay on biases and norms."""
-    decayed, others = [], []
+    """torch's AdamW with its defaults; no weight decay on biases and norms."""
+    decayed: list[Tensor] = []
+    others: list[Tensor] = []
     for parameter in student.parameters():
         (others if parameter.ndim == 1 else decayed).append(parameter)
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0)
 
 
@@ -49,9 +51,9 @@ def loss_of(student: Tensor, teacher: Tensor, views: int, beta: float, eps_squar
     student_views = student.float().chunk(views)
     teacher_views = teacher.float().chunk(2)
 
-    agreement, pairs = 0, 0
-    for u, seen in enumerate(teacher_views):
-        message = (seen > 0).float()
+    agreement, pairs = torch.zeros((), device=student.device), 0
+    for u, teacher_logits in enumerate(teacher_views):
+        message = (teacher_logits > 0).float()
         for v, logits in enumerate(student_views):
             if u == v:
                 continue
@@ -59,7 +61,7 @@ def loss_of(student: Tensor, teacher: Tensor, views: int, beta: float, eps_squar
             pairs += 1
     agreement = agreement / pairs
 
-    rate = 0
+    rate = torch.zeros((), device=student.device)
     for logits in student_views[:2]:
         n, bits = logits.shape
         z = F.normalize(logits, dim=-1)
@@ -106,9 +108,9 @@ class PlainLoop:
 
     def __call__(self, crops: list[Tensor], *, lr: float, weight_decay: float, momentum: float) -> float:
         """One step on views (n, 3, H, W), the two global ones first; the loss."""
-        for place, group in enumerate(self.optimizer.param_groups):
+        for index, group in enumerate(self.optimizer.param_groups):
             group["lr"] = lr
-            if place == 0:
+            if index == 0:
                 group["weight_decay"] = weight_decay
 
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -135,7 +137,7 @@ class PlainLoop:
         self.mark("optimizer")
 
         with torch.no_grad():
-            for ours, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-                ours.mul_(momentum).add_((1 - momentum) * theirs)
+            for average, current in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                average.mul_(momentum).add_((1 - momentum) * current)
         self.mark("average")
         return loss.item()

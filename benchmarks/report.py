@@ -28,27 +28,27 @@ def record_of(result: dict) -> dict:
 
 
 def milliseconds(record: dict) -> float:
-    """The median a table shows: CUDA events where there are any, else the clock's."""
+    """The median in a table: by CUDA events if there are any, else by the clock."""
     return (record["eager_ms"] or record["wall_ms"])["p50"]
 
 
-def page(found: dict, name: str) -> str:
+def page(results: dict, name: str) -> str:
     """The Markdown page."""
-    m = found["machine"]
+    m = results["machine"]
     lines = [
         "# Operations, measured",
         "",
-        f"`make {'gpu-bench' if name == 'gpu' else 'bench'}` on {found['date']}: {m['device']}, {m['cpu']}, "
-        f"{m['threads']} threads, {m['instruction_set']}, Python {m['python']}, torch {m['torch']}, bincomm "
+        f"`make {'gpu-bench' if name == 'gpu' else 'bench'}` on {results['date']}: {m['device']}, "
+        f"{m['cpu']}, {m['threads']} threads, {m['instruction_set']}, Python {m['python']}, torch {m['torch']}, bincomm "
         f"{m['bincomm']}.",
-        "Medians in milliseconds, ours with 20 % and 80 % of the rounds, a peer's with how many times ours "
-        "it is; all of a table ran in one session, and each was held against fp64 before it was timed.",
+        "Medians in milliseconds, bincomm's with 20 % and 80 % of the rounds, a peer's also as a multiple of "
+        "it; a table was measured in one session, each result compared with fp64 before it was timed.",
         f"All figures, with errors and rounds: [{name}.json]({name}.json).",
     ]
     if m["device"] == "CPU":
         lines.append(
-            "The allocator keeps freed memory; otherwise every new tensor of some size costs page faults, "
-            "ours and a peer's."
+            "The allocator keeps freed memory; otherwise every new large tensor costs page faults, "
+            "bincomm's and a peer's."
         )
     else:
         lines.append(
@@ -56,8 +56,8 @@ def page(found: dict, name: str) -> str:
             f"the session {m['copy_bandwidth'] / 1e12:.2f} TB/s, read and write together."
         )
     lines += ["", f"![Times over sizes, and how they grow]({name}.png)"]
-    tables = defaultdict(lambda: defaultdict(dict))
-    for record in found["records"]:
+    tables: dict[tuple, dict[tuple, dict[str, dict]]] = defaultdict(lambda: defaultdict(dict))
+    for record in results["records"]:
         title = (record["table"], record["dtype"], record["direction"])
         tables[title][tuple(record["shape"])][record["contender"]] = record
     for (table, dtype, direction), rows in tables.items():
@@ -73,7 +73,7 @@ def page(found: dict, name: str) -> str:
             for contender in contenders:
                 record = row.get(contender)
                 cells.append(time_of(record, row["bincomm"]) if record else "")
-                if contender == "bincomm" and extra:
+                if record and contender == "bincomm" and extra:
                     cells += graph_of(record, m["copy_bandwidth"])
             lines.append(f"| {' | '.join(cells)} |")
         if direction == "both":
@@ -86,16 +86,16 @@ def page(found: dict, name: str) -> str:
                     for c in contenders
                 ]
                 lines.append(f"| {' × '.join(map(str, shape))} | {' | '.join(shares)} |")
-    lines += scaling_table(found["records"])
+    lines += scaling_table(results["records"])
     return "\n".join(lines) + "\n"
 
 
-def time_of(record: dict, ours: dict) -> str:
+def time_of(record: dict, bincomm: dict) -> str:
     """A cell of a table."""
-    if record is ours:
+    if record is bincomm:
         times = record["eager_ms"] or record["wall_ms"]
         return f"{times['p50']:.3g} ({times['p20']:.3g} – {times['p80']:.3g})"
-    return f"{milliseconds(record):.3g} · {milliseconds(record) / milliseconds(ours):.1f}×"
+    return f"{milliseconds(record):.3g} · {milliseconds(record) / milliseconds(bincomm):.1f}×"
 
 
 def graph_of(record: dict, bandwidth: float) -> list[str]:
@@ -108,7 +108,7 @@ def graph_of(record: dict, bandwidth: float) -> list[str]:
 
 
 def scaling(records: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """For V, n and K, what grew and the time it took."""
+    """For V, n and K: pairs of size and time."""
     points = defaultdict(list)
     for record in (r for r in records if r["table"].endswith("scaling")):
         views, _, n, bits = record["shape"]
@@ -137,7 +137,7 @@ def scaling_table(records: list[dict]) -> list[str]:
 
 
 def plot(records: list[dict], target: Path) -> None:
-    """Times of all contenders over sizes, and ours over V, n and K."""
+    """Times of all contenders over sizes, and bincomm's over V, n and K."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     peers, growth = figure.subplots(1, 2)
     lines = defaultdict(list)
@@ -163,13 +163,13 @@ if __name__ == "__main__":
     info = raw["machine_info"]
     machine = {**info["bincomm"], "cpu": info["cpu"].get("brand_raw", "unknown CPU")}
     machine["python"] = info["python_version"]
-    found = {
+    results = {
         "machine": machine,
         "date": raw["datetime"][:10],
         "records": [record_of(result) for result in raw["benchmarks"]],
     }
     target.parent.mkdir(exist_ok=True)
-    target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    target.with_suffix(".md").write_text(page(found, target.name))
-    plot(found["records"], target.with_suffix(".png"))
+    target.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    target.with_suffix(".md").write_text(page(results, target.name))
+    plot(results["records"], target.with_suffix(".png"))
     print(target.with_suffix(".md").read_text())

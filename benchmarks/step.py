@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -36,10 +36,10 @@ from bincomm.files import write_json, write_text
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 ROUNDS = 5
-STEPS = 8 if GPU else 1  # of a contender's turn
+STEPS = 8 if GPU else 1  # per turn of a contender
 PARTS = ("teacher", "student", "loss", "backward", "clip", "optimizer", "average")
-AROUND = ("loss", "clip", "average")  # what is not networks
-RATES = {"lr": 1e-4, "weight_decay": 0.04, "momentum": 0.996}
+AROUND = ("loss", "clip", "average")  # all but the networks
+RATES: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.04, "momentum": 0.996}
 PEAK = 989.4  # dense bf16 TFLOP/s of H100 and H200 (SXM), by their data sheets
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,7 +48,7 @@ class Case(NamedTuple):
     """What is trained: crops are 2 of `global_size` and 10 of `local_size`."""
 
     backbone: str
-    precision: str
+    precision: Literal["bf16", "fp32"]
     images: int
     global_size: int = 224
     local_size: int = 96
@@ -72,7 +72,7 @@ class Case(NamedTuple):
         return f"{self.backbone}, patches of {patch}, {crops}, {self.images} images, {self.precision}"
 
 
-SMALL = {"global_size": 64, "local_size": 32, "arguments": {"patch_size": 8}}
+SMALL: dict[str, Any] = {"global_size": 64, "local_size": 32, "arguments": {"patch_size": 8}}
 CASES = (
     {
         "vit_small": Case("vit_small_patch16_224", "bf16", 256),
@@ -95,14 +95,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, help="results are written to this name .json and .md")
-    parser.add_argument("--part", choices=[*CASES], help="measure this case alone and print what is found")
+    parser.add_argument("--part", choices=[*CASES], help="measure this case alone and print the result")
     parser.add_argument("--images", type=int, help="images a step, for --part")
     options = parser.parse_args()
     if options.part:
         case = CASES[options.part]
         print(json.dumps(measure(case._replace(images=options.images or case.images))))
         return
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "machine": machine("torch", "timm", "bincomm"),
         "threads": torch.get_num_threads(),
         "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
@@ -111,28 +111,28 @@ def main() -> None:
         "cases": {},
     }
     if GPU:
-        found["matmul_tflops"] = matmul_tflops()
+        results["matmul_tflops"] = matmul_tflops()
     for part, case in CASES.items():
         images = case.images
         while True:
             print(f"{part}, {images} images ...", file=sys.stderr, flush=True)
             command = [sys.executable, "-m", "benchmarks.step", "--part", part, "--images", str(images), "-"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            result = json.loads(done.stdout.splitlines()[-1])
+            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(process.stdout.splitlines()[-1])
             if result is not None:
-                found["cases"][part] = {"images_wanted": case.images, **result}
+                results["cases"][part] = {"images_wanted": case.images, **result}
                 break
             images //= 2  # it did not fit
             if not images:
                 raise SystemExit(f"{part}: not even one image fits")
     options.results.parent.mkdir(exist_ok=True)
-    write_json(options.results.with_suffix(".json"), found)
-    write_text(options.results.with_suffix(".md"), page(found))
-    print(page(found))
+    write_json(options.results.with_suffix(".json"), results)
+    write_text(options.results.with_suffix(".md"), page(results))
+    print(page(results))
 
 
 def measure(case: Case) -> dict[str, Any] | None:
-    """Times, losses and memory of all contenders; None where they do not fit the GPU."""
+    """Times, losses and memory of all contenders; None if they do not fit the GPU."""
     try:
         return race(case)
     except torch.cuda.OutOfMemoryError:
@@ -157,9 +157,9 @@ def race(case: Case) -> dict[str, Any]:
         torch.randn(case.images, 10, 3, small, small, device=DEVICE, dtype=dtype),
     )
     crops = [crop.contiguous() for group in views for crop in group.unbind(1)]
-    makers = {"bincomm": lambda: ours(case, views)}
+    makers = {"bincomm": lambda: bincomm_step(case, views)}
     if GPU:
-        makers["bincomm, torch.compile"] = lambda: ours(case, views, compiled=True)
+        makers["bincomm, torch.compile"] = lambda: bincomm_step(case, views, compiled=True)
         makers["plain loop, torch.compile"] = lambda: plain(case, crops, fused=True, compiled=True)
     makers["plain loop"] = lambda: plain(case, crops, fused=True)
     makers["plain loop, attention written out"] = lambda: plain(case, crops, fused=False)
@@ -176,7 +176,7 @@ def race(case: Case) -> dict[str, Any]:
     for _ in range(ROUNDS):
         for name, contender in contenders.items():
             if GPU:
-                contender.step()  # what others have left in caches
+                contender.step()  # to replace the others' data in caches
                 torch.cuda.reset_peak_memory_stats()
                 others = allocated() - owned[name]
             took, split = clocked(contender)
@@ -196,8 +196,8 @@ def race(case: Case) -> dict[str, Any]:
     }
 
 
-def ours(case: Case, views: tuple[Tensor, Tensor], compiled: bool = False) -> Contender:
-    """Our step, as a run takes it."""
+def bincomm_step(case: Case, views: tuple[Tensor, Tensor], compiled: bool = False) -> Contender:
+    """The step of a run."""
     config = case.config()
     student, teacher = create_networks(config, DEVICE)
     objective = create_objective(config).to(DEVICE)
@@ -207,9 +207,9 @@ def ours(case: Case, views: tuple[Tensor, Tensor], compiled: bool = False) -> Co
     notes = step.compile(*views) if compiled else ""
 
     def run() -> Tensor:
-        done = step(*views, **RATES)
+        output = step(*views, **RATES)
         step.guard.read()
-        return done.losses["loss"]
+        return output.losses["loss"]
 
     return Contender(run, step, notes)
 
@@ -217,15 +217,15 @@ def ours(case: Case, views: tuple[Tensor, Tensor], compiled: bool = False) -> Co
 def plain(case: Case, crops: list[Tensor], fused: bool, compiled: bool = False) -> Contender:
     """The plain loop, with the same weights and timm's fused attention or the written-out one."""
     config = case.config()
-    theirs, _ = create_networks(config, torch.device("cpu"))
+    network, _ = create_networks(config, torch.device("cpu"))
     set_fused_attn(fused)
     backbone = timm.create_model(
         case.backbone, num_classes=0, img_size=case.global_size, dynamic_img_size=True, **case.arguments
     )
     set_fused_attn(True)
     student = plain_loop.MultiCrop(backbone, config.hidden, config.bits)
-    student.backbone.load_state_dict(theirs.backbone.state_dict())
-    student.head.load_state_dict(theirs.head.layers.state_dict())
+    student.backbone.load_state_dict(network.backbone.state_dict())
+    student.head.load_state_dict(network.head.get_submodule("layers").state_dict())
     teacher = copy.deepcopy(student).requires_grad_(False).to(DEVICE)
     if compiled:
         student.compile(dynamic=False)
@@ -243,11 +243,13 @@ def plain(case: Case, crops: list[Tensor], fused: bool, compiled: bool = False) 
 
 
 def check(losses: dict[str, list[float]], precision: str) -> None:
-    """Refuse times of contenders that do not compute the same."""
+    """Raise if contenders do not compute the same losses."""
     tolerance = {"fp32": 1e-4, "bf16": 1e-2}[precision]
     for name, values in losses.items():
-        for mine, theirs in zip(losses["bincomm"], values, strict=True):
-            assert abs(mine - theirs) <= tolerance * abs(mine), f"{name}: losses {values}, not {losses}"
+        for expected, value in zip(losses["bincomm"], values, strict=True):
+            assert abs(expected - value) <= tolerance * abs(expected), (
+                f"{name}: losses {values}, not {losses}"
+            )
 
 
 def clocked(contender: Contender) -> tuple[float, dict[str, float]]:
@@ -272,7 +274,7 @@ def clocked(contender: Contender) -> tuple[float, dict[str, float]]:
 
 
 def now() -> Any:
-    """A point in time: of the GPU's, which nobody waits for, or of the clock."""
+    """A point in time: an event of the GPU, without waiting, or the clock."""
     if not GPU:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -295,7 +297,7 @@ def flops(case: Case, crops: list[Tensor], images: int = 2) -> int:
 
 
 def matmul_tflops() -> float:
-    """What a large bf16 product reaches here."""
+    """Throughput of a large bf16 product here."""
     side = 8192
     a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     for _ in range(3):
@@ -303,47 +305,47 @@ def matmul_tflops() -> float:
     return 2 * side**3 / (events(lambda: a @ b, tuple, 20)["p50"] / 1e3) / 1e12
 
 
-def page(found: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """The Markdown page."""
-    malloc = ", ".join(f"{name}={value}" for name, value in found["malloc"].items())
+    malloc = ", ".join(f"{name}={value}" for name, value in results["malloc"].items())
     lines = [
         "# A training step, measured",
         "",
-        f"`make {'gpu-' if GPU else ''}bench-step` on {found['date']}: {in_words(found['machine'])}; "
-        f"{found['threads']} threads{'; ' + malloc if malloc else ''}. Head 2048 wide, 256 bits, synthetic "
-        f"crops. Medians of {found['rounds']} rounds of {STEPS} steps, least and most in brackets; "
+        f"`make {'gpu-' if GPU else ''}bench-step` on {results['date']}: {in_words(results['machine'])}; "
+        f"{results['threads']} threads{'; ' + malloc if malloc else ''}. Head 2048 wide, 256 bits, synthetic "
+        f"crops. Medians of {results['rounds']} rounds of {STEPS} steps, least and most in brackets; "
         "contenders take turns, and their losses agreed over two steps before they were timed. An image with "
         "all its crops is one. The plain loop is `benchmarks/plain_loop.py`.",
     ]
     if GPU:
         lines += [
             "",
-            f"A bf16 product of 8192 × 8192 matrices reached {found['matmul_tflops']:.0f} TFLOP/s; the data "
-            f"sheet's {PEAK} is of H100 and H200.",
+            f"A bf16 product of 8192 × 8192 matrices reached {results['matmul_tflops']:.0f} TFLOP/s; the "
+            f"data sheet's {PEAK} is of H100 and H200.",
         ]
-    for case in found["cases"].values():
+    for case in results["cases"].values():
         lines += ["", f"## {case['title']}", ""]
         if case["images"] != case["images_wanted"]:
             lines += [f"{case['images_wanted']} images did not fit the memory.", ""]
         lines += [*case["notes"], ""] if case["notes"] else []
-        lines += [*totals_table(case, found.get("matmul_tflops")), "", *parts_table(case)]
+        lines += [*totals_table(case, results.get("matmul_tflops")), "", *parts_table(case)]
     return "\n".join(lines) + "\n"
 
 
 def totals_table(case: dict[str, Any], matmul: float | None) -> list[str]:
-    """Steps as a whole."""
+    """Times of complete steps."""
     header = ["", "ms a step", "images/s", "bincomm is"]
     if GPU:
         header += ["of the product", "of the data sheet", "peak memory, GiB"]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    ours = statistics.median(case["step_ms"]["bincomm"])
+    bincomm = statistics.median(case["step_ms"]["bincomm"])
     for name, values in case["step_ms"].items():
         took = statistics.median(values)
         cells = [
             name,
             f"{took:.1f} ({min(values):.1f} – {max(values):.1f})",
             f"{1e3 * case['images'] / took:.1f}",
-            f"{took / ours:.2f}×" if name != "bincomm" else "",
+            f"{took / bincomm:.2f}×" if name != "bincomm" else "",
         ]
         if GPU:
             reached = case["flops"] / (took / 1e3) / 1e12
@@ -354,7 +356,7 @@ def totals_table(case: dict[str, Any], matmul: float | None) -> list[str]:
 
 
 def parts_table(case: dict[str, Any]) -> list[str]:
-    """Steps by their parts, and what is not networks together."""
+    """Times of the parts of a step, and the sum of those outside the networks."""
     lines = [f"| ms | {' | '.join(PARTS)} | {' + '.join(AROUND)} | bincomm is |"]
     lines += ["|---" * (len(PARTS) + 3) + "|"]
     around = {

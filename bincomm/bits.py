@@ -1,11 +1,11 @@
-"""Use of the bits of a code: entropy, dead bits, the share of the commoner value."""
+"""Use of the bits of a code: entropy, dead bits, the share of the more frequent value."""
 
 import math
 
 import torch
 from torch import Tensor
 
-DEAD_SHARE = 0.01  # a bit is dead when it takes its rarer value in less than this share of the messages
+DEAD_SHARE = 0.01  # a bit is dead if it has its less frequent value in less than this share of the messages
 
 
 def binary_entropy(p: Tensor) -> Tensor:
@@ -14,7 +14,16 @@ def binary_entropy(p: Tensor) -> Tensor:
 
 
 def bit_statistics(ones: Tensor, messages: int) -> dict[str, float]:
-    """Use of the bits, from how often each of the K bits was 1 in so many messages; entropies in bits."""
+    """Use of the bits.
+
+    Args:
+        ones: (K,), how many of the messages have a 1 in each bit.
+        messages: their number.
+
+    Returns:
+        "bit_entropy" and "bit_entropy_min": mean and minimum over the bits; "dead_bits": a share of
+        the bits; "bit_majority": mean share of the more frequent value.
+    """
     p = ones.double() / messages
     entropy = binary_entropy(p)
     return {

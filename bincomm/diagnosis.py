@@ -1,4 +1,4 @@
-"""What is built, found and used on this machine, and what a missing part costs."""
+"""What is built, installed and used on this machine, and the consequences of a missing part."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ import torch
 from bincomm.ops import clip, library  # noqa: F401  (clip, to register its operation)
 
 PACKAGES = {
-    "triton": "the fused kernels for CUDA tensors; without it they take the slower PyTorch form",
+    "triton": "the fused kernels for CUDA tensors; without it the slower PyTorch implementation runs",
     "timm": "backbones; without it there is no training",
     "nvidia.dali": "the data pipeline; without it there is no training",
     "jsonargparse": "the command line and recipes; without it there is no training",
@@ -32,12 +32,12 @@ DISTRIBUTIONS = {
 
 
 def doctor() -> dict[str, Any]:
-    """What is built, found and used.
+    """What is built, installed and used.
 
     Returns:
         "versions", "packages" (name -> version or None), "extension" (what `bincomm._C` was built from, or
         why it is missing), "devices", "kernels" (operation -> device -> what runs there), "environment"
-        (variables read) and "notes": what is missing and what that costs, a line each; empty when nothing is.
+        (variables read) and "notes": one line for each missing part with its consequence.
     """
     report: dict[str, Any] = {
         "versions": {
@@ -46,7 +46,7 @@ def doctor() -> dict[str, Any]:
             "torch_cuda": torch.version.cuda,
         },
         "packages": {name: _version(name) for name in PACKAGES},
-        "extension": library._C.build_facts() if library._C else {"missing": library._C_MISSING},
+        "extension": library._C.build_facts() if library._C else {"missing": library._C_ERROR},
         "devices": _devices(),
         "kernels": library.KERNELS,
         "environment": {"BINCOMM_BACKEND": library.BACKEND},
@@ -66,9 +66,10 @@ def describe(report: dict[str, Any]) -> str:
     lines.append("devices")
     lines += [f"  {device}" for device in report["devices"]]
     lines.append("kernels")
-    for name, where in report["kernels"].items():
-        lines.append(f"  {name:26} " + "  ".join(f"{device}: {what}" for device, what in where.items()))
-    lines.append("notes" if report["notes"] else "notes: none, everything is there")
+    for name, kernels in report["kernels"].items():
+        cells = (f"{device}: {kernel}" for device, kernel in kernels.items())
+        lines.append(f"  {name:26} " + "  ".join(cells))
+    lines.append("notes" if report["notes"] else "notes: none, nothing is missing")
     lines += [f"  - {note}" for note in report["notes"]]
     return "\n".join(lines)
 
@@ -84,7 +85,7 @@ def _version(package: str) -> str | None:
             return version(distribution)
         except PackageNotFoundError:
             continue
-    return "found"
+    return "installed"
 
 
 def _devices() -> list[str]:
@@ -109,8 +110,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
     notes = []
     if library._C is None:
         notes.append(
-            f"bincomm._C cannot be imported ({library._C_MISSING}): operations on the CPU take their PyTorch "
-            "form, sign_bce several times slower. Build it with a C++ compiler: "
+            f"bincomm._C cannot be imported ({library._C_ERROR}): on the CPU the operations run in PyTorch, "
+            "sign_bce several times slower. Build it with a C++ compiler: "
             "pip install --no-build-isolation bincomm, or python setup.py build_ext --inplace in a checkout."
         )
     else:
@@ -118,21 +119,19 @@ def _notes(report: dict[str, Any]) -> list[str]:
         if facts["no_cuda_reason"]:
             notes.append(
                 f"bincomm._C was built without CUDA code: {facts['no_cuda_reason']}. On CUDA tensors "
-                "coding_rate takes its slower PyTorch form."
+                "coding_rate runs in PyTorch, more slowly."
             )
         if facts["torch"].split("+")[0] != torch.__version__.split("+")[0]:
             notes.append(
                 f"bincomm._C was built with torch {facts['torch']}; the stable ABI lets it run with this one."
             )
     if not torch.cuda.is_available():
-        why = "this torch has no CUDA support" if torch.version.cuda is None else "torch finds no GPU"
-        notes.append(f"{why}: everything runs on the CPU, which is enough for the digits and little more.")
+        reason = "this torch has no CUDA support" if torch.version.cuda is None else "torch finds no GPU"
+        notes.append(f"{reason}: everything runs on the CPU, which is enough for the digits and little more.")
     elif report["kernels"]["sign_bce"]["cuda"] == "PyTorch":
-        notes.append(
-            "no Triton kernels for CUDA tensors: sign_bce and the messages take their PyTorch form there."
-        )
-    for package, found in report["packages"].items():
-        if found is None:
+        notes.append("no Triton kernels for CUDA tensors: sign_bce and the messages run in PyTorch there.")
+    for package, installed in report["packages"].items():
+        if installed is None:
             extra = "pip install triton" if package == "triton" else "pip install 'bincomm[train]'"
             notes.append(f"{package} is not installed: {PACKAGES[package]}. {extra}")
     return notes

@@ -2,13 +2,13 @@
 
 Outputs are views first, (V, n, K) and (U, n, K), and the teacher's views are the student's first U: a pair
 (u, v) is a teacher's view and another view of the student, u ≠ v, and there are `U·(V-1)` of them. The dict
-has the keys that the objective's `scalars` name, in their order: "loss", which alone has a gradient, and what
-it is made of. `outputs_are_bits` tells whether the signs of the K outputs are a code that is worth watching.
+has the keys of the objective's `scalars`, in their order: "loss", which alone has a gradient, and its parts.
+`outputs_are_bits` says whether the signs of the K outputs are a code that is worth monitoring.
 
-Arithmetic is fp32 (fp64 for fp64 outputs) whatever their dtype and autocast; no gradient reaches the teacher.
-Where torch.distributed is initialized, every rank must call, all with equally many images, and gradients be
-averaged over the ranks, as DistributedDataParallel does: the objective then is that of all ranks' images and
-does not depend on how many ranks share them.
+Arithmetic is fp32 (fp64 for fp64 outputs) for every dtype and under autocast; no gradient reaches the
+teacher. If torch.distributed is initialized, every rank must call with the same number of images, and
+gradients must be averaged over the ranks, as DistributedDataParallel does: the objective is then that of all
+ranks' images and does not depend on the number of ranks.
 """
 
 import math
@@ -37,11 +37,11 @@ class DiscreteCommunication(nn.Module):
     Args:
         beta: β. Too small and every bit becomes constant, too large and nothing is transmitted.
         eps_squared: ε² of the coding rate.
-        agreement: what is asked of the student, the last two being the paper's ablations:
+        agreement: what the student predicts; the last two are the paper's ablations:
             "hard", the teacher's bits `m = 1[a > 0]`: binary cross-entropy, in nats per bit;
             "soft", `σ(a/τ)` in place of the bits, binary cross-entropy likewise;
-            "cosine", the bits as ±1: mean cosine of a student's logits and `2m - 1`, in [-1, 1]. This one is
-            to grow, and `L = -agreement - β·γ·R`.
+            "cosine", the bits as ±1: mean cosine of a student's logits and `2m - 1`, in [-1, 1]. It is
+            maximized: `L = -agreement - β·γ·R`.
         tau: τ of the soft targets; the others do not use it.
     """
 
@@ -85,8 +85,8 @@ class SimDINO(nn.Module):
     """SimDINO's objective: agree with the teacher in direction, and keep the directions spread.
 
     `L = -agreement - γ·R` with `γ = (K + N)/(K·N)`: `agreement` is the mean cosine of student and teacher
-    outputs over all pairs of different views, in [-1, 1] and to grow; `R = ½ logdet(I + α zᵀz)`,
-    `α = K/(N·ε²)`, averaged over the views that both see, N the number of images of all ranks ("Simplifying
+    outputs over all pairs of different views, in [-1, 1], maximized; `R = ½ logdet(I + α zᵀz)`,
+    `α = K/(N·ε²)`, averaged over the views of both, N the number of images of all ranks ("Simplifying
     DINO via Coding Rate Regularization", arXiv 2502.10385).
 
     Args:
@@ -110,13 +110,13 @@ class SimDINO(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Student (V, n, K) and teacher (U, n, K) outputs -> loss, agreement, rate (nats)."""
         check_views(student, teacher)
-        directions, theirs = unit_rows(student), unit_rows(teacher.detach())
-        agreement = mean_over_pairs(directions, theirs)
+        student_rows, teacher_rows = unit_rows(student), unit_rows(teacher.detach())
+        agreement = mean_over_pairs(student_rows, teacher_rows)
         group = all_ranks()
         if self.expa_type == 0:
             rate = coding_rate(student[: len(teacher)], eps_squared=self.eps_squared, group=group).mean()
         else:
-            rows = (directions[: len(teacher)] + theirs) / 2
+            rows = (student_rows[: len(teacher)] + teacher_rows) / 2
             rate = rate_of_rows(rows, self.eps_squared, group).mean()
         return {
             "loss": -agreement - balance(student, group) * rate,
@@ -136,7 +136,7 @@ class DINO(nn.Module):
     Args:
         prototypes: P, the number of scores.
         student_temperature: τ_s.
-        teacher_temperature: τ_t, smaller: it sharpens what centering flattens.
+        teacher_temperature: τ_t, smaller, because centering flattens and this sharpens.
         center_momentum: m.
 
     The center (P,) is the buffer `center`: part of the state to be saved, and only ever changed in place.
@@ -144,6 +144,7 @@ class DINO(nn.Module):
 
     scalars = ("loss",)
     outputs_are_bits = False
+    center: Tensor
 
     def __init__(
         self,
@@ -177,10 +178,10 @@ class DINO(nn.Module):
         predictions = (reference.widen(student) / self.student_temperature).log_softmax(-1)
         loss = -mean_over_pairs(predictions, targets)
         if self.training:
-            self._move_center(scores)
+            self._update_center(scores)
         return {"loss": loss}
 
-    def _move_center(self, scores: Tensor) -> None:
+    def _update_center(self, scores: Tensor) -> None:
         mean = scores.mean((0, 1))
         group = all_ranks()
         if group is not None:
@@ -211,21 +212,21 @@ def cosine_to_signs(student: Tensor, teacher: Tensor) -> Tensor:
 def mean_over_pairs(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean over pairs (u, v), u ≠ v, and images of the product `⟨x_v, y_u⟩`: (V, n, K), (U, n, K) -> scalar.
 
-    In one pass, `Σ_v ⟨x_v, Σ_{u≠v} y_u⟩`: a view that the teacher sees too meets the sum of all teachers but
-    its own, every other view the sum of all, so of those their sum is enough. What is made on the way is no
-    larger than the student's views.
+    In one pass, `Σ_v ⟨x_v, Σ_{u≠v} y_u⟩`: a view that the teacher has too is multiplied by the sum of all
+    teachers but its own, the sum of the other views by the sum of all. No intermediate result is larger than
+    the student's views.
     """
     views, teachers, n = len(student), len(teacher), student.shape[1]
-    every = teacher.sum(0)
+    total = teacher.sum(0)
     both, rest = student.split([teachers, views - teachers])
-    products = (both * (every - teacher)).sum() + (rest.sum(0) * every).sum()
+    products = (both * (total - teacher)).sum() + (rest.sum(0) * total).sum()
     return products / (teachers * (views - 1) * n)
 
 
 def rate_of_rows(rows: Tensor, eps_squared: float, group: "dist.ProcessGroup | None") -> Tensor:
-    """`coding_rate` of rows taken as they are, of whatever length: (V, n, K) -> (V,), nats.
+    """`coding_rate` of rows of any length, which are not normalized: (V, n, K) -> (V,), nats.
 
-    By the definition, in fp64: whatever precision is set for matrix products, pivots of 1 come out as 1.
+    By the definition, in fp64, so that pivots of 1 are 1 for every precision set for matrix products.
     """
     of_images = group is None and rows.shape[-2] < rows.shape[-1]  # the smaller of two equal determinants
     matrix, _ = reference.regularized_gram(rows.double(), eps_squared, group, of_images, normalize=False)
@@ -245,7 +246,7 @@ def balance(student: Tensor, group: "dist.ProcessGroup | None") -> float:
 
 
 def all_ranks() -> "dist.ProcessGroup | None":
-    """The group of all ranks, None where this is the only one."""
+    """The group of all ranks; None if there is only one."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return dist.group.WORLD if several else None
 

@@ -1,4 +1,4 @@
-// The Python module bincomm._C. Importing it registers the operations' kernels; its functions tell what was built.
+// The Python module bincomm._C. Importing it registers the operations' kernels; its functions report what was built.
 
 #include <string>
 
@@ -56,7 +56,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef USE_CUDA
   m.def("device_code", &bincomm::device_code, py::arg("device"),
         "Architecture of the machine code this module would run on GPU number `device`, as (major, minor, from_ptx).\n"
-        "Raises RuntimeError with CUDA's own words where it has none for that GPU.");
+        "Raises RuntimeError with CUDA's message if it has none for that GPU.");
   m.def("largest_side", &bincomm::largest_side, py::arg("device"),
         "Largest side of a matrix that the coding rate's CUDA kernel inverts on GPU number `device`.");
 #endif

@@ -1,6 +1,6 @@
 // Gradients clipped one tensor at a time, on CPU.
 //
-// One pass over memory finds all norms, and a second changes only the gradients whose norm is above the limit. The
+// A first pass over memory computes all norms, a second changes only the gradients whose norm is above the limit. The
 // gradients are cut into parts that do not depend on the number of threads, and a norm adds its parts in their order.
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace bincomm {
 namespace {
 
 constexpr int64_t kPart = 16384;   // elements
-constexpr int64_t kGrain = 65536;  // elements below which another thread costs more than it brings
+constexpr int64_t kGrain = 65536;  // elements; for fewer, another thread costs more time than it saves
 
 BINCOMM_CLONES double part_sum(const float* x, int64_t count) { return sum_of_squares(x, count); }
 
@@ -33,7 +33,7 @@ struct Part {
   int64_t before;  // elements of all parts before this one
 };
 
-// Calls f(place, part) for all parts, on threads that get about equally many elements.
+// Calls f(index, part) for all parts, on threads that get about equal numbers of elements.
 template <typename F>
 void for_each_part(const std::vector<Part>& parts, const F& f) {
   const int64_t elements = parts.empty() ? 0 : parts.back().before + parts.back().count;
@@ -77,14 +77,14 @@ Tensor clip_gradients_(std::vector<Tensor> gradients, double limit) {
   }
 
   std::vector<double> sums(parts.size());
-  for_each_part(parts, [&](int64_t place, const Part& part) { sums[place] = part_sum(part.data, part.count); });
+  for_each_part(parts, [&](int64_t index, const Part& part) { sums[index] = part_sum(part.data, part.count); });
 
   std::vector<double> squares(gradients.size());
   double total = 0.0;
-  for (size_t place = 0; place < parts.size(); ++place) squares[parts[place].gradient] += sums[place];
+  for (size_t index = 0; index < parts.size(); ++index) squares[parts[index].gradient] += sums[index];
   for (double square : squares) total += square;
 
-  std::vector<Part> long_parts;  // of gradients to be scaled; one that is not finite would only spread
+  std::vector<Part> long_parts;  // of gradients to be scaled; those that are not finite stay as they are
   before = 0;
   const auto is_long = [&](size_t g) {
     return limit > 0 && std::isfinite(squares[g]) && std::sqrt(squares[g]) > limit;

@@ -1,7 +1,7 @@
-// The coding rate on CUDA: which kernels of coding_rate_device.cuh run, how they are launched, and their registration.
+// The coding rate on CUDA: the launches of the kernels of coding_rate_device.cuh, and their registration.
 //
-// Forward: norms, G, determinant and inverse. Backward: the product with the inverse, then what lies along the rows is
-// taken out. Five launches in all; no value is ever read back by the host.
+// Forward: norms, G, determinant and inverse. Backward: the product with the inverse, from which the component along
+// the row is then subtracted. Five launches in all; the host never reads a value back.
 
 #include "coding_rate.h"
 
@@ -34,7 +34,7 @@ constexpr int kRowsPerBlock = 8;  // of the kernels that give a row to a warp
 constexpr size_t kProductBytes = 2 * kProductWarps * kTileSize * sizeof(float);  // two tiles a warp
 
 void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) cudaGetLastError();  // it is reported here and must not surface in another's call
+  if (status != cudaSuccess) cudaGetLastError();  // reported here; it must not appear again in a later call
   STD_TORCH_CHECK(status == cudaSuccess, "coding_rate: ", what, ": ", cudaGetErrorString(status));
 }
 
@@ -44,7 +44,7 @@ cudaStream_t stream_of(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Number of blocks as CUDA wants it.
+// Number of blocks in the type that CUDA expects.
 unsigned grid(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "coding_rate: too many logits for one launch");
   return static_cast<unsigned>(blocks);
@@ -80,30 +80,33 @@ cudaLaunchConfig_t sweep_config(int64_t matrices, int tiles, cudaStream_t stream
   return config;
 }
 
-// Whether the device at hand can run it: enough shared memory, and room for a cluster if it is one.
+// Whether the current device can run it: enough shared memory, and room for a cluster of that size.
 template <int kSide>
 bool can_sweep(int device, int tiles) {
   int available = 0;
   check(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device attribute");
   cudaFuncAttributes code{};
-  check(cudaFuncGetAttributes(&code, sweep_kernel<kSide>), "kernel attributes");
-  available -= static_cast<int>(code.sharedSizeBytes);  // what newer architectures keep for themselves
+  check(cudaFuncGetAttributes(&code, coding_rate_sweep_kernel<kSide>), "kernel attributes");
+  available -= static_cast<int>(code.sharedSizeBytes);  // reserved by newer architectures
   if (sweep_bytes<kSide>(tiles) > static_cast<size_t>(available)) return false;
-  allow_shared(sweep_kernel<kSide>, available);
+  allow_shared(coding_rate_sweep_kernel<kSide>, available);
   if (kSide == 1) return true;
   int has_clusters = 0;
   check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device), "device attribute");
-  if (!has_clusters || code.ptxVersion < 90) return false;  // code for older architectures knows no clusters
-  check(cudaFuncSetAttribute(sweep_kernel<kSide>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
+  if (!has_clusters || code.ptxVersion < 90) return false;  // code for older architectures has no clusters
+  check(cudaFuncSetAttribute(coding_rate_sweep_kernel<kSide>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+        "cluster size");
   cudaLaunchAttribute cluster[1];
   const cudaLaunchConfig_t config = sweep_config<kSide>(1, tiles, nullptr, cluster);
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, sweep_kernel<kSide>, &config) != cudaSuccess) cudaGetLastError();
+  if (cudaOccupancyMaxActiveClusters(&clusters, coding_rate_sweep_kernel<kSide>, &config) != cudaSuccess) {
+    cudaGetLastError();
+  }
   return clusters > 0;
 }
 
-// Blocks along a side of the cluster for matrices of so many tiles a side, 0 where none fits. Four blocks pay as
-// soon as each has a few tiles; sixteen wait longer for each other.
+// Blocks along a side of the cluster for matrices with this number of tiles per side, 0 if none fits. Four blocks are
+// faster as soon as each has a few tiles; sixteen wait longer for each other.
 int choose_cluster_side(int device, int tiles) {
   if (tiles <= 4 && can_sweep<1>(device, tiles)) return 1;
   if (can_sweep<2>(device, tiles)) return 2;
@@ -111,21 +114,21 @@ int choose_cluster_side(int device, int tiles) {
   return can_sweep<4>(device, tiles) ? 4 : 0;
 }
 
-// The same, found once for a device and a size.
+// The same, computed once for a device and a size.
 int cluster_side(int device, int tiles) {
   static std::mutex mutex;
-  static std::map<std::pair<int, int>, int> found;
+  static std::map<std::pair<int, int>, int> cache;
   const std::lock_guard lock(mutex);
-  const auto place = found.find({device, tiles});
-  if (place != found.end()) return place->second;
-  return found.emplace(std::pair(device, tiles), choose_cluster_side(device, tiles)).first->second;
+  const auto entry = cache.find({device, tiles});
+  if (entry != cache.end()) return entry->second;
+  return cache.emplace(std::pair(device, tiles), choose_cluster_side(device, tiles)).first->second;
 }
 
 template <int kSide>
 void launch_sweep(const SweepArguments& arguments, int64_t matrices, cudaStream_t stream) {
   cudaLaunchAttribute cluster[1];
   const auto config = sweep_config<kSide>(matrices, static_cast<int>(tiles_of(arguments.n)), stream, cluster);
-  check(cudaLaunchKernelEx(&config, sweep_kernel<kSide>, arguments), "sweep");
+  check(cudaLaunchKernelEx(&config, coding_rate_sweep_kernel<kSide>, arguments), "sweep");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> coding_rate_sweep(Tensor gram_) {
@@ -164,21 +167,21 @@ Logits<T> view_of(const Tensor& logits, const float* reciprocal) {
           logits.stride(2), static_cast<int>(logits.size(1)), static_cast<int>(logits.size(2))};
 }
 
-// Calls `act` with a null pointer of the type the logits are stored in.
-template <typename Act>
-void with_type(const Tensor& logits, const Act& act) {
+// Calls `function` with a null pointer of the type the logits are stored in.
+template <typename Function>
+void with_type(const Tensor& logits, const Function& function) {
   constexpr int64_t kMost = std::numeric_limits<int>::max();
   STD_TORCH_CHECK(logits.dim() == 3 && logits.size(1) <= kMost && logits.size(2) <= kMost,
                   "logits: expected (V, n, K)");
   switch (logits.scalar_type()) {
-    case ScalarType::Float: act(static_cast<float*>(nullptr)); break;
-    case ScalarType::Half: act(static_cast<__half*>(nullptr)); break;
-    case ScalarType::BFloat16: act(static_cast<__nv_bfloat16*>(nullptr)); break;
+    case ScalarType::Float: function(static_cast<float*>(nullptr)); break;
+    case ScalarType::Half: function(static_cast<__half*>(nullptr)); break;
+    case ScalarType::BFloat16: function(static_cast<__nv_bfloat16*>(nullptr)); break;
     default: STD_TORCH_CHECK(false, "logits: expected float32, float16 or bfloat16");
   }
 }
 
-// Threads and shared memory of a product over so long a sum: no more warps than there are tiles of it.
+// Threads and shared memory of a product that sums over `depth` terms: no more warps than tiles of them.
 struct ProductShape {
   int threads;
   size_t bytes;
@@ -202,9 +205,9 @@ std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits, double alpha, bool of
     const cudaStream_t stream = stream_of(logits.get_device_index());
     float* const r = static_cast<float*>(reciprocal.mutable_data_ptr());
     const Logits<T> a = view_of<T>(logits, r);
-    reciprocal_norms_kernel<<<grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock), kRowsPerBlock * kTile, 0,
-                              stream>>>(a, r, views * n);
-    const auto kernel = of_images ? gram_kernel<T, true> : gram_kernel<T, false>;
+    const unsigned row_blocks = grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock);
+    coding_rate_reciprocal_norms_kernel<<<row_blocks, kRowsPerBlock * kTile, 0, stream>>>(a, r, views * n);
+    const auto kernel = of_images ? coding_rate_gram_kernel<T, true> : coding_rate_gram_kernel<T, false>;
     const ProductShape shape(of_images ? bits : n);
     allow_shared(kernel, kProductBytes);
     const int64_t tiles = tiles_of(side);
@@ -215,10 +218,10 @@ std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits, double alpha, bool of
   return {out, reciprocal};
 }
 
-Tensor coding_rate_backward(Tensor arriving_, Tensor logits, Tensor inverse_, Tensor reciprocal_, double alpha,
+Tensor coding_rate_backward(Tensor grad_, Tensor logits, Tensor inverse_, Tensor reciprocal_, double alpha,
                             bool of_images) {
   const int64_t views = logits.size(0), n = logits.size(1), bits = logits.size(2);
-  const Tensor arriving = torch::stable::contiguous(arriving_);
+  const Tensor grad = torch::stable::contiguous(grad_);
   const Tensor inverse = torch::stable::contiguous(inverse_);
   const Tensor reciprocal = torch::stable::contiguous(reciprocal_);
   const DeviceGuard guard(logits.get_device_index());
@@ -233,15 +236,16 @@ Tensor coding_rate_backward(Tensor arriving_, Tensor logits, Tensor inverse_, Te
     using T = std::remove_pointer_t<decltype(type)>;
     const cudaStream_t stream = stream_of(logits.get_device_index());
     const Logits<T> a = view_of<T>(logits, static_cast<const float*>(reciprocal.const_data_ptr()));
-    const auto kernel = of_images ? direction_kernel<T, true> : direction_kernel<T, false>;
+    const auto kernel = of_images ? coding_rate_direction_kernel<T, true> : coding_rate_direction_kernel<T, false>;
     const ProductShape shape(of_images ? n : bits);
     allow_shared(kernel, kProductBytes);
     float* const g_data = static_cast<float*>(g.mutable_data_ptr());
     float* const radial_data = static_cast<float*>(radial.mutable_data_ptr());
     kernel<<<grid(views * tiles_of(n) * tiles), shape.threads, shape.bytes, stream>>>(
         a, static_cast<const float*>(inverse.const_data_ptr()), g_data, radial_data);
-    gradient_kernel<<<grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock), kRowsPerBlock * kTile, 0, stream>>>(
-        a, static_cast<const float*>(arriving.const_data_ptr()), static_cast<float>(alpha), g_data, radial_data,
+    const unsigned row_blocks = grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock);
+    coding_rate_gradient_kernel<<<row_blocks, kRowsPerBlock * kTile, 0, stream>>>(
+        a, static_cast<const float*>(grad.const_data_ptr()), static_cast<float>(alpha), g_data, radial_data,
         static_cast<T*>(out.mutable_data_ptr()), views * n);
     check(cudaGetLastError(), "gradient");
   });

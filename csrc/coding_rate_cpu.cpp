@@ -1,15 +1,15 @@
 // Coding rate on CPU: the Gram matrix A of logits with rows of unit length, R = 1/2 logdet(I + A) by Cholesky
-// factorization, (I + A)^-1 from the factor, and what makes the gradient of it.
+// factorization, (I + A)^-1 from the factor, and the gradient.
 //
-// Matrices are worked on as tiles of 32 x 32, each contiguous, so that no row stride can make lines of one tile compete
-// for the same places in the cache. With I + A = U^T U, tile by tile:
+// Matrices are processed as tiles of 32 x 32, each contiguous, so that no row stride can make lines of one tile compete
+// for the same cache sets. With I + A = U^T U, tile by tile:
 //
 //     factor     W_k = U_kk^-T                     C_ki = (I + A)_ki - sum_{k' < k} U_k'k^T U_k'i,   U_ki = W_k C_ki
 //     inverse    M_ij = W_i^T ([i = j] W_i - sum_{k > i} U_ik M_kj),   i from last to first, j >= i,   M_ji = M_ij^T
 //
-// The factor's tile at (i, i) is -W_i, as the products subtract. U_ki stands at (i, k), which makes the columns
-// contiguous that the factorization reads, and at (k, i) again, which makes the rows contiguous that the inverse reads.
-// A tile cut by the edge keeps only what is inside; beyond it the matrix goes on as the identity.
+// The factor's tile at (i, i) is -W_i, because the products subtract. U_ki is stored at (i, k), so that the columns
+// that the factorization reads are contiguous, and also at (k, i), so that the rows that the inverse reads are contiguous.
+// A tile that is cut by the edge keeps only the inside; beyond the edge the matrix continues as the identity.
 //
 // A tile is computed from beginning to end by one thread, in an order that does not depend on their number.
 
@@ -30,8 +30,8 @@ namespace {
 
 constexpr int kTile = 32;
 constexpr int kTileSize = kTile * kTile;
-constexpr int64_t kTaskProducts = 8;     // of tiles below which another thread costs more than it brings
-constexpr int64_t kSharedTiles = 8;      // of a matrix's side, from which threads share one
+constexpr int64_t kTaskProducts = 8;     // of tiles; for fewer, another thread costs more time than it saves
+constexpr int64_t kSharedTiles = 8;      // per side of a matrix, from which threads share one
 constexpr int64_t kRowElements = 32768;  // the same for the rows' elements
 constexpr double kNormEps = 1e-12;       // smallest norm a row is divided by, as in torch.nn.functional.normalize
 
@@ -43,7 +43,7 @@ BINCOMM_CLONES void scale(const float* x, float factor, int64_t count, float* ou
   for (int64_t j = 0; j < count; ++j) out[j] = x[j] * factor;
 }
 
-// Writes a row of unit length and returns the reciprocal of the norm it had.
+// Writes a row of unit length and returns the reciprocal of its previous norm.
 float unit_row(const Storage& storage, const void* in, int64_t offset, int64_t bits, float* to) {
   if (!storage.is_float) storage.load(in, offset, bits, to);
   const float* a = storage.is_float ? static_cast<const float*>(in) + offset : to;
@@ -78,18 +78,18 @@ std::tuple<Tensor, Tensor> coding_rate_rows(Tensor logits_) {
 BINCOMM_CLONES float along_row(const float* g, const float* a, float r, int64_t count) {
   constexpr int kLanes = 32;
   float lanes[kLanes] = {};
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t first = 0; first < whole; first += kLanes) {
+  const int64_t full = count / kLanes * kLanes;
+  for (int64_t first = 0; first < full; first += kLanes) {
     for (int j = 0; j < kLanes; ++j) lanes[j] += g[first + j] * (a[first + j] * r);
   }
-  for (int64_t j = whole; j < count; ++j) lanes[j - whole] += g[j] * (a[j] * r);
+  for (int64_t j = full; j < count; ++j) lanes[j - full] += g[j] * (a[j] * r);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
   }
   return lanes[0];
 }
 
-// (g - along z) scale, held within the limit.
+// (g - along z) scale, clamped to the limit.
 BINCOMM_CLONES void gradient_of_row(const float* g, const float* a, float r, float along, float scale, float limit,
                                     int64_t count, float* out) {
   for (int64_t j = 0; j < count; ++j) {
@@ -109,10 +109,10 @@ float largest_of(ScalarType dtype) {
   }
 }
 
-// dR/da from g, which is dR/dz / alpha, and the gradient that arrives for each view.
-Tensor coding_rate_gradient(Tensor arriving_, Tensor g_, Tensor logits_, Tensor reciprocal_, double alpha) {
+// dR/da from g, which is dR/dz / alpha, and the incoming gradient of each view.
+Tensor coding_rate_gradient(Tensor grad_, Tensor g_, Tensor logits_, Tensor reciprocal_, double alpha) {
   const Tensor logits = unit_stride(logits_);
-  const Tensor arriving = torch::stable::contiguous(arriving_);
+  const Tensor grad = torch::stable::contiguous(grad_);
   const Tensor g = torch::stable::contiguous(g_);
   const Tensor reciprocal = torch::stable::contiguous(reciprocal_);
   const Storage storage = storage_of(logits.scalar_type(), "logits");
@@ -120,13 +120,13 @@ Tensor coding_rate_gradient(Tensor arriving_, Tensor g_, Tensor logits_, Tensor 
   STD_TORCH_CHECK(g.numel() == logits.numel() && g.scalar_type() == ScalarType::Float, "g: expected (V, n, K) float32");
   STD_TORCH_CHECK(reciprocal.numel() == views * images && reciprocal.scalar_type() == ScalarType::Float,
                   "reciprocal: expected (V, n) float32");
-  STD_TORCH_CHECK(arriving.numel() == views && arriving.scalar_type() == ScalarType::Float,
+  STD_TORCH_CHECK(grad.numel() == views && grad.scalar_type() == ScalarType::Float,
                   "grad: expected (V,) float32");
   Tensor gradient = torch::stable::new_empty(logits, {views, images, bits});
   const void* in = logits.const_data_ptr();
   const float* directions = static_cast<const float*>(g.const_data_ptr());
   const float* reciprocals = static_cast<const float*>(reciprocal.const_data_ptr());
-  const float* arrives = static_cast<const float*>(arriving.const_data_ptr());
+  const float* grads = static_cast<const float*>(grad.const_data_ptr());
   const float largest = largest_of(logits.scalar_type());
   void* out = gradient.mutable_data_ptr();
 
@@ -139,13 +139,13 @@ Tensor coding_rate_gradient(Tensor arriving_, Tensor g_, Tensor logits_, Tensor 
       const float* a = storage.is_float ? static_cast<const float*>(in) + offset : wide.data();
       float* to = storage.is_float ? static_cast<float*>(out) + row * bits : wide.data() + bits;
       const float* direction = directions + row * bits;
-      const float r = reciprocals[row], arrived = arrives[row / images];
-      // Through z = a r a gradient g becomes (g - (g.z) z) r; a norm held at its floor is a constant.
+      const float r = reciprocals[row], incoming = grads[row / images];
+      // Through z = a r a gradient g becomes (g - (g.z) z) r; a norm clamped to its minimum is a constant.
       const float along = r >= static_cast<float>(1.0 / kNormEps) ? 0.0f : along_row(direction, a, r, bits);
-      // What does not fit the type is its largest number, but where a large gradient arrives, as from a scaled loss,
-      // an infinity is to show that its scale is too large.
-      const float limit = std::fabs(arrived) <= 1.0f ? largest : std::numeric_limits<float>::infinity();
-      gradient_of_row(direction, a, r, along, arrived * static_cast<float>(alpha) * r, limit, bits, to);
+      // Numbers beyond the type's range become its largest number. But if the incoming gradient is large, as that of a
+      // scaled loss, they become infinite, which shows that the scale is too large.
+      const float limit = std::fabs(incoming) <= 1.0f ? largest : std::numeric_limits<float>::infinity();
+      gradient_of_row(direction, a, r, along, incoming * static_cast<float>(alpha) * r, limit, bits, to);
       if (!storage.is_float) storage.store(to, bits, out, row * bits);
     }
   });
@@ -170,7 +170,7 @@ int register_floats() {
 
 const int kRegisterFloats = register_floats();
 
-// Runs a statement with `Vector` as the type of a whole register.
+// Runs a statement with `Vector` as the type of a full register.
 #define BINCOMM_WITH_VECTOR(...)      \
   if (kRegisterFloats == 16) {        \
     using Vector = Vector16;          \
@@ -188,7 +188,7 @@ constexpr int kLanes = sizeof(Vector) / sizeof(float);
 template <class Vector>
 constexpr int kVectors = kTile / kLanes<Vector>;  // in a row of a tile
 template <class Vector>
-constexpr int kRows = kLanes<Vector> == 16 ? 8 : 2;  // of a product at once: their sums stay in registers
+constexpr int kRows = kLanes<Vector> == 16 ? 8 : 2;  // of a product computed at once: their sums stay in registers
 
 // Arrays of vectors become registers when every index is a constant, so loops over them are unrolled.
 #define BINCOMM_UNROLL _Pragma("GCC unroll 8")
@@ -203,7 +203,7 @@ BINCOMM_INLINE void store(const Vector& from, float* row, int v) {
   std::memcpy(row + v * kLanes<Vector>, &from, sizeof(Vector));
 }
 
-// Some rows of -X Y, or of -X^T Y, of the terms from `begin` to `end`; `x` is where the first of the rows begins.
+// kRows rows of -X Y, or of -X^T Y, summed over the terms from `begin` to `end`; `x` points to the first row.
 template <class Vector, bool kTransposed>
 BINCOMM_INLINE void minus_product(const float* x, const float* y, int begin, int end,
                                   Vector (&sum)[kRows<Vector>][kVectors<Vector>]) {
@@ -285,8 +285,8 @@ BINCOMM_CLONES void transposed_triangular_product(const float* minus_w, const fl
 BINCOMM_INLINE float clamped_pivot(float pivot) { return pivot < 1.0f ? 1.0f : pivot; }  // a NaN stays one
 
 // Replaces a symmetric tile, of which the upper triangle is read, by -W = -U^-T. Gaussian elimination without square
-// roots, which would lie between one pivot and the next: they are taken at the end. The columns behind the pivot are
-// those of the identity eliminated along, so one row holds both.
+// roots, which would delay the next pivot: they are computed at the end. The columns before the pivot hold the identity,
+// to which the same steps are applied, so one row holds both.
 template <class Vector>
 BINCOMM_INLINE void eliminate_by(float* x, float* pivots) {
   float numbers[kTile];
@@ -349,19 +349,19 @@ struct Side {
   bool cut() const { return size % kTile != 0; }
   int64_t elements() const { return size * size; }
   int64_t padded_elements() const { return tiles * tiles * kTileSize; }
-  int64_t place(int64_t i, int64_t j) const { return (i * tiles + j) * kTileSize; }
+  int64_t offset(int64_t i, int64_t j) const { return (i * tiles + j) * kTileSize; }
 };
 
 void copy(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * to_stride, from + r * from_stride, columns * sizeof(float));
 }
 
-// Between whole tiles and cut ones, which stand in the same order and hold only what is inside.
+// Between full tiles and cut ones, which have the same order and hold only the inside of the matrix.
 void cut_tiles(const Side& side, const float* tiles, float* cut) {
   for (int64_t i = 0; i < side.tiles; ++i) {
     for (int64_t j = 0; j < side.tiles; ++j) {
       const int64_t rows = side.inside(std::min(i, j)), columns = side.inside(std::max(i, j));
-      copy(tiles + side.place(i, j), kTile, rows, columns, cut, columns);
+      copy(tiles + side.offset(i, j), kTile, rows, columns, cut, columns);
       cut += rows * columns;
     }
   }
@@ -371,7 +371,7 @@ void pad_tiles(const Side& side, const float* cut, float* tiles) {
   for (int64_t i = 0; i < side.tiles; ++i) {
     for (int64_t j = 0; j < side.tiles; ++j) {
       const int64_t rows = side.inside(std::min(i, j)), columns = side.inside(std::max(i, j));
-      float* tile = tiles + side.place(i, j);
+      float* tile = tiles + side.offset(i, j);
       std::fill(tile, tile + kTileSize, 0.0f);
       copy(cut, columns, rows, columns, tile, kTile);
       cut += rows * columns;
@@ -389,8 +389,8 @@ Memory memory_of(int64_t elements) {
   return Memory(static_cast<float*>(::operator new(elements * sizeof(float), std::align_val_t(64))));
 }
 
-// Calls work(first, last) for ranges of matrices: as many single ones as keep all threads busy, and the rest at once,
-// whose tiles the threads share. (parallel_for inside of parallel_for stays on its thread.)
+// Calls work(first, last) for ranges of matrices: one at a time for as many as keep all threads busy, and the rest
+// together, whose tiles the threads share. (parallel_for inside of parallel_for stays on its thread.)
 template <class Work>
 void for_matrices(int64_t matrices, const Side& side, const Work& work) {
   if (side.tiles == 0) return;
@@ -403,7 +403,7 @@ void for_matrices(int64_t matrices, const Side& side, const Work& work) {
   if (shared > 0) work(matrices - shared, matrices);
 }
 
-// Calls work(v, i) for all i from first to last and all matrices v; `products` of tiles it takes each time.
+// Calls work(v, i) for all i from first to last and all matrices v; each call computes `products` products of tiles.
 template <class Work>
 void for_tiles(int64_t matrices, int64_t first, int64_t last, int64_t products, const Work& work) {
   const int64_t count = last - first;
@@ -423,7 +423,7 @@ struct Pivots {
       smallest = pivots[j] < smallest || pivots[j] != pivots[j] ? pivots[j] : smallest;
       clamped += pivots[j] < 1.0f;
     }
-    for (int64_t j = 0; j < count; j += 4) {  // four at a time: no product of them overflows
+    for (int64_t j = 0; j < count; j += 4) {  // four at a time: their product never overflows
       double product = 1.0;
       for (int64_t l = j; l < std::min(j + 4, count); ++l) product *= clamped_pivot(pivots[l]);
       log += std::log(product);
@@ -445,19 +445,19 @@ void write_tile(const float* tile, const Side& side, int64_t i, int64_t j, float
   copy(tile, kTile, side.inside(i), side.inside(j), matrix + (i * side.size + j) * kTile, side.size);
 }
 
-// Factors `count` matrices A that follow each other.
+// Factors `count` consecutive matrices A.
 void factor(const float* a, const Side& side, int64_t count, float* factors, Pivots* pivots) {
   Memory memory = side.cut() ? memory_of(count * side.padded_elements()) : nullptr;
   float* all = memory ? memory.get() : factors;
 
   const auto diagonal_tile = [&](int64_t v, int64_t k) {
     float* u = all + v * side.padded_elements();
-    float* tile = u + side.place(k, k);
+    float* tile = u + side.offset(k, k);
     read_tile(a + v * side.elements(), side, k, k, tile);
-    subtract_transposed_products(u + side.place(k, 0), u + side.place(k, 0), k, tile);
-    float met[kTile];
-    eliminate(tile, met);
-    pivots[v].add(met, side.inside(k));
+    subtract_transposed_products(u + side.offset(k, 0), u + side.offset(k, 0), k, tile);
+    float tile_pivots[kTile];
+    eliminate(tile, tile_pivots);
+    pivots[v].add(tile_pivots, side.inside(k));
   };
   for_tiles(count, 0, 1, 1, diagonal_tile);
   for (int64_t k = 0; k + 1 < side.tiles; ++k) {
@@ -465,10 +465,10 @@ void factor(const float* a, const Side& side, int64_t count, float* factors, Piv
       float* u = all + v * side.padded_elements();
       alignas(64) float c[kTileSize];
       read_tile(a + v * side.elements(), side, k, i, c);
-      subtract_transposed_products(u + side.place(k, 0), u + side.place(i, 0), k, c);
-      triangular_product(u + side.place(k, k), c, u + side.place(i, k));
-      std::memcpy(u + side.place(k, i), u + side.place(i, k), kTileSize * sizeof(float));
-      if (i == k + 1) diagonal_tile(v, i);  // has all it needs, and the next step needs it first
+      subtract_transposed_products(u + side.offset(k, 0), u + side.offset(i, 0), k, c);
+      triangular_product(u + side.offset(k, k), c, u + side.offset(i, k));
+      std::memcpy(u + side.offset(k, i), u + side.offset(i, k), kTileSize * sizeof(float));
+      if (i == k + 1) diagonal_tile(v, i);  // its inputs are complete, and the next step needs it first
     });
   }
   if (memory) {
@@ -478,7 +478,7 @@ void factor(const float* a, const Side& side, int64_t count, float* factors, Piv
   }
 }
 
-// Inverts `count` matrices that follow each other, given by their factors.
+// Inverts `count` consecutive matrices, given by their factors.
 void invert(const float* factors, const Side& side, int64_t count, float* inverses) {
   Memory memory = memory_of(count * side.padded_elements());
   Memory padded = side.cut() ? memory_of(count * side.padded_elements()) : nullptr;
@@ -489,15 +489,15 @@ void invert(const float* factors, const Side& side, int64_t count, float* invers
   }
   const float* all = padded ? padded.get() : factors;
 
-  // M_kj stands at (j, k): columns are contiguous.
+  // M_kj is stored at (j, k): columns are contiguous.
   const auto diagonal_tile = [&](int64_t v, int64_t i) {
     const float* u = all + v * side.padded_elements();
-    const float* minus_w = u + side.place(i, i);
+    const float* minus_w = u + side.offset(i, i);
     float* m = memory.get() + v * side.padded_elements();
-    float* tile = m + side.place(i, i);
+    float* tile = m + side.offset(i, i);
     alignas(64) float c[kTileSize];
     for (int e = 0; e < kTileSize; ++e) c[e] = -minus_w[e];
-    subtract_products(u + side.place(i, i + 1), m + side.place(i, i + 1), side.tiles - 1 - i, c);
+    subtract_products(u + side.offset(i, i + 1), m + side.offset(i, i + 1), side.tiles - 1 - i, c);
     transposed_triangular_product(minus_w, c, tile);
     for (int r = 0; r < kTile; ++r) {
       for (int s = 0; s < r; ++s) tile[r * kTile + s] = tile[s * kTile + r];
@@ -506,22 +506,22 @@ void invert(const float* factors, const Side& side, int64_t count, float* invers
   };
   for (int64_t i = side.tiles - 2; i >= 0; --i) {
     for_tiles(count, i + 1, side.tiles, side.tiles - i, [&](int64_t v, int64_t j) {
-      if (j == i + 1) diagonal_tile(v, j);  // took all of the last step, and is needed here alone
+      if (j == i + 1) diagonal_tile(v, j);  // depends on all of the previous step, and only this thread needs it
       const float* u = all + v * side.padded_elements();
       float* m = memory.get() + v * side.padded_elements();
       alignas(64) float c[kTileSize] = {};
-      subtract_products(u + side.place(i, i + 1), m + side.place(j, i + 1), side.tiles - 1 - i, c);
-      transposed_triangular_product(u + side.place(i, i), c, m + side.place(j, i));
-      transpose(m + side.place(j, i), m + side.place(i, j));
-      write_tile(m + side.place(j, i), side, i, j, inverses + v * side.elements());
-      write_tile(m + side.place(i, j), side, j, i, inverses + v * side.elements());
+      subtract_products(u + side.offset(i, i + 1), m + side.offset(j, i + 1), side.tiles - 1 - i, c);
+      transposed_triangular_product(u + side.offset(i, i), c, m + side.offset(j, i));
+      transpose(m + side.offset(j, i), m + side.offset(i, j));
+      write_tile(m + side.offset(j, i), side, i, j, inverses + v * side.elements());
+      write_tile(m + side.offset(i, j), side, j, i, inverses + v * side.elements());
     });
   }
   for_tiles(count, 0, 1, side.tiles, diagonal_tile);
 }
 
-// alpha z^T z, or alpha z z^T `of_images`. z is laid out in tiles whose rows are what is summed over; only products of
-// tiles on and above the diagonal are computed, half of what a product of matrices takes.
+// alpha z^T z, or alpha z z^T `of_images`. z is stored as tiles whose rows are the dimension of the sum; only products
+// of tiles on and above the diagonal are computed, half of a full product of matrices.
 std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits_, double alpha, bool of_images) {
   STD_TORCH_CHECK(logits_.dim() == 3, "logits: expected three dimensions");
   const Tensor logits = unit_stride(logits_);
@@ -536,7 +536,7 @@ std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits_, double alpha, bool o
   float* gram = static_cast<float*>(out.mutable_data_ptr());
   float* reciprocals = static_cast<float*>(reciprocal.mutable_data_ptr());
   Memory memory = memory_of(views * image_tiles * bit_tiles * kTileSize);
-  // The tiles of one i follow each other, in the order in which they are summed over.
+  // The tiles of one i are consecutive, in the order of the sum.
   const auto tile_of = [&](int64_t v, int64_t i, int64_t k) {
     return memory.get() + ((v * side.tiles + i) * depth + k) * kTileSize;
   };

@@ -1,12 +1,12 @@
-// Device code of the coding rate R = 1/2 logdet(I + alpha G) and its gradient. The tests run this file on a CPU.
+// Device code of the coding rate R = 1/2 logdet(I + alpha G) and its gradient. The tests also run this file on a CPU.
 //
 // The rows of logits a are z = a / |a|. G is z^T z (bits by bits) or z z^T (images by images): both have the same
 // determinant, and the inverse of either gives the gradient:
 //
 //     dR/dz = alpha z (I + alpha z^T z)^-1 = alpha (I + alpha z z^T)^-1 z
 //
-// Everything is done in tiles of 32 x 32. A warp multiplies two of them; `sweep` inverts a matrix of them in shared
-// memory, one block a matrix or a cluster of blocks, and finds its determinant on the way.
+// All work is done in tiles of 32 x 32. A warp multiplies two of them; `sweep` inverts a matrix of them in shared
+// memory, with one block or a cluster of blocks per matrix, and computes its determinant on the way.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,7 @@ constexpr int kProductWarps = 8;
 constexpr double kNormEps = 1e-12;  // smallest norm a row is divided by, as in torch.nn.functional.normalize
 constexpr unsigned kEveryLane = 0xffffffffu;
 
-// ---- What only the hardware has, and beside it what stands for it on a CPU
+// ---- Hardware functions, and their replacements on a CPU
 
 #ifdef __CUDACC__
 
@@ -59,18 +59,18 @@ __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ float* of_block(float* mine, unsigned rank) {
-  uint64_t there;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(rank));
-  return reinterpret_cast<float*>(there);
+// The same address in the shared memory of another block of the cluster.
+__device__ __forceinline__ float* of_block(float* own, unsigned rank) {
+  uint64_t remote;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(own), "r"(rank));
+  return reinterpret_cast<float*>(remote);
 }
 
 #else  // Architectures without clusters launch only sweep<1>, which calls none of these.
 
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_barrier() { __trap(); }
-__device__ __forceinline__ float* of_block(float* mine, unsigned) { return mine; }
+__device__ __forceinline__ float* of_block(float* own, unsigned) { return own; }
 
 #endif
 #else
@@ -81,7 +81,7 @@ inline void narrow(float x, float* to) { *to = x; }
 inline float largest(float) { return 3.40282347e38f; }
 inline unsigned cluster_rank() { return fibers::cluster_rank(); }
 inline void cluster_barrier(fibers::Where where = fibers::Where::current()) { fibers::cluster_barrier(where); }
-inline float* of_block(float* mine, unsigned rank) { return fibers::shared_of(rank) + (mine - fibers::shared()); }
+inline float* of_block(float* own, unsigned rank) { return fibers::shared_of(rank) + (own - fibers::shared()); }
 
 #endif
 
@@ -89,22 +89,24 @@ inline float* of_block(float* mine, unsigned rank) { return fibers::shared_of(ra
 
 __host__ __device__ constexpr int64_t tiles_of(int64_t side) { return (side + kTile - 1) / kTile; }
 
-// Float4 number `four` of row `row`. The exclusive or spreads what a quarter of a warp reads at once, rows 4 i + a or
-// neighboring rows, over all banks.
-__device__ __forceinline__ int place(int row, int four) { return kTile * row + ((four ^ row ^ (row >> 3)) & 7) * 4; }
-__device__ __forceinline__ int element(int row, int column) { return place(row, column >> 2) + (column & 3); }
+// Offset of float4 number `four` of row `row`. The exclusive or spreads the float4 that a quarter of a warp reads at
+// once, in rows 4 i + a or neighboring rows, over all banks.
+__device__ __forceinline__ int offset_of(int row, int four) {
+  return kTile * row + ((four ^ row ^ (row >> 3)) & 7) * 4;
+}
+__device__ __forceinline__ int element(int row, int column) { return offset_of(row, column >> 2) + (column & 3); }
 __device__ __forceinline__ float4& four_of(float* tile, int row, int four) {
-  return *reinterpret_cast<float4*>(tile + place(row, four));
+  return *reinterpret_cast<float4*>(tile + offset_of(row, four));
 }
 __device__ __forceinline__ float4 four_of(const float* tile, int row, int four) {
-  return *reinterpret_cast<const float4*>(tile + place(row, four));
+  return *reinterpret_cast<const float4*>(tile + offset_of(row, four));
 }
 
 // A warp's 32 x 32 product: lane l holds rows 4 (l / 4) + a, a < 4, and columns 16 h + 4 (l % 4) + b, h < 2, b < 4.
 struct Product {
   float value[4][8] = {};
 
-  // Adds sum over s of X(row, s) Y(column, s). A tile is stored by rows, T[row][s], or the other way, T[s][row].
+  // Adds sum over s of X(row, s) Y(column, s). A tile is stored by rows, T[row][s], or transposed, T[s][row].
   template <bool kXByRow, bool kYByRow>
   __device__ __forceinline__ void add(const float* x_tile, const float* y_tile, int lane) {
     const float* const shared = shared_memory();
@@ -149,20 +151,20 @@ struct Product {
   }
 
  private:
-  // load() reads rows 4 (group + 4 h) + i, i < 4, at s = 8 eight + 4 half + j, j < 4. Of `place` for these,
-  // the lane's part is `start` and the rest, but for `eight`, known when compiled: one exclusive or a load.
+  // load() reads rows 4 (group + 4 h) + i, i < 4, at s = 8 eight + 4 half + j, j < 4. `start` is the part of
+  // `offset_of` that depends on the lane; the rest, except `eight`, is known when compiled: one exclusive or per load.
   template <bool kByRow>
   __device__ static __forceinline__ int start(int tile, int group) {
-    return kByRow ? tile + place(4 * group, 0) : tile + 4 * group;
+    return kByRow ? tile + offset_of(4 * group, 0) : tile + 4 * group;
   }
   template <bool kByRow>
   __device__ static __forceinline__ void load(const float* shared, int start, int eight, int half, int h,
                                               float (&to)[4][4]) {
-    const int there = kByRow ? start ^ (8 * eight) : (start + 8 * kTile * eight) ^ (4 * eight);
+    const int base = kByRow ? start ^ (8 * eight) : (start + 8 * kTile * eight) ^ (4 * eight);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int at = kByRow ? (there ^ (4 * (half ^ i ^ (2 * h)))) + kTile * (16 * h + i)
-                            : (there ^ (4 * ((4 * half + i) ^ (4 * h)))) + kTile * (4 * half + i);
+      const int at = kByRow ? (base ^ (4 * (half ^ i ^ (2 * h)))) + kTile * (16 * h + i)
+                            : (base ^ (4 * ((4 * half + i) ^ (4 * h)))) + kTile * (4 * half + i);
       const float4 f = *reinterpret_cast<const float4*>(shared + at);
       const float part[4] = {f.x, f.y, f.z, f.w};
 #pragma unroll
@@ -177,16 +179,16 @@ struct Product {
 //
 //     A_ij <- A_ij - A_ik D A_kj        A_ik <- A_ik D        A_kk <- -D
 //
-// and after the last k, A holds minus its inverse. The block (k, k) it meets is the Schur complement that a Cholesky
-// factorization would meet there, so the pivots are the same; the work is the same as factor plus inverse, n^3
-// multiplications, but every step has all of the matrix to work on, in place, and there are as many steps as blocks.
-// From D = W^T W, W the inverse of the Cholesky factor of the block, one rule does all three:
+// and after the last k, A holds minus its inverse. The block (k, k) at step k is the Schur complement that a Cholesky
+// factorization has there, so the pivots are the same; the work is the same as factor plus inverse, n^3
+// multiplications, but each step has all of the matrix to work on, in place, and there are as many steps as blocks.
+// With D = W^T W, W the inverse of the Cholesky factor of the block, one rule does all three:
 //
 //     R_i = A_ik W^T,   R_k = -W^T;   A_ij <- (i, j != k: A_ij) - R_i R_j^T
 //
-// Only the tiles with i >= j are held. A panel tile is R_i^T; its rows are indices of the block (k, k).
+// Only the tiles with i >= j are stored. A panel tile is R_i^T; its rows are indices of the block (k, k).
 
-// Tiles (i, j), i >= j, dealt to kSide x kSide blocks: (i, j) belongs to block (i % kSide, j % kSide).
+// Tiles (i, j), i >= j, distributed over kSide x kSide blocks: (i, j) belongs to block (i % kSide, j % kSide).
 template <int kSide>
 struct Deal {
   int p, q;  // this block
@@ -194,7 +196,7 @@ struct Deal {
   __device__ explicit Deal(unsigned rank) : p(rank / kSide), q(rank % kSide) {}
   __device__ static unsigned rank_of(int p, int q) { return p * kSide + q; }
   __device__ static int of(int i) { return i % kSide; }
-  // Number of this block's tiles in its first `rows` rows, which is the place of the first tile after them.
+  // Number of this block's tiles in its first `rows` rows, which is the index of the first tile after them.
   __device__ int before(int rows) const { return q <= p ? rows * (rows + 1) / 2 : rows * (rows - 1) / 2; }
   __device__ int count(int tiles) const { return before((tiles - p + kSide - 1) / kSide); }
   __device__ int slot(int i, int j) const { return before(i / kSide) + j / kSide; }
@@ -203,25 +205,25 @@ struct Deal {
 // Shared memory of a block of `sweep`, in floats.
 template <int kSide>
 struct SweepMemory {
-  int rows;  // most rows of tiles that a block has
+  int rows;  // of tiles, at most, in a block
 
   __host__ __device__ constexpr explicit SweepMemory(int tiles) : rows((tiles + kSide - 1) / kSide) {}
   __host__ __device__ constexpr int panels() const { return rows * (rows + 1) / 2 * kTileSize; }
-  // One block alone keeps R_i where A_ik was.
+  // A single block stores R_i in place of A_ik.
   __host__ __device__ constexpr int factors() const { return panels() + (kSide > 1 ? 2 * rows * kTileSize : 0); }
   __host__ __device__ constexpr int line() const { return factors() + 2 * kTileSize; }
   __host__ __device__ constexpr int pivots() const { return line() + 2 * kTile; }
   __host__ __device__ constexpr int size(int tiles) const { return pivots() + tiles * kTile; }
 };
 
-// What a block may have: 163 KiB on sm_80, 99 KiB on sm_86, sm_89 and sm_120, 227 KiB on sm_90 and sm_100.
+// Available to a block: 163 KiB on sm_80, 99 KiB on sm_86, sm_89 and sm_120, 227 KiB on sm_90 and sm_100.
 template <int kSide>
 constexpr bool fits(int n, int kibibytes) {
   return SweepMemory<kSide>(n / kTile).size(n / kTile) * sizeof(float) <= kibibytes * 1024u;
 }
 static_assert(fits<1>(256, 163) && fits<1>(192, 99) && fits<2>(512, 227) && fits<4>(1024, 227));
 
-// -W for the inverse W of a tile's Cholesky factor, and its pivots, by one warp: row `lane` of the tile lies in
+// -W for the inverse W of a tile's Cholesky factor, and its pivots, by one warp: row `lane` of the tile is in
 // registers. Gauss-Jordan elimination: at step j, x[c] is the Schur complement for c > j, the inverse for c < j.
 __device__ __forceinline__ void factor(const float* tile, float* minus_w, float* line, float* pivots, int lane) {
   float x[kTile], v[kTile];
@@ -233,7 +235,7 @@ __device__ __forceinline__ void factor(const float* tile, float* minus_w, float*
   float own = 1.0f;
 #pragma unroll
   for (int j = 0; j < kTile; ++j) {
-    float* shown = line + (j & 1) * kTile;  // two by turns: the next row may be written while this one is read
+    float* shown = line + (j & 1) * kTile;  // two buffers in turn: the next row may be written while this one is read
     if (lane == j) {
 #pragma unroll
       for (int c = 0; c < kTile; c += 4) {
@@ -246,7 +248,7 @@ __device__ __forceinline__ void factor(const float* tile, float* minus_w, float*
       const float4 f = *reinterpret_cast<const float4*>(shown + c);
       v[c] = f.x, v[c + 1] = f.y, v[c + 2] = f.z, v[c + 3] = f.w;
     }
-    // Of identity plus positive semi-definite every pivot is at least 1: below is rounding. NaN stays NaN.
+    // Each pivot of identity plus positive semi-definite is at least 1: less is rounding. NaN stays NaN.
     const float pivot = v[j] < 1.0f ? 1.0f : v[j];
     if (lane == j) own = v[j];
     const float m = lane > j ? x[j] * (1.0f / pivot) : 0.0f;
@@ -270,12 +272,12 @@ struct SweepArguments {
   const float* gram;  // (matrices, n, n): alpha G, without the identity
   float* inverse;     // (matrices, n, n): (I + alpha G)^-1
   float* rate;        // (matrices,)
-  float* smallest;    // (matrices,): the smallest pivot, before it was held at 1
-  int* clamped;       // (matrices,): how many were held at 1
+  float* smallest;    // (matrices,): the smallest pivot, before it was clamped to 1
+  int* clamped;       // (matrices,): how many were clamped to 1
   int n;
 };
 
-// One cluster of kSide x kSide blocks a matrix.
+// One cluster of kSide x kSide blocks per matrix.
 template <int kSide>
 __device__ __forceinline__ void sweep(const SweepArguments& p) {
   constexpr int kBlocks = kSide * kSide;
@@ -316,20 +318,20 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
     float* const first = kSide > 1 ? of_block(pivots, 0) : pivots;
     factor(slot(k, k), minus_w(k), line, first + k * kTile, lane);
   };
-  // This block's tiles, as far as they are wanted, by turns to the warps from `first_warp` on.
-  const auto for_tiles = [&](int first_warp, const auto& wanted, const auto& act) {
+  // Distributes this block's selected tiles over the warps from `first_warp` on.
+  const auto for_tiles = [&](int first_warp, const auto& selected, const auto& function) {
     int turn = first_warp;
     for (int i = deal.p; i < tiles; i += kSide) {
       for (int j = deal.q; j <= i; j += kSide) {
-        if (!wanted(i, j)) continue;
-        if (turn == warp) act(i, j);
+        if (!selected(i, j)) continue;
+        if (turn == warp) function(i, j);
         turn = turn + 1 < kWarps ? turn + 1 : first_warp;
       }
     }
   };
-  const auto every = [](int, int) { return true; };
+  const auto all = [](int, int) { return true; };
 
-  for_tiles(0, every, [&](int i, int j) {
+  for_tiles(0, all, [&](int i, int j) {
     float* const tile = slot(i, j);
     const int column = j * kTile + lane;
 #pragma unroll 8
@@ -343,19 +345,19 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
   if (owns(0, 0) && warp == 0) factor_block(0);
 
   for (int k = 0; k < tiles; ++k) {
-    // All have updated their tiles, and W is there for the block that owns (k, k).
+    // All blocks have updated their tiles, and the block that owns (k, k) has W.
     if (kSide > 1) {
       cluster_barrier();
     } else {
       __syncthreads();
     }
     const int turn = deal.of(k);
-    const bool in_row = deal.p == turn, in_column = deal.q == turn;  // whether tiles (k, j), (i, k) lie here
+    const bool in_row = deal.p == turn, in_column = deal.q == turn;  // whether this block has tiles (k, j), (i, k)
     if (kSide > 1) {
       if (in_row != in_column) {
-        const float* there = of_block(minus_w(k), deal.rank_of(turn, turn));
+        const float* remote = of_block(minus_w(k), deal.rank_of(turn, turn));
         for (int e = 4 * thread; e < kTileSize; e += 4 * kSweepThreads) {
-          *reinterpret_cast<float4*>(minus_w(k) + e) = *reinterpret_cast<const float4*>(there + e);
+          *reinterpret_cast<float4*>(minus_w(k) + e) = *reinterpret_cast<const float4*>(remote + e);
         }
       }
       __syncthreads();
@@ -377,17 +379,17 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
 
     if (kSide > 1) {
       cluster_barrier();
-      // From where it was made: R_i with i > k in the row panel of the block of (i, k), with i < k in the column
-      // panel of the block of (k, i). Nobody reads here what is fetched here.
+      // From the block that computed it: R_i with i > k in the row panel of the block of (i, k), with i < k in the
+      // column panel of the block of (k, i). No block reads from another one what that one has fetched.
       const auto fetch = [&](float* panels, int of_this) {
         for (int i = of_this; i < tiles; i += kSide) {
           const unsigned maker = i > k ? deal.rank_of(of_this, turn) : deal.rank_of(turn, of_this);
           if (i == k || maker == deal.rank_of(deal.p, deal.q)) continue;
           const bool in_rows = i > k || of_this == turn;
-          float* const made = row_panel + (in_rows ? 0 : memory.rows * kTileSize);
-          const float* there = of_block(panel(made, i), maker);
+          float* const source = row_panel + (in_rows ? 0 : memory.rows * kTileSize);
+          const float* remote = of_block(panel(source, i), maker);
           for (int e = 4 * thread; e < kTileSize; e += 4 * kSweepThreads) {
-            *reinterpret_cast<float4*>(panel(panels, i) + e) = *reinterpret_cast<const float4*>(there + e);
+            *reinterpret_cast<float4*>(panel(panels, i) + e) = *reinterpret_cast<const float4*>(remote + e);
           }
         }
       };
@@ -396,7 +398,7 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
     }
     __syncthreads();
 
-    // The next block to be factored comes first, so that its factorization runs beside the other updates.
+    // The next block to be factored is updated first, so that its factorization runs in parallel with other updates.
     const bool ahead = k + 1 < tiles && owns(k + 1, k + 1);
     if (ahead && warp == 0) {
       update(k + 1, k + 1, k);
@@ -410,17 +412,17 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
       for_tiles(ahead, [&](int i, int j) { return !is_next(i, j); }, step);
     } else {
       for_tiles(ahead, [&](int i, int j) { return !is_next(i, j) && !has_k(i, j); }, step);
-      __syncthreads();  // R_i is not needed any more where A_ik goes
+      __syncthreads();  // R_i is no longer needed where A_ik is stored
       for_tiles(0, has_k, step);
     }
   }
 
   if (kSide > 1) {
-    cluster_barrier();  // the pivots are there, and nobody reads another block's memory any more
+    cluster_barrier();  // the pivots are complete, and no block reads another's memory after this
   } else {
     __syncthreads();
   }
-  for_tiles(0, every, [&](int i, int j) {
+  for_tiles(0, all, [&](int i, int j) {
     const float* tile = slot(i, j);
 #pragma unroll 8
     for (int r = 0; r < kTile; ++r) {
@@ -492,7 +494,7 @@ struct Logits {
   }
 };
 
-// 1 / |a| for one row a warp. In double precision no square of a float overflows or vanishes.
+// 1 / |a|, one row per warp. In double precision no square of a float overflows or vanishes.
 template <typename T>
 __device__ __forceinline__ void reciprocal_norms(const Logits<T>& logits, float* reciprocal, int64_t rows) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kTile;
@@ -509,7 +511,7 @@ __device__ __forceinline__ void reciprocal_norms(const Logits<T>& logits, float*
 
 // A block's sum over the warps of their products: afterwards warp 0's first tile holds it.
 __device__ __forceinline__ void sum_of_warps(const Product& product, float* shared, int warps, int warp, int lane) {
-  __syncwarp();  // the other lanes have done with this tile
+  __syncwarp();  // the other lanes no longer need this tile
   product.store<false>(shared + 2 * warp * kTileSize, 1.0f, lane);
   __syncthreads();
   for (int e = warp * kTile + lane; e < kTileSize; e += warps * kTile) {
@@ -520,7 +522,7 @@ __device__ __forceinline__ void sum_of_warps(const Product& product, float* shar
   __syncthreads();
 }
 
-// alpha z^T z, or alpha z z^T `of_images`: a block makes a tile (i, j), i >= j, of one view, and its mirror image.
+// alpha z^T z, or alpha z z^T `of_images`: a block computes a tile (i, j), i >= j, of one view, and its transpose.
 template <typename T, bool kOfImages>
 __device__ __forceinline__ void gram(const Logits<T>& logits, float alpha, float* out) {
   const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = threadIdx.x % kTile;
@@ -557,8 +559,8 @@ __device__ __forceinline__ void gram(const Logits<T>& logits, float alpha, float
   }
 }
 
-// g = z M, or M z `of_images`, M the inverse: a block makes 32 images by 32 bits of one view. Beside it goes the
-// tile's share of every row's g.z, which is to be taken out again: (views, n, tiles of bits).
+// g = z M, or M z `of_images`, M the inverse: a block computes 32 images by 32 bits of one view, and the tile's share
+// of each row's g.z, which will be subtracted: (views, n, tiles of bits).
 template <typename T, bool kOfImages>
 __device__ __forceinline__ void direction(const Logits<T>& logits, const float* inverse, float* g, float* radial) {
   const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = threadIdx.x % kTile;
@@ -601,10 +603,10 @@ __device__ __forceinline__ void direction(const Logits<T>& logits, const float* 
   }
 }
 
-// dR/da = alpha (g - (g.z) z) / |a|, times the gradient that arrives, one row a warp. A norm held at its floor is a
-// constant, and nothing is taken out.
+// dR/da = alpha (g - (g.z) z) / |a|, times the incoming gradient, one row per warp. A norm that was clamped to its
+// minimum is a constant, and nothing is subtracted.
 template <typename T>
-__device__ __forceinline__ void gradient(const Logits<T>& logits, const float* arriving, float alpha, const float* g,
+__device__ __forceinline__ void gradient(const Logits<T>& logits, const float* grad, float alpha, const float* g,
                                          const float* radial, T* out, int64_t rows) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kTile;
   const int lane = threadIdx.x % kTile;
@@ -616,44 +618,45 @@ __device__ __forceinline__ void gradient(const Logits<T>& logits, const float* a
   along = sum_of_lanes(along);
   const float reciprocal = logits.reciprocal[row];
   if (reciprocal >= static_cast<float>(1.0 / kNormEps)) along = 0.0f;
-  const float scale = arriving[view] * alpha * reciprocal;
-  // What does not fit the type is its largest number, but where a large gradient arrives, as from a scaled loss, an
-  // infinity is to show that its scale is too large.
-  const float limit = fabsf(arriving[view]) <= 1.0f ? largest(T{}) : INFINITY;
+  const float scale = grad[view] * alpha * reciprocal;
+  // Numbers beyond the type's range become its largest number. But if the incoming gradient is large, as that of a
+  // scaled loss, they become infinite, which shows that the scale is too large.
+  const float limit = fabsf(grad[view]) <= 1.0f ? largest(T{}) : INFINITY;
   for (int bit = lane; bit < logits.bits; bit += kTile) {
-    const int64_t place = row * logits.bits + bit;
-    const float x = (g[place] - along * logits.z(view, image, bit)) * scale;
-    narrow(x < -limit ? -limit : (x > limit ? limit : x), out + place);
+    const int64_t index = row * logits.bits + bit;
+    const float x = (g[index] - along * logits.z(view, image, bit)) * scale;
+    narrow(x < -limit ? -limit : (x > limit ? limit : x), out + index);
   }
 }
 
 // ---- The kernels
 
 template <int kSide>
-__global__ void __launch_bounds__(kSweepThreads) sweep_kernel(SweepArguments p) {
+__global__ void __launch_bounds__(kSweepThreads) coding_rate_sweep_kernel(SweepArguments p) {
   sweep<kSide>(p);
 }
 
 template <typename T>
-__global__ void reciprocal_norms_kernel(Logits<T> logits, float* reciprocal, int64_t rows) {
+__global__ void coding_rate_reciprocal_norms_kernel(Logits<T> logits, float* reciprocal, int64_t rows) {
   reciprocal_norms(logits, reciprocal, rows);
 }
 
 template <typename T, bool kOfImages>
-__global__ void __launch_bounds__(kProductWarps* kTile) gram_kernel(Logits<T> logits, float alpha, float* out) {
+__global__ void __launch_bounds__(kProductWarps* kTile)
+    coding_rate_gram_kernel(Logits<T> logits, float alpha, float* out) {
   gram<T, kOfImages>(logits, alpha, out);
 }
 
 template <typename T, bool kOfImages>
 __global__ void __launch_bounds__(kProductWarps* kTile)
-    direction_kernel(Logits<T> logits, const float* inverse, float* g, float* radial) {
+    coding_rate_direction_kernel(Logits<T> logits, const float* inverse, float* g, float* radial) {
   direction<T, kOfImages>(logits, inverse, g, radial);
 }
 
 template <typename T>
-__global__ void gradient_kernel(Logits<T> logits, const float* arriving, float alpha, const float* g,
+__global__ void coding_rate_gradient_kernel(Logits<T> logits, const float* grad, float alpha, const float* g,
                                 const float* radial, T* out, int64_t rows) {
-  gradient(logits, arriving, alpha, g, radial, out, rows);
+  gradient(logits, grad, alpha, g, radial, out, rows);
 }
 
 }  // namespace bincomm

@@ -1,4 +1,4 @@
-// Does this binary hold code for the GPU at hand? "No kernel image is available" otherwise shows in mid-training.
+// Whether this binary has code for a GPU. Otherwise "no kernel image is available" would appear only during training.
 
 #include "device_code.h"
 
@@ -14,7 +14,7 @@ __global__ void probe() {}
 
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) {
-    cudaGetLastError();  // the error is reported here and must not surface in somebody else's next call
+    cudaGetLastError();  // reported here; it must not appear again in a later call
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
   }
 }

@@ -1,7 +1,7 @@
 // Hamming distances between messages on CPU, all pairs or the nearest k, without storing the matrix of distances.
 //
-// A tile of kTile messages of the database is laid out word by word, so that one instruction counts the differing bits of
-// as many messages as a vector has 64-bit lanes; it stays in the first-level cache while a block of queries passes over it.
+// A tile of kTile messages of the database is stored word by word, so that one instruction counts the differing bits of
+// as many messages as a vector has 64-bit lanes; it stays in the first-level cache while a block of queries uses it.
 
 #include <algorithm>
 #include <bit>
@@ -18,13 +18,13 @@
 namespace bincomm {
 namespace {
 
-constexpr int64_t kTile = 256;      // messages of the database worked on at once: 8 KB at 256 bits
-constexpr int64_t kScan = 32;       // distances of which the least is compared before each is looked at
-constexpr int64_t kQueries = 64;    // of a task: enough for a tile's layout to cost nothing beside its use
-constexpr int64_t kFew = 4;         // queries that make laying out a tile worth its time
-constexpr int64_t kTaskPairs = 1 << 16;  // below which another thread costs more than it brings
+constexpr int64_t kTile = 256;      // messages of the database processed at once: 8 KB at 256 bits
+constexpr int64_t kScan = 32;       // distances whose minimum is compared first, before each of them
+constexpr int64_t kQueries = 64;    // per task: enough to make the time to store a tile negligible
+constexpr int64_t kFew = 4;         // queries; for fewer, storing a tile costs more time than it saves
+constexpr int64_t kTaskPairs = 1 << 16;  // for fewer, another thread costs more time than it saves
 
-// Messages as rows of whole 64-bit words; the last is half empty where their 32-bit words are odd in number.
+// Messages as rows of 64-bit words; the upper half of the last is empty if the number of 32-bit words is odd.
 struct Messages {
   const int32_t* data;
   int64_t count, words, row;  // of 32-bit words
@@ -34,7 +34,7 @@ struct Messages {
 
   int64_t wide() const { return (words + 1) / 2; }
 
-  // Writes a message's wide words `step` apart. Which half comes first does not matter, as long as it always does.
+  // Writes a message's wide words `step` apart. Which half comes first does not matter, as long as it is always the same.
   void widen(int64_t message, uint64_t* out, int64_t step) const {
     const int32_t* at = data + message * row;
     for (int64_t w = 0; w < words / 2; ++w) std::memcpy(out + w * step, at + 2 * w, sizeof(uint64_t));
@@ -42,7 +42,7 @@ struct Messages {
   }
 };
 
-// Words first: tile[w * kTile + j] is word w of message `first + j`. What lies beyond the last is left as it was.
+// Words first: tile[w * kTile + j] is word w of message `first + j`. The rest of the tile is not written.
 void lay_out(const Messages& messages, int64_t first, int64_t count, uint64_t* tile) {
   for (int64_t j = 0; j < count; ++j) messages.widen(first + j, tile + j, kTile);
 }
@@ -69,17 +69,17 @@ BINCOMM_INLINE void count_tile(const uint64_t* query, const uint64_t* tile, int6
   count_all(query, wide, kTile, [=](int64_t w, int64_t j) { return tile[w * kTile + j]; }, distances);
 }
 
-// Of messages as they lie: a few queries cannot repay the layout as a tile.
+// From the messages' own memory: for a few queries storing a tile does not pay.
 BINCOMM_INLINE void count_rows(const uint64_t* query, const int32_t* data, int64_t row, int64_t words, int64_t count,
                                uint64_t* distances) {
-  const auto whole = [=](int64_t w, int64_t j) {
+  const auto full_word = [=](int64_t w, int64_t j) {
     uint64_t word;
     std::memcpy(&word, data + j * row + 2 * w, sizeof word);
     return word;
   };
-  const auto half = [=](int64_t w, int64_t j) { return static_cast<uint64_t>(static_cast<uint32_t>(data[j * row + 2 * w])); };
-  count_all(query, words / 2, count, whole, distances);
-  if (words % 2) count_words<1>(query, words / 2, count, half, distances);
+  const auto half_word = [=](int64_t w, int64_t j) { return static_cast<uint64_t>(static_cast<uint32_t>(data[j * row + 2 * w])); };
+  count_all(query, words / 2, count, full_word, distances);
+  if (words % 2) count_words<1>(query, words / 2, count, half_word, distances);
 }
 
 struct Counters {
@@ -95,7 +95,7 @@ BINCOMM_CLONES void rows_scalar(const uint64_t* query, const int32_t* data, int6
   count_rows(query, data, row, words, count, distances);
 }
 
-// Counting bits in vectors came after x86-64-v4, and compilers do not offer it in a set of clones.
+// Counting bits in vectors is newer than x86-64-v4, and compilers do not offer it in a set of clones.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define BINCOMM_VECTOR_POPCOUNT __attribute__((target("arch=x86-64-v4,avx512vpopcntdq")))
 
@@ -119,12 +119,12 @@ const Counters counters = choose();
 const Counters counters = {tile_scalar, rows_scalar};
 #endif
 
-// The least of every kScan distances of a tile.
-BINCOMM_CLONES void least_distances(const uint64_t* distances, uint64_t* least) {
+// The minimum of each kScan distances of a tile.
+BINCOMM_CLONES void minimum_distances(const uint64_t* distances, uint64_t* minima) {
   for (int64_t s = 0; s < kTile / kScan; ++s) {
-    uint64_t found = distances[s * kScan];
-    for (int64_t j = 1; j < kScan; ++j) found = std::min(found, distances[s * kScan + j]);
-    least[s] = found;
+    uint64_t minimum = distances[s * kScan];
+    for (int64_t j = 1; j < kScan; ++j) minimum = std::min(minimum, distances[s * kScan + j]);
+    minima[s] = minimum;
   }
 }
 
@@ -161,13 +161,13 @@ Tensor hamming_distance(Tensor a_, Tensor b_) {
 // The k nearest so far as a heap of (distance, index), the farthest on top. Equal distances are ordered by index, so the
 // order is total and the result the same however the work is divided.
 struct Nearest {
-  using Found = std::pair<uint64_t, int64_t>;
-  std::vector<Found> heap;
+  using Candidate = std::pair<uint64_t, int64_t>;  // distance and index
+  std::vector<Candidate> heap;
   size_t k;
 
   explicit Nearest(int64_t k_) : k(static_cast<size_t>(k_)) { heap.reserve(k); }
 
-  // Distances from here on do not enter: a tie is lost to what was found before, which has the smaller index.
+  // Distances from this one on are not added: of equal distances the earlier one, with the smaller index, stays.
   uint64_t limit() const { return heap.size() < k ? std::numeric_limits<uint64_t>::max() : heap.front().first; }
 
   void add(uint64_t distance, int64_t index) {
@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor> hamming_topk(Tensor queries_, Tensor database_, int64
   int64_t* out_indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   const int64_t wide = queries.wide();
 
-  // Where the queries alone are too few to keep every thread at work, the database is cut into slices too.
+  // If the queries are too few to keep all threads busy, the database is cut into slices too.
   const int64_t blocks = (queries.count + kQueries - 1) / kQueries;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t most = std::max<int64_t>(1, database.count / std::max(kTile, k));
@@ -205,7 +205,7 @@ std::tuple<Tensor, Tensor> hamming_topk(Tensor queries_, Tensor database_, int64
 
   torch::stable::parallel_for(0, blocks * slices, std::max<int64_t>(1, kTaskPairs / pairs), [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> tile(wide * kTile), rows(kQueries * wide);
-    uint64_t found[kTile] = {}, least[kTile / kScan];
+    uint64_t tile_distances[kTile] = {}, minima[kTile / kScan];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t from = task / slices * kQueries, to = std::min(from + kQueries, queries.count);
       const int64_t part = task % slices, last = std::min((part + 1) * slice, database.count);
@@ -218,16 +218,17 @@ std::tuple<Tensor, Tensor> hamming_topk(Tensor queries_, Tensor database_, int64
           Nearest& best = nearest[i * slices + part];
           const uint64_t* query = rows.data() + (i - from) * wide;
           if (few) {
-            counters.rows(query, database.data + first * database.row, database.row, database.words, count, found);
+            counters.rows(query, database.data + first * database.row, database.row, database.words, count,
+                          tile_distances);
           } else {
-            counters.tile(query, tile.data(), wide, found);
+            counters.tile(query, tile.data(), wide, tile_distances);
           }
-          std::fill(found + count, found + kTile, std::numeric_limits<uint64_t>::max());
-          least_distances(found, least);
+          std::fill(tile_distances + count, tile_distances + kTile, std::numeric_limits<uint64_t>::max());
+          minimum_distances(tile_distances, minima);
           for (int64_t scan = 0; scan < kTile; scan += kScan) {
-            if (least[scan / kScan] >= best.limit()) continue;
+            if (minima[scan / kScan] >= best.limit()) continue;
             for (int64_t j = scan; j < scan + kScan; ++j) {
-              if (found[j] < best.limit()) best.add(found[j], first + j);
+              if (tile_distances[j] < best.limit()) best.add(tile_distances[j], first + j);
             }
           }
         }
@@ -236,12 +237,12 @@ std::tuple<Tensor, Tensor> hamming_topk(Tensor queries_, Tensor database_, int64
   });
 
   torch::stable::parallel_for(0, queries.count, kQueries, [&](int64_t begin, int64_t end) {
-    std::vector<Nearest::Found> all;
+    std::vector<Nearest::Candidate> all;
     for (int64_t i = begin; i < end; ++i) {
       all.clear();
       for (int64_t part = 0; part < slices; ++part) {
-        const Nearest& some = nearest[i * slices + part];
-        all.insert(all.end(), some.heap.begin(), some.heap.end());
+        const std::vector<Nearest::Candidate>& heap = nearest[i * slices + part].heap;
+        all.insert(all.end(), heap.begin(), heap.end());
       }
       std::partial_sort(all.begin(), all.begin() + k, all.end());
       for (int64_t j = 0; j < k; ++j) {

@@ -10,7 +10,7 @@
 namespace bincomm {
 namespace {
 
-constexpr int64_t kRowElements = 65536;  // of work below which another thread costs more than it brings
+constexpr int64_t kRowElements = 65536;  // of logits; for fewer, another thread costs more time than it saves
 
 std::vector<int64_t> shape_with_last(const Tensor& x, int64_t last) {
   std::vector<int64_t> shape;

@@ -5,7 +5,7 @@
 namespace bincomm {
 namespace {
 
-// One clone set per type; the loops are plain so that every instruction set vectorizes them.
+// One clone set per type; the loops are plain so that compilers vectorize them for each instruction set.
 #define BINCOMM_CONVERSIONS(Type)                                                                          \
   BINCOMM_CLONES void load_##Type(const void* row, int64_t offset, int64_t count, float* out) {            \
     const Type::stored* in = static_cast<const Type::stored*>(row) + offset;                               \

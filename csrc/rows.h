@@ -16,7 +16,7 @@ namespace bincomm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Elements worked on at once: they stay in the first-level cache, and are a multiple of 32, so of whole message words.
+// Elements processed at once: they stay in the first-level cache; a multiple of 32, the bits of a message word.
 constexpr int64_t kChunk = 512;
 
 using Load = void (*)(const void* row, int64_t offset, int64_t count, float* out);
@@ -31,7 +31,7 @@ struct Storage {
 // The conversions for a dtype; raises for anything but fp32, fp16 and bf16.
 Storage storage_of(ScalarType dtype, const char* argument);
 
-// x with unit stride along its last dimension: x itself, or a copy where it has another.
+// x with unit stride along its last dimension: x itself, or a copy if it has another stride.
 inline Tensor unit_stride(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   return x.stride(last) == 1 || x.size(last) <= 1 ? x : torch::stable::contiguous(x);

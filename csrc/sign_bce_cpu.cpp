@@ -5,7 +5,7 @@
 //     loss     = sum_v [ c_v softplus(a) - S_v a ] / (pairs n K)
 //     gradient = [ c_v sigmoid(a) - S_v ] / (pairs n K)
 //
-// which is evaluated without cancellation through e = exp(-|a|) and the weight w = (a > 0 ? c_v - S_v : S_v):
+// which is computed without cancellation from e = exp(-|a|) and the weight w = (a > 0 ? c_v - S_v : S_v):
 //
 //     c softplus(a) - S a  =  w |a| + c log(1 + e)          c sigmoid(a) - S  =  sgn(a) (w - c e / (1 + e))
 //
@@ -26,17 +26,17 @@ namespace bincomm {
 namespace {
 
 constexpr int64_t kLanes = 32;
-constexpr int64_t kBlocks = 32;           // of kLanes logits whose logs are taken at once: prod(1 + e) stays below 2^32
-constexpr int64_t kTaskElements = 16384;  // of work below which another thread costs more than it brings
+constexpr int64_t kBlocks = 32;           // of kLanes logits that share one log: prod(1 + e) stays below 2^32
+constexpr int64_t kTaskElements = 16384;  // for fewer, another thread costs more time than it saves
 
-// Losses of logits that hear the same number c of teachers, summed lane by lane.
+// Losses of logits that are paired with the same number c of teachers, summed lane by lane.
 struct Lanes {
   float linear[kLanes] = {};
   float product[kLanes] = {};  // prod(1 + e) - 1
   int64_t blocks = 0;
 };
 
-// Adds `padded` logits x with summed bits; what is beyond the end has x very negative and a sum of 0: no loss.
+// Adds `padded` logits x with summed bits; the padding has x very negative and a sum of 0: no loss.
 BINCOMM_CLONES void add_losses(const float* x, const float* sums, float c, int64_t padded, Lanes& lanes) {
   Lanes l = lanes;  // a copy, which stays in registers
   for (int64_t block = 0; block < padded; block += kLanes) {
@@ -47,7 +47,7 @@ BINCOMM_CLONES void add_losses(const float* x, const float* sums, float c, int64
       const float w = a > 0.0f ? c - s : s;
       const float e = exp_of_minus(magnitude);
       const float more = w * magnitude + l.linear[j];
-      l.linear[j] = w == 0.0f ? l.linear[j] : more;  // an infinite logit on its own side costs nothing, not inf * 0
+      l.linear[j] = w == 0.0f ? l.linear[j] : more;  // an infinite logit of the correct sign costs nothing, not inf * 0
       l.product[j] += e * (1.0f + l.product[j]);
     }
   }
@@ -55,7 +55,7 @@ BINCOMM_CLONES void add_losses(const float* x, const float* sums, float c, int64
 }
 
 // The sum of the lanes, which are then empty.
-BINCOMM_CLONES double take(Lanes& lanes, float c) {
+BINCOMM_CLONES double sum_and_clear(Lanes& lanes, float c) {
   double total[kLanes];
   for (int64_t j = 0; j < kLanes; ++j) {
     total[j] = static_cast<double>(lanes.linear[j]) + static_cast<double>(c * log1p_nonnegative(lanes.product[j]));
@@ -78,7 +78,7 @@ BINCOMM_CLONES void gradient_of_chunk(const float* x, const float* sums, float c
   }
 }
 
-// 1 for a positive logit, 0 for another, NaN for NaN: a teacher that has diverged must show in the loss.
+// 1 for a positive logit, 0 for another, NaN for NaN: a NaN of the teacher must show in the loss.
 BINCOMM_CLONES void bits_of_logits(const float* logits, int64_t count, float* bits) {
   for (int64_t j = 0; j < count; ++j) {
     const float bit = logits[j] > 0.0f ? 1.0f : 0.0f;
@@ -102,12 +102,12 @@ BINCOMM_CLONES void subtract(const float* a, const float* b, int64_t count, floa
 
 enum class Pairs { cross, all, matched };
 
-int64_t whole_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+int64_t round_up_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
 struct Problem {
   int64_t views, teachers, images, bits, words, chunks;
   Pairs pairs;
-  double terms;  // pairs * n * K, what the mean divides by
+  double terms;  // pairs * n * K, the divisor of the mean
 
   int64_t tasks() const { return images * chunks; }
   int64_t grain() const { return std::max<int64_t>(1, kTaskElements / (kChunk * std::max<int64_t>(1, views))); }
@@ -142,7 +142,7 @@ Problem problem(const Tensor& student, const Tensor& teacher, const std::string&
   return p;
 }
 
-// The bits of all teachers for one image and chunk: each alone and summed, padded with zeros to whole lanes.
+// The bits of all teachers for one image and chunk: each separately and summed, padded with zeros to full lanes.
 struct Bits {
   std::vector<float> each;
   float sum[kChunk];
@@ -154,7 +154,7 @@ struct Bits {
   float* of(int64_t teacher) { return each.data() + teacher * kChunk; }
 
   void accumulate(const Problem& p, int64_t count) {
-    padded = whole_lanes(count);
+    padded = round_up_to_lanes(count);
     std::fill(sum, sum + padded, 0.0f);
     for (int64_t u = 0; u < p.teachers; ++u) {
       std::fill(of(u) + count, of(u) + padded, 0.0f);
@@ -171,15 +171,15 @@ struct Bits {
   }
 };
 
-// Asks for the next view's logits while this one's are worked on: they lie pages apart, where no hardware looks ahead.
+// Prefetches the next view's logits while this one's are processed: they are pages apart, beyond hardware prefetching.
 void prefetch(const void* data, int64_t offset, int64_t count, int64_t size) {
   const char* at = static_cast<const char*>(data) + offset * size;
   for (int64_t byte = 0; byte < count * size; byte += 64) __builtin_prefetch(at + byte);
 }
 
-// The row's chunk as fp32 in whole lanes: where it lies, or converted and padded in `chunk`.
-const float* whole_chunk(const Storage& storage, const void* data, int64_t offset, int64_t count, float* chunk) {
-  const int64_t padded = whole_lanes(count);
+// The row's chunk as fp32 in full lanes: in its own memory, or converted and padded in `chunk`.
+const float* padded_chunk(const Storage& storage, const void* data, int64_t offset, int64_t count, float* chunk) {
+  const int64_t padded = round_up_to_lanes(count);
   if (storage.is_float && padded == count) return static_cast<const float*>(data) + offset;
   storage.load(data, offset, count, chunk);
   std::fill(chunk + count, chunk + padded, std::numeric_limits<float>::lowest());
@@ -226,14 +226,14 @@ std::tuple<Tensor, Tensor> sign_bce(Tensor student_, Tensor teacher_, std::strin
       for (int64_t v = 0; v < p.views; ++v) {
         const auto [sums, c] = bits.of_view(p, v);
         if (c == 0.0f) continue;
-        if (c != before || lanes.blocks + bits.padded / kLanes > kBlocks) total += take(lanes, before);
+        if (c != before || lanes.blocks + bits.padded / kLanes > kBlocks) total += sum_and_clear(lanes, before);
         const int64_t row = v * student.stride(0) + image * student.stride(1);
         if (v + 1 < p.views) prefetch(x, row + student.stride(0) + first, count, size);
-        add_losses(whole_chunk(storage, x, row + first, count, chunk), sums, c, bits.padded, lanes);
+        add_losses(padded_chunk(storage, x, row + first, count, chunk), sums, c, bits.padded, lanes);
         lanes.blocks += bits.padded / kLanes;
         before = c;
       }
-      partial[task] = total + take(lanes, before);
+      partial[task] = total + sum_and_clear(lanes, before);
     }
   });
 
@@ -275,13 +275,13 @@ Tensor sign_bce_backward(Tensor grad, Tensor student_, Tensor messages_, std::st
         const auto [sums, c] = bits.of_view(p, v);
         const int64_t row = v * student.stride(0) + image * student.stride(1);
         if (v + 1 < p.views) prefetch(x, row + student.stride(0) + first, count, size);
-        const float* logits = whole_chunk(storage, x, row + first, count, chunk);
-        const int64_t place = (v * p.images + image) * p.bits + first;
+        const float* logits = padded_chunk(storage, x, row + first, count, chunk);
+        const int64_t offset = (v * p.images + image) * p.bits + first;
         if (storage.is_float && bits.padded == count) {
-          gradient_of_chunk(logits, sums, c, scale, count, static_cast<float*>(out) + place);
+          gradient_of_chunk(logits, sums, c, scale, count, static_cast<float*>(out) + offset);
         } else {
           gradient_of_chunk(logits, sums, c, scale, bits.padded, chunk);
-          storage.store(chunk, count, out, place);
+          storage.store(chunk, count, out, offset);
         }
       }
     }

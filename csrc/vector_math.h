@@ -1,14 +1,14 @@
-// exp, log1p and sums of squares that compilers turn into vector code, and run-time choice of the instruction set.
+// exp, log1p and sums of squares that compilers turn into vector code, and choice of the instruction set at run time.
 //
 // exp and log1p are written without branches and without tables, so that a plain loop over an array vectorizes at
-// whatever width the target has. tests/test_ops/test_sign_bce.py holds their error against fp64 over the whole
-// argument range.
+// whatever width the target has. tests/test_ops/test_sign_bce.py compares them with fp64 over the full range of
+// arguments.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 
-// One function body, compiled for AVX-512, AVX2 and the baseline; the loader picks by CPUID when the library is opened.
+// One function body, compiled for AVX-512, AVX2 and the baseline; the loader chooses by CPUID when the library is opened.
 // The helpers below must be inlined into those clones, or they would be compiled for the baseline alone.
 #if defined(__x86_64__) && defined(__gnu_linux__) && (defined(__GNUC__) || __clang_major__ >= 17)
 #define BINCOMM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -45,7 +45,7 @@ BINCOMM_INLINE float log1p_nonnegative(float x) {
   const int32_t bits = std::bit_cast<int32_t>(u) - 0x3f3504f3;
   const int32_t k = bits >> 23;
   const float scale = std::bit_cast<float>((127 - k) << 23);
-  // The rounding lost in 1 + x, brought to m's scale; it carries the whole value when x is tiny. The sum has two
+  // The rounding lost in 1 + x, brought to m's scale; it is nearly the full value when x is tiny. The sum has two
   // branches in exact arithmetic, x - (u - 1) and 1 - (u - x), by which of 1 and x is the larger.
   const float lost = x > 1.0f ? 1.0f - (u - x) : x - (u - 1.0f);
   const float f = (u * scale - 1.0f) + lost * scale;
@@ -71,14 +71,14 @@ BINCOMM_INLINE float log1p_nonnegative(float x) {
 BINCOMM_INLINE double sum_of_squares(const float* x, int64_t count) {
   constexpr int kLanes = 32;
   double lanes[kLanes] = {};
-  const int64_t whole = count / kLanes * kLanes;
-  for (int64_t first = 0; first < whole; first += kLanes) {
+  const int64_t full = count / kLanes * kLanes;
+  for (int64_t first = 0; first < full; first += kLanes) {
     for (int j = 0; j < kLanes; ++j) {
       const double a = x[first + j];
       lanes[j] += a * a;
     }
   }
-  for (int64_t j = whole; j < count; ++j) lanes[j - whole] += static_cast<double>(x[j]) * x[j];
+  for (int64_t j = full; j < count; ++j) lanes[j - full] += static_cast<double>(x[j]) * x[j];
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int j = 0; j < width; ++j) lanes[j] += lanes[j + width];
   }

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, a file an operation; `bincomm.ops` registers them for CUDA tensors."""
+"""Triton kernels and their launchers, one file per operation; `bincomm.ops` registers them for CUDA."""

@@ -5,18 +5,18 @@ With c_v the number of teachers paired with view v, S_v the sum of their bits at
     loss     = Σ_v [ c_v softplus(a) - S_v a ] / (pairs n K)
     gradient = [ c_v σ(a) - S_v ] / (pairs n K)
 
-A tile is BLOCK groups of eight neighboring bits, of one byte of the message each. Its teachers are read once
-and kept as bytes. Instructions, not bandwidth, are what a tile's time would go into: the loop over the views
-that hear all teachers does nothing that can be done before or after it.
+A tile is BLOCK groups of eight neighboring bits, each one byte of the message. Its teachers are read once and
+kept as bytes. A tile would be limited by instructions, not by bandwidth. Therefore the loop over the views
+that are paired with all teachers does nothing that can be done before or after it.
 
 Forward, with e = exp(-|a|), nothing in the loop depends on the teachers, and S is needed only after it:
 
     Σ_v [ c softplus(a) - S a ]  =  (c - S) Σ_v max(a, 0) + S Σ_v max(-a, 0) + c log Π_v (1 + e)
 
 No term is negative, so small losses are not differences of large ones. The product is kept as Π(1 + e) - 1,
-so that tiny e are not lost; a factor is at most 2, so that one log serves many logits.
+so that tiny e are not lost; a factor is at most 2, so one log serves many logits.
 
-Backward, S makes three constants of an element, scaled by the loss's gradient, before the loop:
+Backward, three constants of an element, scaled by the loss's gradient, are computed from S before the loop:
 
     scale (c σ(a) - S)  =  base + k / (1 + exp(-a))        with base = -S scale, k = c scale
                         =         -k / (1 + exp(a))        where S = c
@@ -29,18 +29,20 @@ from torch import Tensor
 
 # Launch constants, chosen by counting on the compiled code.
 WARPS = 4  # small programs: at n·K = 128 k there are as many as a GPU has multiprocessors
-# Bytes of a view that a thread loads at once, the most there is. With two views under way and at most 64
-# registers a thread, a multiprocessor waits for 32 KB or more; an H200 needs 23 KB to keep its memory busy.
-LOAD = 16
-FINISH, FINISH_WARPS = 4096, 8  # partial sums a step of the second stage: each step costs a memory's latency
-VIEWS = tl.constexpr(14)  # that share a log: even, and Π(1 + e) <= 2⁸ a view stays finite in fp32
+# Bytes of a view that a thread loads at once, the largest load there is. With loads of two views in flight
+# and at most 64 registers per thread, a multiprocessor has 32 KB or more in flight; an H200 needs 23 KB to
+# keep its memory busy.
+LOAD_BYTES = 16
+REDUCE_BLOCK = 4096  # partial sums per step of the reduction: each step costs a memory latency
+REDUCE_WARPS = 8
+VIEWS_PER_LOG = tl.constexpr(14)  # even, and Π(1 + e), at most 2⁸ per view, stays finite in fp32
 
 MODES = {"cross": 0, "all": 1, "matched": 2}
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-def sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
+def launch_sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
     """Loss and message; see `bincomm.sign_bce` for the arguments.
 
     Args:
@@ -49,22 +51,22 @@ def sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tens
         pairs: "cross", "all" or "matched".
 
     Returns:
-        The loss, a scalar in fp32 (NaN without images), and the teacher's message (U, n, ⌈K/32⌉) int32, empty
-        where the teacher came as one.
+        The loss, a scalar in fp32 (NaN without images), and the teacher's message (U, n, ⌈K/32⌉) int32, which
+        is empty if the teacher was given as a message.
     """
     (views, n, bits), teachers = student.shape, teacher.shape[0]
     words = triton.cdiv(bits, 32)
     packed = teacher.dtype == torch.int32
     messages = student.new_empty(0 if packed else (teachers, n, words), dtype=torch.int32)
     source = teacher.contiguous() if packed else teacher
-    block = _groups(student.dtype)
-    programs = _programs(n, words, block)
-    # Fixed order, so the same sum every time: a partial sum a program, added up by one program. No atomics.
+    block = groups_per_program(student.dtype)
+    programs = _number_of_programs(n, words, block)
+    # Deterministic, without atomics: one partial sum per program, added up in a fixed order by one program.
     partial = student.new_empty(programs, dtype=torch.float32)
     loss = student.new_empty((), dtype=torch.float32)
     with torch.cuda.device_of(student):
         if programs:
-            _forward[(programs,)](
+            sign_bce_forward_kernel[(programs,)](
                 student,
                 source.view(torch.uint8) if packed else source,
                 messages.view(torch.uint8),
@@ -73,16 +75,18 @@ def sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tens
                 **{"K": bits, "U": teachers, "MODE": MODES[pairs], "PACKED": packed},
                 **{"BLOCK": block, "num_warps": WARPS},
             )
-        scale = 1 / max(1, _terms(views, teachers, n, bits, pairs))
-        _finish[(1,)](partial, loss, programs, scale, n, BLOCK=FINISH, num_warps=FINISH_WARPS)
+        scale = 1 / max(1, _number_of_terms(views, teachers, n, bits, pairs))
+        sign_bce_reduce_kernel[(1,)](
+            partial, loss, programs, scale, n, BLOCK=REDUCE_BLOCK, num_warps=REDUCE_WARPS
+        )
     return loss, messages
 
 
-def sign_bce_backward(grad: Tensor, student: Tensor, messages: Tensor, pairs: str) -> Tensor:
+def launch_sign_bce_backward(grad: Tensor, student: Tensor, messages: Tensor, pairs: str) -> Tensor:
     """Gradient of the student's logits, (V, n, K) contiguous in their dtype.
 
     Args:
-        grad: gradient of the loss, a scalar in fp32 on the device; it is read there.
+        grad: gradient of the loss, a scalar in fp32 on the device; it is read by the kernel only.
         student: the logits of the forward pass.
         messages: the teacher's (U, n, ⌈K/32⌉) int32.
         pairs: as in the forward pass.
@@ -90,51 +94,51 @@ def sign_bce_backward(grad: Tensor, student: Tensor, messages: Tensor, pairs: st
     (views, n, bits), teachers = student.shape, messages.shape[0]
     words = triton.cdiv(bits, 32)
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    block = _groups(student.dtype)
-    programs = _programs(n, words, block)
+    block = groups_per_program(student.dtype)
+    programs = _number_of_programs(n, words, block)
     if programs:
         with torch.cuda.device_of(student):
-            _backward[(programs,)](
+            sign_bce_backward_kernel[(programs,)](
                 student,
                 messages.contiguous().view(torch.uint8),
                 grad,
                 gradient,
                 *(views, n, *student.stride()),
-                1 / _terms(views, teachers, n, bits, pairs),
+                1 / _number_of_terms(views, teachers, n, bits, pairs),
                 **{"K": bits, "U": teachers, "MODE": MODES[pairs]},
                 **{"BLOCK": block, "num_warps": WARPS},
             )
     return gradient
 
 
-def _groups(dtype: torch.dtype) -> int:
-    """Groups of a program."""
-    return 32 * WARPS * LOAD // (8 * dtype.itemsize)
+def groups_per_program(dtype: torch.dtype) -> int:
+    """Groups of eight bits that one program processes: one load per thread."""
+    return 32 * WARPS * LOAD_BYTES // (8 * dtype.itemsize)
 
 
-def _programs(n: int, words: int, block: int) -> int:
+def _number_of_programs(n: int, words: int, block: int) -> int:
     groups = 4 * n * words
     if groups >= 2**31:
         raise ValueError(f"student: n = {n} images of {32 * words} bits exceed the 2³⁴ bits a view may have")
     return triton.cdiv(groups, block)
 
 
-def _terms(views: int, teachers: int, n: int, bits: int, pairs: str) -> int:
+def _number_of_terms(views: int, teachers: int, n: int, bits: int, pairs: str) -> int:
     count = {"cross": teachers * (views - 1), "all": teachers * views, "matched": views}[pairs]
     return count * n * bits
 
 
 @triton.jit
-def _wide(index):
-    """An index 64 bits wide, so that its product with a stride may pass 2³¹."""
+def _to_int64(index):
+    """An index as 64-bit integer, so that its product with a stride may exceed 2³¹."""
     return tl.zeros((), tl.int64) + index
 
 
 @triton.jit
 def _exp2(x):
-    """2ˣ in one instruction; tl.exp2 takes four more to keep results below 2⁻¹²⁶, which here become 0.
+    """2ˣ in one instruction; tl.exp2 needs four more to keep results below 2⁻¹²⁶, which become 0 here.
 
-    The gradient adds 1 to it. In the loss it is e: a logit beyond ±87 on its own side costs 0, not 1e-38.
+    The gradient adds 1 to it. In the loss it is e: a correct logit beyond ±87 costs 0, not 1e-38.
     """
     if INTERPRETED:
         power = tl.exp2(x)
@@ -146,7 +150,7 @@ def _exp2(x):
 
 
 @triton.jit
-def _inverse(x):
+def _reciprocal(x):
     """1 / x for 1 <= x <= inf in one instruction, to one unit in the last place; 0 for x > 2¹²⁶."""
     if INTERPRETED:
         inverse = 1 / x
@@ -158,156 +162,163 @@ def _inverse(x):
 
 
 @triton.jit
-def _place(n, K: tl.constexpr, BLOCK: tl.constexpr):
+def _group_indices(n, K: tl.constexpr, BLOCK: tl.constexpr):
     """This program's groups: image (BLOCK, 1), bits (BLOCK, 8), byte of the message (BLOCK, 1), and masks.
 
-    What lies outside repeats the last group or bit: only sums and stores need a mask, and no load.
-    Groups are counted in 32 bits, where division is cheap; what is multiplied by a stride is 64 bits wide.
+    Indices beyond the end repeat the last group or bit: only sums and stores need a mask, loads need none.
+    Groups are counted in 32 bits, where division is cheap; indices multiplied by a stride have 64 bits.
     """
     BYTES: tl.constexpr = 4 * ((K + 31) // 32)
     group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
-    inside = group < n * BYTES
+    group_mask = group < n * BYTES
     group = tl.minimum(group, n * BYTES - 1)
     bit = (group % BYTES) * 8 + tl.arange(0, 8)[None, :]
-    mask = inside & (bit < K)
+    mask = group_mask & (bit < K)
     if K % 32:
         bit = tl.minimum(bit, K - 1)
-    return (group // BYTES).to(tl.int64), bit.to(tl.int64), group.to(tl.int64), inside, mask
+    return (group // BYTES).to(tl.int64), bit.to(tl.int64), group.to(tl.int64), group_mask, mask
 
 
 @triton.jit
-def _bits(byte):
+def _unpack_bits(byte):
     """Bytes of a message (BLOCK, 1) as bits in fp32 (BLOCK, 8)."""
     return ((byte.to(tl.int32) >> tl.arange(0, 8)[None, :]) & 1).to(tl.float32)
 
 
 @triton.jit
-def _sum_of_bits(kept, U: tl.constexpr):
-    sums = _bits(kept[0])
+def _sum_of_bits(teacher_bytes, U: tl.constexpr):
+    sums = _unpack_bits(teacher_bytes[0])
     for u in tl.static_range(1, U):
-        sums += _bits(kept[u])
+        sums += _unpack_bits(teacher_bytes[u])
     return sums
 
 
 @triton.jit
-def _chain(p, q):
+def _combine_products(p, q):
     """(1 + p)(1 + q) - 1."""
     return tl.fma(p, q, p + q)
 
 
 @triton.jit
-def _extend(p, a):
+def _multiply_factors(p, a):
     """Π(1 + e) - 1 with the factors of the logits a."""
-    return _chain(p, _exp2(tl.abs(a) * -LOG2_E))
+    return _combine_products(p, _exp2(tl.abs(a) * -LOG2_E))
 
 
 @triton.jit
-def _log(p, mask):
+def _log_of_product(p, mask):
     """Σ log(1 + p) over the eight bits of a group, (BLOCK, 8) -> (BLOCK,)."""
-    p = tl.reduce(tl.where(mask, p, 0.0), 1, _chain)
+    p = tl.reduce(tl.where(mask, p, 0.0), 1, _combine_products)
     u = 1 + p
-    # The rounding of 1 + p is divided out again (Higham, Accuracy and Stability, 1.14.1).
+    # Corrects the rounding of 1 + p (Higham, Accuracy and Stability, 1.14.1).
     return tl.where(u == 1, p, tl.log(u) * (p / (u - 1)))
 
 
 @triton.jit
-def _times(w, x):
-    """w x with 0 · inf = 0: an infinite logit on its own side costs nothing."""
+def _multiply(w, x):
+    """w x with 0 · inf = 0: an infinite logit with the correct sign costs nothing."""
     return tl.where(w == 0, 0.0, w * x)
 
 
 @triton.jit
-def _forward(
-    student,
-    teacher,
-    messages,
-    partial,
+def sign_bce_forward_kernel(
+    student_ptr,
+    teacher_ptr,
+    messages_ptr,
+    partial_ptr,
     views,
     n,
-    student_view,
-    student_image,
-    student_bit,
-    teacher_view,
-    teacher_image,
-    teacher_bit,
+    stride_student_view,
+    stride_student_image,
+    stride_student_bit,
+    stride_teacher_view,
+    stride_teacher_image,
+    stride_teacher_bit,
     K: tl.constexpr,
     U: tl.constexpr,
     MODE: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, bit, group, inside, mask = _place(n, K, BLOCK)
-    place = image * student_image + bit * student_bit
+    """A partial sum of the loss, not yet divided by the number of terms, and unless PACKED the messages."""
+    image, bit, group, group_mask, mask = _group_indices(n, K, BLOCK)
+    offset = image * stride_student_image + bit * stride_student_bit
     zero = tl.zeros((BLOCK, 8), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
 
     BYTES: tl.constexpr = 4 * ((K + 31) // 32)
-    source = group if PACKED else image * teacher_image + bit * teacher_bit
-    # In fp32, for of a sum of integers the compiler would keep the eight bits in registers, not their byte.
+    source = group if PACKED else image * stride_teacher_image + bit * stride_teacher_bit
+    # In fp32, because of a sum of integers the compiler would keep eight bits in registers, not one byte.
     power = (1 << tl.arange(0, 8)[None, :]).to(tl.float32)
-    kept = ()
+    teacher_bytes = ()
     for u in tl.static_range(U):
         if PACKED:
-            byte = tl.load(teacher + _wide(u) * n * BYTES + source)
+            byte = tl.load(teacher_ptr + _to_int64(u) * n * BYTES + source)
         else:
-            t = tl.load(teacher + _wide(u) * teacher_view + source).to(tl.float32)
+            t = tl.load(teacher_ptr + _to_int64(u) * stride_teacher_view + source).to(tl.float32)
             byte = tl.sum(tl.where((t > 0) & mask, power, 0.0), 1, keep_dims=True).to(tl.int32)
-            total += tl.sum(tl.where(t == t, 0.0, t), 1)  # a teacher that has diverged must show in the loss
-        kept += (byte,)
+            total += tl.sum(tl.where(t == t, 0.0, t), 1)  # a NaN of the teacher must show in the loss
+        teacher_bytes += (byte,)  # type: ignore[assignment]  # unrolled: each has its own type
     if not PACKED:
-        for u in tl.static_range(U):  # after the loads of all teachers, for none is moved across a store
-            tl.store(messages + _wide(u) * n * BYTES + group, kept[u].to(tl.uint8), mask=inside)
+        for u in tl.static_range(U):  # after all teachers' loads: the compiler moves no load across a store
+            tl.store(
+                messages_ptr + _to_int64(u) * n * BYTES + group,
+                teacher_bytes[u].to(tl.uint8),
+                mask=group_mask,
+            )
 
-    # The views that hear all teachers. Then the teachers' own, which hear the others, or only their own.
-    OWN: tl.constexpr = 0 if MODE == 1 else U
+    # First the views that are paired with all teachers. Then the teachers' own views, which are paired with
+    # the other teachers or, if matched, only with their own.
+    OWN_VIEWS: tl.constexpr = 0 if MODE == 1 else U
     if MODE != 2:
-        up, down = zero, zero
-        row = student + _wide(OWN) * student_view
-        for first in range(OWN, views, VIEWS):
+        positive, negative = zero, zero
+        view_ptr = student_ptr + _to_int64(OWN_VIEWS) * stride_student_view
+        for first in range(OWN_VIEWS, views, VIEWS_PER_LOG):
             p = zero
-            # Unrolled, two views' loads are under way at once. Loading a view ahead is not the same: the
-            # compiler would unpack 16-bit logits, so wait for them, before it goes round.
-            for _ in tl.range(first, tl.minimum(first + VIEWS, views), loop_unroll_factor=2):
-                a = tl.load(row + place).to(tl.float32)
-                row += student_view
-                p = _extend(p, a)
-                up += tl.maximum(a, 0.0)
-                down -= tl.minimum(a, 0.0)
-            total += U * _log(p, mask)
-        sums = _sum_of_bits(kept, U)
-        total += tl.sum(tl.where(mask, _times(U - sums, up) + _times(sums, down), 0.0), 1)
-    HEARD: tl.constexpr = 1 if MODE == 2 else U - 1
-    if OWN and HEARD:
-        for first in tl.static_range(0, U, VIEWS):
+            # Unrolled, so that two views' loads are in flight at once. Loading one view ahead is not the
+            # same: the compiler would unpack 16-bit logits, so wait for them, before the next iteration.
+            for _ in tl.range(first, tl.minimum(first + VIEWS_PER_LOG, views), loop_unroll_factor=2):
+                a = tl.load(view_ptr + offset).to(tl.float32)
+                view_ptr += stride_student_view
+                p = _multiply_factors(p, a)
+                positive += tl.maximum(a, 0.0)
+                negative -= tl.minimum(a, 0.0)
+            total += U * _log_of_product(p, mask)
+        sums = _sum_of_bits(teacher_bytes, U)
+        total += tl.sum(tl.where(mask, _multiply(U - sums, positive) + _multiply(sums, negative), 0.0), 1)
+    OWN_TEACHERS: tl.constexpr = 1 if MODE == 2 else U - 1
+    if OWN_VIEWS and OWN_TEACHERS:
+        for first in tl.static_range(0, U, VIEWS_PER_LOG):
             p = zero
-            for u in tl.static_range(first, min(first + VIEWS, U)):
-                s = _bits(kept[u])
+            for u in tl.static_range(first, min(first + VIEWS_PER_LOG, U)):
+                s = _unpack_bits(teacher_bytes[u])
                 if MODE == 0:
-                    s = _sum_of_bits(kept, U) - s
-                a = tl.load(student + _wide(u) * student_view + place).to(tl.float32)
-                p = _extend(p, a)
-                linear = _times(tl.where(a > 0, HEARD - s, s), tl.abs(a))
+                    s = _sum_of_bits(teacher_bytes, U) - s
+                a = tl.load(student_ptr + _to_int64(u) * stride_student_view + offset).to(tl.float32)
+                p = _multiply_factors(p, a)
+                linear = _multiply(tl.where(a > 0, OWN_TEACHERS - s, s), tl.abs(a))
                 total += tl.sum(tl.where(mask, linear, 0.0), 1)
-            total += HEARD * _log(p, mask)
-    tl.store(partial + tl.program_id(0), tl.sum(total, 0))
+            total += OWN_TEACHERS * _log_of_product(p, mask)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit
-def _finish(partial, loss, programs, scale, n, BLOCK: tl.constexpr):
+def sign_bce_reduce_kernel(partial_ptr, loss_ptr, programs, scale, n, BLOCK: tl.constexpr):
+    """The loss from the programs' partial sums."""
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, programs, BLOCK):
         index = first + tl.arange(0, BLOCK)
-        total += tl.load(partial + index, mask=index < programs, other=0.0)
+        total += tl.load(partial_ptr + index, mask=index < programs, other=0.0)
     result = tl.sum(total, 0) * scale
-    tl.store(loss, tl.where(n == 0, float("nan"), result))
+    tl.store(loss_ptr, tl.where(n == 0, float("nan"), result))
 
 
 @triton.jit
-def _constants(s, c, scale):
+def _gradient_constants(s, c, scale):
     """(base, k, m) of scale (c σ(a) - s) = base + k / (1 + exp2(m a)).
 
-    Where all teachers agree, base is 0, so that a small gradient is not the difference of large numbers.
-    The scale is in fp32, before the one rounding: a gradient scaled later would underflow in fp16.
+    Where all teachers agree on a 1, base is 0, so that a small gradient is no difference of large numbers.
+    The scale is applied in fp32, before the only rounding: a gradient scaled later would underflow in fp16.
     """
     return (
         tl.where(s == c, 0.0, -scale * s),
@@ -318,61 +329,65 @@ def _constants(s, c, scale):
 
 @triton.jit
 def _gradient(a, base, k, m):
-    return (base + k * _inverse(1 + _exp2(m * a.to(tl.float32)))).to(a.dtype)
+    return (base + k * _reciprocal(1 + _exp2(m * a.to(tl.float32)))).to(a.dtype)
 
 
 @triton.jit
-def _backward(
-    student,
-    messages,
-    grad,
-    gradient,
+def sign_bce_backward_kernel(
+    student_ptr,
+    messages_ptr,
+    grad_ptr,
+    gradient_ptr,
     views,
     n,
-    student_view,
-    student_image,
-    student_bit,
+    stride_student_view,
+    stride_student_image,
+    stride_student_bit,
     inverse_terms,
     K: tl.constexpr,
     U: tl.constexpr,
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    image, bit, group, _, mask = _place(n, K, BLOCK)
-    place = image * student_image + bit * student_bit
-    out = image * K + bit
-    out_view = _wide(K) * n
-    scale = tl.load(grad) * inverse_terms
+    """The gradient (V, n, K) of all views for BLOCK groups of bits."""
+    image, bit, group, _, mask = _group_indices(n, K, BLOCK)
+    offset = image * stride_student_image + bit * stride_student_bit
+    gradient_offset = image * K + bit
+    stride_gradient_view = _to_int64(K) * n
+    scale = tl.load(grad_ptr) * inverse_terms
 
     BYTES: tl.constexpr = 4 * ((K + 31) // 32)
-    kept = ()
+    teacher_bytes = ()
     for u in tl.static_range(U):
-        kept += (tl.load(messages + _wide(u) * n * BYTES + group),)
+        byte = tl.load(messages_ptr + _to_int64(u) * n * BYTES + group)
+        teacher_bytes += (byte,)  # type: ignore[assignment]  # as in the forward kernel
 
-    OWN: tl.constexpr = 0 if MODE == 1 else U
-    HEARD: tl.constexpr = 1 if MODE == 2 else U - 1
-    # Every load stands before the stores it can be put before, for none is moved across a store.
-    if OWN:
-        a = tl.load(student + place)
-    for u in tl.static_range(OWN):
-        s = _bits(kept[u])
+    OWN_VIEWS: tl.constexpr = 0 if MODE == 1 else U
+    OWN_TEACHERS: tl.constexpr = 1 if MODE == 2 else U - 1
+    # Every load comes before as many stores as possible, because the compiler moves no load across a store.
+    if OWN_VIEWS:
+        a = tl.load(student_ptr + offset)
+    for u in tl.static_range(OWN_VIEWS):
+        s = _unpack_bits(teacher_bytes[u])
         if MODE == 0:
-            s = _sum_of_bits(kept, U) - s
-        base, k, m = _constants(s, HEARD, scale)
+            s = _sum_of_bits(teacher_bytes, U) - s
+        base, k, m = _gradient_constants(s, OWN_TEACHERS, scale)
         g = _gradient(a, base, k, m)
-        if u + 1 < OWN:
-            a = tl.load(student + _wide(u + 1) * student_view + place)
-        tl.store(gradient + _wide(u) * out_view + out, g, mask=mask)
+        if u + 1 < OWN_VIEWS:
+            a = tl.load(student_ptr + _to_int64(u + 1) * stride_student_view + offset)
+        tl.store(gradient_ptr + _to_int64(u) * stride_gradient_view + gradient_offset, g, mask=mask)
     if MODE != 2:
-        base, k, m = _constants(_sum_of_bits(kept, U), U, scale)
-        row = student + _wide(OWN) * student_view
-        to = gradient + OWN * out_view
-        for v in range(OWN, views, 2):
-            a = tl.load(row + place)
-            row += student_view
-            b = tl.load(row + place, mask=v + 1 < views)
-            row += student_view
-            tl.store(to + out, _gradient(a, base, k, m), mask=mask)
-            to += out_view
-            tl.store(to + out, _gradient(b, base, k, m), mask=mask & (v + 1 < views))
-            to += out_view
+        base, k, m = _gradient_constants(_sum_of_bits(teacher_bytes, U), U, scale)
+        view_ptr = student_ptr + _to_int64(OWN_VIEWS) * stride_student_view
+        gradient_view_ptr = gradient_ptr + OWN_VIEWS * stride_gradient_view
+        for v in range(OWN_VIEWS, views, 2):
+            a = tl.load(view_ptr + offset)
+            view_ptr += stride_student_view
+            b = tl.load(view_ptr + offset, mask=v + 1 < views)
+            view_ptr += stride_student_view
+            tl.store(gradient_view_ptr + gradient_offset, _gradient(a, base, k, m), mask=mask)
+            gradient_view_ptr += stride_gradient_view
+            tl.store(
+                gradient_view_ptr + gradient_offset, _gradient(b, base, k, m), mask=mask & (v + 1 < views)
+            )
+            gradient_view_ptr += stride_gradient_view

@@ -106,7 +106,7 @@ def dino(outputs, **arguments):
     return objective
 
 
-# Weights, temperatures and ε² that are no defaults, so that none is left out unseen; K -> objective.
+# Weights, temperatures and ε² that are no defaults, so that the tests notice an ignored one; K -> objective.
 OBJECTIVES = {
     "hard": lambda k: DiscreteCommunication(0.3, 0.1),
     "soft": lambda k: DiscreteCommunication(0.3, 0.1, agreement="soft", tau=0.5),
@@ -141,15 +141,15 @@ def values_and_gradient(function, student, *arguments):
 def check_against_hand(name, student, teacher, tolerance, gradient_tolerance):
     objective = make(name, student.shape[-1], student.dtype)
     values, gradient = values_and_gradient(objective, student, teacher)
-    objective = make(name, student.shape[-1])  # its center where it was
+    objective = make(name, student.shape[-1])  # with its center unchanged
     expected, exact = values_and_gradient(
         lambda a, b: BY_HAND[type(objective)](objective, a, b), student.double(), teacher.double()
     )
     assert tuple(values) == objective.scalars
     assert values == pytest.approx(expected, rel=tolerance, abs=tolerance)  # a mean cosine is small
     assert gradient.dtype == student.dtype
-    for mine, view in zip(gradient, exact, strict=True):  # view by view: a small one cannot hide
-        assert (mine - view).norm() <= gradient_tolerance * view.norm() + 1e-15
+    for view, expected in zip(gradient, exact, strict=True):  # view by view, so that small ones count too
+        assert (view - expected).norm() <= gradient_tolerance * expected.norm() + 1e-15
 
 
 @each_objective
@@ -174,12 +174,11 @@ def test_half_types_and_autocast_cost_no_precision(name):
 
 @each_objective
 def test_outputs_that_do_not_lie_in_order(name):
-    """As a network makes them: the crops of an image together."""
+    """As from a network: the crops of an image are adjacent."""
     student, teacher = outputs(5, 2, 6, 9)
     values = make(name, 9)(student, teacher)
     crossed = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (student, teacher)]
-    for mine, other in zip(values.values(), make(name, 9)(*crossed).values(), strict=True):
-        torch.testing.assert_close(mine, other)
+    torch.testing.assert_close(make(name, 9)(*crossed), values)
 
 
 @each_objective
@@ -193,7 +192,7 @@ def test_loss_alone_has_a_gradient_and_none_reaches_the_teacher(name):
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that was made."""
+    """The number of elements of the largest tensor that was created."""
 
     elements = 0
 
@@ -206,7 +205,7 @@ class Largest(TorchDispatchMode):
 
 
 @each_objective
-def test_nothing_larger_than_the_students_outputs_is_made(name):
+def test_nothing_larger_than_the_students_outputs_is_created(name):
     student, teacher = outputs(6, 2, 16, 24)
     student.requires_grad_()
     objective = make(name, 24)
@@ -327,13 +326,13 @@ def test_averaged_rows_are_used_as_long_as_they_are():
 def test_the_center_follows_the_teacher_after_the_loss():
     student, teacher = outputs(4, 2, 8, 20)
     objective = DINO(20, center_momentum=0.9)
-    place, loss = objective.center.data_ptr(), objective(student, teacher)["loss"]
+    pointer, loss = objective.center.data_ptr(), objective(student, teacher)["loss"]
     torch.testing.assert_close(objective.center, 0.1 * teacher.mean((0, 1)))
     assert torch.equal(loss, DINO(20, center_momentum=0.0)(student, teacher)["loss"])
     second = objective(student, teacher)["loss"]
     assert second != loss
     torch.testing.assert_close(objective.center, 0.19 * teacher.mean((0, 1)))
-    assert objective.center.data_ptr() == place
+    assert objective.center.data_ptr() == pointer
     assert list(objective.state_dict()) == ["center"]
     before = objective.center.clone()
     objective.eval()(student, teacher)
@@ -349,20 +348,21 @@ def test_shifting_all_scores_of_the_teacher_changes_nothing_once_they_are_center
     assert shifted(student, teacher + shift)["loss"].item() == pytest.approx(loss, rel=1e-4)
 
 
-def test_ranks_are_the_whole_batch(tmp_path):
+@pytest.mark.slow
+def test_ranks_together_are_one_rank_with_all_images(tmp_path):
     """Two processes of 6 images each, averaged by DistributedDataParallel, against one of 12."""
     run_on_ranks(train_in_parallel, 2, tmp_path)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     network, images, teacher = parts()
     for name in OBJECTIVES:
         for step, expected in enumerate(two_steps(name, network, network, images, teacher)):
-            mine, other = (theirs[name][step] for theirs in found)
+            ranks = [result[name][step] for result in results]
             for key, value in expected["values"].items():
-                found_values = [rank["values"][key] for rank in (mine, other)]
-                assert sum(found_values) / 2 == pytest.approx(value, rel=1e-5)
+                values = [rank["values"][key] for rank in ranks]
+                assert sum(values) / 2 == pytest.approx(value, rel=1e-5)
                 if key == "rate":
-                    assert found_values == pytest.approx([value, value], rel=1e-5)
-            for rank in (mine, other):
+                    assert values == pytest.approx([value, value], rel=1e-5)
+            for rank in ranks:
                 torch.testing.assert_close(rank["buffers"], expected["buffers"])
                 for gradient, exact in zip(rank["gradients"], expected["gradients"], strict=True):
                     assert (gradient - exact).norm() <= 1e-4 * exact.norm()
@@ -393,11 +393,11 @@ def two_steps(name, network, parallel, images, teacher):
 def train_in_parallel(rank, world, folder):
     network, images, teacher = parts()
     parallel = torch.nn.parallel.DistributedDataParallel(network)
-    mine = slice(6 * rank, 6 * rank + 6)
-    found = {
-        name: two_steps(name, network, parallel, images[:, mine], teacher[:, mine]) for name in OBJECTIVES
+    own = slice(6 * rank, 6 * rank + 6)
+    results = {
+        name: two_steps(name, network, parallel, images[:, own], teacher[:, own]) for name in OBJECTIVES
     }
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(results, f"{folder}/{rank}.pt")
 
 
 def test_ceiling_is_never_exceeded():

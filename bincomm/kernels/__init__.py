@@ -1,6 +1,6 @@
-"""Triton kernels and their launchers, a file an operation: they lie in the folder `kernels` of the checkout.
+"""Triton kernels and their launchers, one file per operation, in the folder `kernels` of the checkout.
 
-An installed wheel holds that folder here, in place of this file.
+In an installed wheel that folder replaces this file.
 """
 
 from pathlib import Path

@@ -2,11 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from bincomm.ops.library import BACKEND, define
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
@@ -16,49 +20,51 @@ def clip_gradients_(gradients: Sequence[Tensor], limit: float) -> Tensor:
     A gradient within the limit is left bit for bit as it was. Nothing is read on the host.
 
     Args:
-        gradients: tensors of one device, fp32; others, and DTensors, take PyTorch's multi-tensor operations
-            on a CPU too. Of DTensors the norm of the full tensor counts, and all ranks call.
+        gradients: tensors of one device, fp32; for other dtypes, and DTensors, PyTorch's multi-tensor
+            operations are used on a CPU too. The norm of a DTensor is that of the full tensor; all ranks must
+            call.
         limit: largest norm of a tensor; 0 leaves all of them as they are.
 
     Returns:
-        The norm of all gradients together before they were clipped, a scalar on their device. Where a
-        gradient is not finite it is not finite either, and what becomes of that gradient is left open.
+        The norm of all gradients together before they were clipped, a scalar on their device. If a gradient
+        is not finite, the norm is not finite either, and the new value of that gradient is undefined.
     """
     gradients = list(gradients)
     if not gradients:
         return torch.zeros(())
     if BACKEND != "reference" and all(type(g) is Tensor and g.dtype == torch.float32 for g in gradients):
         return torch.ops.bincomm.clip_gradients_(gradients, limit)
-    return _pytorch_form(gradients, limit)
+    return clip_gradients_pytorch_(gradients, limit)
 
 
-def _pytorch_form(gradients: list[Tensor], limit: float) -> Tensor:
-    norms = _of_full_tensors(torch._foreach_norm(gradients))
+def clip_gradients_pytorch_(gradients: list[Tensor], limit: float) -> Tensor:
+    """The same in PyTorch's multi-tensor operations, for tensors of any dtype and DTensors."""
+    norms = _norms_of_full_tensors(torch._foreach_norm(gradients))
     if limit > 0:
         # A norm within the limit gives exactly 1, so such a gradient is left bit for bit as it was.
         factors = torch._foreach_div(
             torch._foreach_clamp_max(norms, limit), torch._foreach_clamp_min(norms, 1e-12)
         )
-        torch._foreach_mul_([g.to_local() if is_sharded(g) else g for g in gradients], factors)
+        torch._foreach_mul_([g.to_local() if is_sharded(g) else g for g in gradients], list(factors))
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def _of_full_tensors(norms: Sequence[Tensor]) -> list[Tensor]:
-    """The norms as plain tensors: those of DTensors joined over the ranks, all that lie alike at once."""
-    joined, alike = list(norms), defaultdict(list)
-    for place, norm in enumerate(norms):
+def _norms_of_full_tensors(norms: Sequence[Tensor]) -> list[Tensor]:
+    """The norms as plain tensors: those of DTensors combined over the ranks, once for each placement."""
+    combined, groups = list(norms), defaultdict[tuple, list[tuple[int, "DTensor"]]](list)
+    for index, norm in enumerate(norms):
         if is_sharded(norm):
-            alike[norm.device_mesh, norm.placements].append(place)
-    for (mesh, placements), places in alike.items():
-        ours = torch.stack([norms[place].to_local() for place in places])
-        full = type(norms[places[0]]).from_local(ours, mesh, placements, run_check=False).full_tensor()
-        for place, norm in zip(places, full, strict=True):
-            joined[place] = norm
-    return joined
+            groups[norm.device_mesh, norm.placements].append((index, norm))
+    for (mesh, placements), sharded in groups.items():
+        local = torch.stack([norm.to_local() for _, norm in sharded])
+        full = type(sharded[0][1]).from_local(local, mesh, placements, run_check=False).full_tensor()
+        for (index, _), norm in zip(sharded, full, strict=True):
+            combined[index] = norm
+    return combined
 
 
-def is_sharded(x: Tensor) -> bool:
-    """Whether this is a DTensor, whose module takes long to import."""
+def is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
+    """Whether this is a DTensor; without importing its module, which takes long."""
     return hasattr(x, "to_local")
 
 
@@ -66,6 +72,6 @@ define(
     "clip_gradients_(Tensor(a!)[] gradients, float limit) -> Tensor",
     cpu="C++",
     cuda="foreach",
-    pytorch_form=_pytorch_form,
+    pytorch=clip_gradients_pytorch_,
     fake=lambda gradients, limit: gradients[0].new_empty(()),
 )

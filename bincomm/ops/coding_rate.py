@@ -1,9 +1,9 @@
-"""Coding rate: how many nats a batch of messages can carry, so how far from collapse the code is."""
+"""Coding rate: how many nats a batch of messages can carry, and so how far the code is from collapse."""
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -17,31 +17,49 @@ from bincomm.ops.library import (
     define,
     has_cuda_code,
     refuse_tangent,
-    takes_reference,
+    uses_reference,
 )
 from bincomm.ops.messages import check_logits
 
-# The trace of αG is K/ε², and rounding takes a share of that from every pivot, be it 1: up to the first limit
-# fp32 leaves an error of less than 0.01, up to the second fp64.
+# The trace of αG is K/ε², and every pivot, even one of 1, has a rounding error proportional to it: less than
+# 0.01 in fp32 up to the first limit, in fp64 up to the second.
 LARGEST_IN_FP32 = 2**16
 LARGEST = 1e12
 
-PARTS = torch.ops.bincomm
+OPS = torch.ops.bincomm
 
 
 class CodingRate(NamedTuple):
     """What `coding_rate(..., diagnostics=True)` returns, all on the logits' device.
 
-    A code that collapses shows here before its rate is at the bottom: the smallest pivot, the one direction
+    A collapse shows here before the rate reaches its minimum: the smallest pivot, of the direction that is
     used least given the others, falls to 1 first.
     """
 
     rate: Tensor  # (...,) nats
-    ceiling: Tensor  # scalar: the rate of as many images and bits, all directions used alike
-    smallest_pivot: Tensor  # (...,) of the factorization of the smaller matrix; 1 is a direction nobody uses
-    clamped: (
-        Tensor  # (...,) int32: pivots that rounding took below 1, the least there is, and that were held at 1
-    )
+    ceiling: Tensor  # scalar: the rate of as many images and bits if all directions are used equally
+    smallest_pivot: Tensor  # (...,) of the factorization of the smaller matrix; 1 means an unused direction
+    clamped: Tensor  # (...,) int32: pivots that rounding made smaller than 1, the minimum, and that became 1
+
+
+@overload
+def coding_rate(
+    logits: Tensor,
+    *,
+    eps_squared: float = ...,
+    group: "torch.distributed.ProcessGroup | None" = ...,
+    diagnostics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def coding_rate(
+    logits: Tensor,
+    *,
+    eps_squared: float = ...,
+    group: "torch.distributed.ProcessGroup | None" = ...,
+    diagnostics: Literal[True],
+) -> CodingRate: ...
 
 
 def coding_rate(
@@ -55,31 +73,31 @@ def coding_rate(
 
     Uncentered, as in SimDINO (arXiv 2502.10385) and "Self-Supervised Learning as Discrete Communication"
     (arXiv 2602.09764). Its gradient is the closed form `∂R/∂z = α·z·(I + αzᵀz)⁻¹` followed by the row norm's,
-    in fp32 whatever the dtype of the logits, outside autocast and whatever the precision set for matrix
-    products; of the two equal determinants (K×K or n×n) the smaller is taken. Logits in fp64, and any where
-    K/ε² > 65536, for which fp32 has not the digits, take the definition in fp64. Finite logits never give NaN
-    or infinity: pivots are held at 1, and a gradient too large for fp16 is fp16's largest number, unless a
-    gradient larger than 1 arrives, as from a GradScaler, which is to see what overflows.
+    in fp32 for every dtype of the logits, outside autocast and with any precision set for matrix products; of
+    the two equal determinants (K×K or n×n) that of the smaller matrix is used. For logits in fp64, and for
+    K/ε² > 65536, where fp32 is not precise enough, the definition is computed in fp64. Finite logits give
+    neither NaN nor infinity: pivots are clamped to 1, and a gradient too large for fp16 becomes its largest
+    number, unless the incoming gradient is larger than 1, as from a GradScaler, which is to see the overflow.
 
     Args:
         logits: (..., n, K), n rows of K logits; fp32, fp16, bf16 or fp64, any strides. Leading dimensions,
             views for example, are a batch.
         eps_squared: ε², the squared distortion (SimDINO's argument `eps` is this square), > 0.
-        group: sum `zᵀz` over the ranks of this process group, which need not have equally many images: the
+        group: sum `zᵀz` over the ranks of this process group, which may have different numbers of images: the
             rate is that of all N = Σn images together, and gradients averaged over the ranks, as
             DistributedDataParallel does, are those of one rank with all images. Every rank must call, forward
             and backward. None: this rank's images alone.
-        diagnostics: return a `CodingRate` with what shows a collapse coming, at no further pass.
+        diagnostics: return a `CodingRate`, which shows a coming collapse, at no further pass.
 
     Returns:
         (...,) in nats, fp32 (fp64 for fp64 logits): from ½·log(1 + K/ε²), all rows parallel, to
-        `k/2·log(1 + αn/k)`, k = min(n, K), all directions used alike. NaN logits give NaN.
+        `k/2·log(1 + αn/k)`, k = min(n, K), all directions used equally. NaN logits give NaN.
 
     Raises:
-        TypeError: `logits` is no tensor of the dtypes above.
+        TypeError: `logits` is not a tensor of the dtypes above.
         ValueError: its shape, or `eps_squared`, does not fit.
-        NotImplementedError: a second derivative is asked for, or a forward-mode one; fp64 logits have both,
-            and torch.func.grad and its kin.
+        NotImplementedError: a second or a forward-mode derivative is requested; fp64 logits have both, and
+            work with torch.func.
     """
     check_logits("logits", logits)
     if logits.dim() < 2 or logits.shape[-2] == 0 or logits.shape[-1] == 0:
@@ -93,12 +111,12 @@ def coding_rate(
         raise TypeError(f"group: expected a process group that this rank belongs to, or None, got {group!r}")
     if group is not None and group.size() == 1:
         group = None
-    if takes_reference(logits) or bits / eps_squared > LARGEST_IN_FP32:
+    if uses_reference(logits) or bits / eps_squared > LARGEST_IN_FP32:
         return _by_definition(logits, eps_squared, group, diagnostics)
     refuse_tangent("logits", logits)
     batch = logits.shape[:-2]
     flat = logits.unsqueeze(0) if logits.dim() == 2 else logits.flatten(0, -3)
-    rate, _, _, images, smallest, clamped = PARTS.coding_rate.default(
+    rate, _, _, images, smallest, clamped = OPS.coding_rate.default(
         flat, eps_squared, group.group_name if group is not None else ""
     )
     if not diagnostics:
@@ -110,13 +128,13 @@ def coding_rate(
 
 
 def rate_ceiling(images: Tensor, bits: int, eps_squared: float) -> Tensor:
-    """Largest coding rate of so many unit rows, in nats: `k/2·log(1 + αn/k)` with k = min(n, K)."""
+    """Largest coding rate of that many unit rows, in nats: `k/2·log(1 + αn/k)` with k = min(n, K)."""
     k = images.clamp(max=bits)
     return k / 2 * torch.log1p(bits / eps_squared / k)
 
 
 class Widen(torch.autograd.Function):
-    """To fp64; a gradient that is too large for the dtype it goes back to becomes its largest number."""
+    """To fp64; a gradient too large for the original dtype becomes the largest number of that dtype."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -129,7 +147,9 @@ class Widen(torch.autograd.Function):
         return grad.clamp(-largest, largest).to(ctx.dtype)
 
 
-def _by_definition(logits: Tensor, eps_squared: float, group, diagnostics: bool) -> Tensor | CodingRate:
+def _by_definition(
+    logits: Tensor, eps_squared: float, group: "torch.distributed.ProcessGroup | None", diagnostics: bool
+) -> Tensor | CodingRate:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     wide = Widen.apply(logits) if logits.shape[-1] / eps_squared > LARGEST_IN_FP32 else logits
     matrix, images = reference.regularized_gram(wide, eps_squared, group)
@@ -152,15 +172,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, bits = logits.shape[-2:]
     if not group:
-        gram, reciprocal = PARTS.coding_rate_gram.default(logits, bits / (n * eps_squared), n < bits)
+        gram, reciprocal = OPS.coding_rate_gram.default(logits, bits / (n * eps_squared), n < bits)
         images = logits.new_empty(0, dtype=torch.float32)
     else:
-        # Rows that lie on other ranks leave only zᵀz, whichever side is smaller.
-        gram, reciprocal = PARTS.coding_rate_gram.default(logits, 1.0, False)
-        everything = torch.cat([gram.flatten(), gram.new_full((1,), n)])
-        everything = reference.SumOverRanks.apply(everything, group)
-        images = everything[-1:].clone()
-        gram = everything[:-1].view_as(gram) * (bits / eps_squared / images)
+        # Other ranks' rows are not here, which leaves only zᵀz, even if it is the larger matrix.
+        gram, reciprocal = OPS.coding_rate_gram.default(logits, 1.0, False)
+        sums = torch.cat([gram.flatten(), gram.new_full((1,), n)])
+        sums = reference.SumOverRanks.apply(sums, group)
+        images = sums[-1:].clone()
+        gram = sums[:-1].view_as(gram) * (bits / eps_squared / images)
     rate, factor, smallest, clamped = factor_gram(gram)
     return rate, factor, reciprocal, images, smallest, clamped
 
@@ -194,12 +214,12 @@ def _backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]
     n, bits = logits.shape[-2:]
     if ctx.group:
         # Every rank's loss depends on this rank's logits.
-        arriving = reference.SumOverRanks.apply(grad, ctx.group) * (bits / ctx.eps_squared / images)
+        grad = reference.SumOverRanks.apply(grad, ctx.group) * (bits / ctx.eps_squared / images)
         alpha, of_images = 1.0, False
     else:
-        arriving, alpha, of_images = grad, bits / (n * ctx.eps_squared), n < bits
+        alpha, of_images = bits / (n * ctx.eps_squared), n < bits
     return (
-        PARTS.coding_rate_backward.default(arriving, logits, factor, reciprocal, alpha, of_images),
+        OPS.coding_rate_backward.default(grad, logits, factor, reciprocal, alpha, of_images),
         None,
         None,
     )
@@ -207,25 +227,26 @@ def _backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]
 
 def _refuse_second_derivative(ctx, *_: Tensor | None) -> None:
     raise NotImplementedError(
-        "logits: coding_rate has no second derivative; its definition has "
-        "(BINCOMM_BACKEND=reference, or fp64)"
+        "logits: coding_rate has no second derivative; use its definition, by BINCOMM_BACKEND=reference or "
+        "logits in fp64"
     )
 
 
-# ---- The parts in PyTorch: where there is no kernel, and, where one names BLAS, what calls it
+# ---- The PyTorch implementations: for missing kernels, and, where "BLAS" is named below, the callers of BLAS
 
 
 def _product(x: Tensor, y: Tensor) -> Tensor:
-    """`x y` in fp32, with all its digits whatever autocast and the precision set for products allow."""
-    reduced = x.device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision in ("bf16", "tf32")
+    """`x y` in full fp32, independent of autocast and of the precision set for matrix products."""
+    precision = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]  # set at import
+    reduced = x.device.type != "cpu" or precision in ("bf16", "tf32")
     if reduced:
         with torch.autocast(x.device.type, enabled=False):
             return torch.bmm(x.double(), y.double()).float()
-    # Autocast leaves alone what has out=.
+    # Autocast does not change calls with out=.
     return torch.bmm(x, y, out=x.new_empty((x.shape[0], x.shape[1], y.shape[2])))
 
 
-def _rows_form(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _rows_pytorch(logits: Tensor) -> tuple[Tensor, Tensor]:
     a = logits.to(torch.float32)
     # In double precision no square of a float overflows or vanishes.
     norms = torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64).clamp_min(reference.NORM_EPS)
@@ -233,101 +254,101 @@ def _rows_form(logits: Tensor) -> tuple[Tensor, Tensor]:
     return (a * reciprocal.unsqueeze(-1)).contiguous(), reciprocal.contiguous()
 
 
-def _gram_form(logits: Tensor, alpha: float, of_images: bool) -> tuple[Tensor, Tensor]:
-    z, reciprocal = PARTS.coding_rate_rows.default(logits)
+def _gram_pytorch(logits: Tensor, alpha: float, of_images: bool) -> tuple[Tensor, Tensor]:
+    z, reciprocal = OPS.coding_rate_rows.default(logits)
     gram = _product(z, z.mT) if of_images else _product(z.mT, z)
     return gram.mul_(alpha), reciprocal
 
 
-def _factor_form(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _factor_pytorch(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     matrix = gram.double()
     matrix.diagonal(dim1=-2, dim2=-1).add_(1)
     factor, _ = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
-    # Every pivot of I + (positive semi-definite) is at least 1: what is below 1 is rounding.
+    # Every pivot of I + (positive semi-definite) is at least 1: smaller ones are rounding errors.
     rate = pivots.clamp_min(1).log().sum(-1) / 2
     clamped = (pivots < 1).sum(-1, dtype=torch.int32)
     return rate.float(), factor.float().contiguous(), pivots.amin(-1).float(), clamped
 
 
-def _inverse_form(factor: Tensor) -> Tensor:
+def _inverse_pytorch(factor: Tensor) -> Tensor:
     return torch.cholesky_inverse(factor.double()).float().contiguous()
 
 
-def _gradient_form(grad: Tensor, g: Tensor, logits: Tensor, reciprocal: Tensor, alpha: float) -> Tensor:
+def _gradient_pytorch(grad: Tensor, g: Tensor, logits: Tensor, reciprocal: Tensor, alpha: float) -> Tensor:
     z = logits.to(torch.float32) * reciprocal.unsqueeze(-1)
-    # Through z = a/‖a‖ a gradient g becomes (g - (g·z)z)/‖a‖; a norm held at its floor is a constant.
+    # Through z = a/‖a‖ a gradient g becomes (g - (g·z)z)/‖a‖; a norm clamped to NORM_EPS is a constant.
     along = (g * z).sum(-1).masked_fill_(reciprocal >= 1 / reference.NORM_EPS, 0)
     scale = (grad[:, None] * alpha * reciprocal).unsqueeze(-1)
-    # What does not fit the dtype is its largest number, but where a large gradient arrives, as from a scaled
-    # loss, infinity is to show that its scale is too large.
+    # Numbers beyond the dtype's range become its largest number. But if the incoming gradient is large, as
+    # that of a scaled loss, they become infinite, which shows that the scale is too large.
     limit = torch.full_like(grad, torch.finfo(logits.dtype).max)
     limit = limit.masked_fill_(~(grad.abs() <= 1), torch.inf)[:, None, None]
     return ((g - along.unsqueeze(-1) * z) * scale).clamp(-limit, limit).to(logits.dtype).contiguous()
 
 
-def _backward_form(
+def _backward_pytorch(
     grad: Tensor, logits: Tensor, factor: Tensor, reciprocal: Tensor, alpha: float, of_images: bool
 ) -> Tensor:
-    inverse = PARTS.coding_rate_inverse.default(factor)
-    z, _ = PARTS.coding_rate_rows.default(logits)
+    inverse = OPS.coding_rate_inverse.default(factor)
+    z, _ = OPS.coding_rate_rows.default(logits)
     g = _product(inverse, z) if of_images else _product(z, inverse)
-    return PARTS.coding_rate_gradient.default(grad, g, logits, reciprocal, alpha)
+    return OPS.coding_rate_gradient.default(grad, g, logits, reciprocal, alpha)
 
 
 @functools.cache
 def largest_side(device: int) -> int:
     """Largest side of a matrix that the CUDA kernel inverts on this GPU; 0 where there is no kernel."""
-    return _C.largest_side(device) if has_cuda_code() else 0
+    return _C.largest_side(device) if _C is not None and has_cuda_code() else 0
 
 
 def _factor_on_cuda(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the CUDA backward takes is the inverse itself."""
+    """As `coding_rate_factor`, but with the inverse as the factor, which the CUDA backward expects."""
     if gram.shape[-1] <= largest_side(gram.get_device()):
-        return PARTS.coding_rate_sweep.default(gram)
+        return OPS.coding_rate_sweep.default(gram)
     if BACKEND == "native":
         raise RuntimeError(
-            f"BINCOMM_BACKEND=native, but coding_rate's kernel takes sides of up to "
+            f"BINCOMM_BACKEND=native, but coding_rate's kernel takes matrices of up to "
             f"{largest_side(gram.get_device())} on this GPU, not {gram.shape[-1]}"
         )
-    rate, factor, smallest, clamped = _factor_form(gram)
-    return rate, _inverse_form(factor), smallest, clamped
+    rate, factor, smallest, clamped = _factor_pytorch(gram)
+    return rate, _inverse_pytorch(factor), smallest, clamped
 
 
-# `factor` (V, m, m) is the CPU kernel's own, or Cholesky's; where CUDA's kernels serve it is the inverse.
-define("coding_rate_rows(Tensor logits) -> (Tensor, Tensor)", cpu="C++", cuda=None, pytorch_form=_rows_form)
+# `factor` (V, m, m) has the CPU kernel's own layout, or is Cholesky's; for CUDA's kernels it is the inverse.
+define("coding_rate_rows(Tensor logits) -> (Tensor, Tensor)", cpu="C++", cuda=None, pytorch=_rows_pytorch)
 define(
     "coding_rate_gram(Tensor logits, float alpha, bool of_images) -> (Tensor, Tensor)",
     cpu="C++",
     cuda="CUDA",
-    pytorch_form=_gram_form,
+    pytorch=_gram_pytorch,
 )
 define(
     "coding_rate_factor(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)",
     cpu="C++",
     cuda=None,
-    pytorch_form=_factor_form,
+    pytorch=_factor_pytorch,
 )
-define("coding_rate_inverse(Tensor factor) -> Tensor", cpu="C++", cuda=None, pytorch_form=_inverse_form)
+define("coding_rate_inverse(Tensor factor) -> Tensor", cpu="C++", cuda=None, pytorch=_inverse_pytorch)
 define(
     "coding_rate_gradient(Tensor grad, Tensor g, Tensor logits, Tensor reciprocal, float alpha) -> Tensor",
     cpu="C++",
     cuda=None,
-    pytorch_form=_gradient_form,
+    pytorch=_gradient_pytorch,
 )
 define(
     "coding_rate_backward(Tensor grad, Tensor logits, Tensor factor, Tensor reciprocal, float alpha,"
     " bool of_images) -> Tensor",
     cpu="C++, BLAS",
     cuda="CUDA",
-    pytorch_form=_backward_form,
+    pytorch=_backward_pytorch,
     fake=lambda grad, logits, factor, reciprocal, alpha, of_images: logits.new_empty(logits.shape),
 )
 define(
     "coding_rate(Tensor logits, float eps_squared, str group)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     cpu="C++, BLAS",
-    pytorch_form=functools.partial(_forward, PARTS.coding_rate_factor.default),
+    pytorch=functools.partial(_forward, OPS.coding_rate_factor.default),
     fake=_fake,
 )
 if has_cuda_code():

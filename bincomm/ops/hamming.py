@@ -6,7 +6,7 @@ from torch import Tensor
 from bincomm.ops import reference
 from bincomm.ops.library import BACKEND, define, use_triton
 
-PAIRS = 1 << 24  # distances held at once where the database is searched in blocks
+DISTANCES_PER_BLOCK = 1 << 24  # held at once when the database is searched in blocks
 
 
 def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -30,9 +30,9 @@ def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def hamming_topk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k messages of a database nearest to each query; of equally near ones those that come first.
+    """The k messages of a database nearest to each query; of equal distances the first ones.
 
-    The database is passed over in blocks: memory does not grow with the product of the two sizes.
+    The database is searched in blocks: memory does not grow with the product of the two sizes.
 
     Args:
         queries: (Q, ⌈K/32⌉) int32 messages, as from `pack_signs`; any strides.
@@ -57,8 +57,8 @@ def hamming_topk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Ten
 def _check(name: str, messages: Tensor, other_name: str, others: Tensor) -> None:
     for argument, x in ((name, messages), (other_name, others)):
         if not isinstance(x, Tensor) or x.dtype != torch.int32:
-            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{argument}: expected int32 messages, got {found}")
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{argument}: expected int32 messages, got {kind}")
         if x.dim() != 2 or x.shape[1] == 0:
             raise ValueError(f"{argument}: expected shape (messages, words ≥ 1), got {tuple(x.shape)}")
     if others.shape[1] != messages.shape[1]:
@@ -69,12 +69,12 @@ def _check(name: str, messages: Tensor, other_name: str, others: Tensor) -> None
         raise ValueError(f"{other_name}: expected on {messages.device} like {name}, got {others.device}")
 
 
-def _topk_in_blocks(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances block by block, from whatever gives them on this device, each block merged into the best."""
-    size, found = len(database), []
-    some = max(1, min(len(queries), PAIRS >> 12))
-    block = max(k, PAIRS // some)
-    for part in queries.split(some):
+def topk_in_blocks(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`hamming_topk` by the device's `hamming_distance`, block by block, each merged into the best so far."""
+    size, results = len(database), []
+    rows = max(1, min(len(queries), DISTANCES_PER_BLOCK >> 12))
+    block = max(k, DISTANCES_PER_BLOCK // rows)
+    for part in queries.split(rows):
         # distance · D + index orders by distance, then index; no two keys are equal.
         best = part.new_empty((len(part), 0), dtype=torch.int64)
         for first in range(0, size, block):
@@ -82,25 +82,25 @@ def _topk_in_blocks(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, 
             indices = torch.arange(first, first + distances.shape[1], device=part.device)
             keys = torch.cat([best, distances.to(torch.int64) * size + indices], 1)
             best = keys.topk(min(k, keys.shape[1]), largest=False, sorted=True).values
-        found.append(best)
-    keys = torch.cat(found) if size else queries.new_empty((len(queries), 0), dtype=torch.int64)
+        results.append(best)
+    keys = torch.cat(results) if size else queries.new_empty((len(queries), 0), dtype=torch.int64)
     return (keys // max(1, size)).to(torch.int32), keys % max(1, size)
 
 
 define(
     "hamming_distance(Tensor a, Tensor b) -> Tensor",
     cpu="C++",
-    pytorch_form=reference.hamming_distance,
+    pytorch=reference.hamming_distance,
     fake=lambda a, b: a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32),
 )
 define(
     "hamming_topk(Tensor queries, Tensor database, int k) -> (Tensor, Tensor)",
     cpu="C++",
     cuda="torch.topk",
-    pytorch_form=_topk_in_blocks,
+    pytorch=topk_in_blocks,
     fake=lambda queries, database, k: (
         queries.new_empty((queries.shape[0], k), dtype=torch.int32),
         queries.new_empty((queries.shape[0], k), dtype=torch.int64),
     ),
 )
-use_triton("hamming_distance", "hamming", "hamming_distance")
+use_triton("hamming_distance", "hamming", "launch_hamming_distance")

@@ -1,7 +1,7 @@
 """The `bincomm` operator library: which kernels exist, which one runs, and why.
 
 PyTorch's dispatcher chooses by device: `bincomm._C` registers its kernels for CPU, `bincomm.kernels` (Triton)
-for CUDA, and every operation has a form in PyTorch for other devices and for where a kernel is missing.
+for CUDA, and every operation has a PyTorch implementation for other devices and for missing kernels.
 """
 
 import functools
@@ -26,14 +26,14 @@ KERNELS: dict[str, dict[str, str]] = {}
 
 
 def load(module: str) -> tuple[ModuleType | None, str]:
-    """Import a module of kernels: (module, "") or (None, why it is not there)."""
+    """Import a module of kernels: (module, "") or (None, the reason)."""
     try:
         return importlib.import_module(module), ""
     except ImportError as error:
         return None, f"{type(error).__name__}: {error}"
 
 
-_C, _C_MISSING = load("bincomm._C")
+_C, _C_ERROR = load("bincomm._C")
 
 
 def has_cuda_code() -> bool:
@@ -46,21 +46,21 @@ def define(
     *,
     cpu: str | None,
     cuda: str | None = "PyTorch",
-    pytorch_form: Callable,
+    pytorch: Callable,
     fake: Callable | None = None,
 ) -> None:
-    """Declare an operation with its form in PyTorch and, where PyTorch is to trace it, its shape rule.
+    """Declare an operation with its PyTorch implementation and, if PyTorch is to trace it, its shape rule.
 
-    `cpu` and `cuda` name what serves tensors there: "C++" and "CUDA" are kernels of `_C`, "BLAS" and
-    "foreach" what the form in PyTorch calls by intention, "PyTorch" that form where it only stands in (for
-    Triton see `use_triton`), None that it is not used there.
+    `cpu` and `cuda` name what runs there: "C++" and "CUDA" are kernels of `_C`, "BLAS" and "foreach" what the
+    PyTorch implementation calls by intention, "PyTorch" that implementation in place of a kernel (for Triton
+    see `use_triton`), None that the operation is not used there.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, _form(name, pytorch_form), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _fallback(name, pytorch), "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"bincomm::{name}", fake, lib=LIBRARY)
-    # Asked of the dispatcher, not of _C, which may be of an older build.
+    # The dispatcher knows; _C may be of an older build.
     has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, f"bincomm::{name}")
     where = {
         device: "PyTorch" if kernel in ("C++", "CUDA") and not has(device.upper()) else kernel
@@ -72,7 +72,7 @@ def define(
 
 
 def use_triton(name: str, module: str, function: str) -> None:
-    """Let CUDA tensors take a Triton launcher of `bincomm.kernels`, imported at its first call."""
+    """Use a Triton launcher of `bincomm.kernels` for CUDA tensors; it is imported at its first call."""
     if importlib.util.find_spec("triton") is None:
         return
     launcher = functools.cache(
@@ -82,31 +82,33 @@ def use_triton(name: str, module: str, function: str) -> None:
     KERNELS[name]["cuda"] = "Triton"
 
 
-def _form(name: str, pytorch_form: Callable) -> Callable:
-    """The form in PyTorch; under BINCOMM_BACKEND=native it refuses where it would stand in for a kernel."""
+def _fallback(name: str, pytorch: Callable) -> Callable:
+    """The PyTorch implementation; with BINCOMM_BACKEND=native it refuses to replace a missing kernel."""
     if BACKEND != "native":
-        return pytorch_form
+        return pytorch
 
-    def refuse_stand_in(*args):
+    def refuse_fallback(*args):
         tensors = (a[0] if isinstance(a, list) else a for a in args)
         device = next(a.device.type for a in tensors if isinstance(a, torch.Tensor))
         if name not in KERNELS or KERNELS[name].get(device, "PyTorch") != "PyTorch":
-            return pytorch_form(*args)
-        why = f" ({_C_MISSING})" if device == "cpu" and _C_MISSING else ""
-        raise RuntimeError(f"BINCOMM_BACKEND=native, but {name} has no native kernel for {device} here{why}")
+            return pytorch(*args)
+        reason = f" ({_C_ERROR})" if device == "cpu" and _C_ERROR else ""
+        raise RuntimeError(
+            f"BINCOMM_BACKEND=native, but {name} has no native kernel for {device} here{reason}"
+        )
 
-    return refuse_stand_in
+    return refuse_fallback
 
 
 def refuse_tangent(argument: str, x: torch.Tensor) -> None:
-    """Raise where a forward-mode derivative is asked for: PyTorch takes that of a custom operator to be 0."""
+    """Raise if a forward-mode derivative is requested: PyTorch would return 0 for a custom operator."""
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
         raise NotImplementedError(
-            f"{argument}: this operation has no forward-mode derivative; its definition has "
-            "(BINCOMM_BACKEND=reference, or fp64)"
+            f"{argument}: this operation has no forward-mode derivative; use its definition, by "
+            "BINCOMM_BACKEND=reference or tensors in fp64"
         )
 
 
-def takes_reference(x: torch.Tensor) -> bool:
-    """Whether the definition itself is to run: when asked for, and for fp64, which no kernel takes."""
+def uses_reference(x: torch.Tensor) -> bool:
+    """Whether the definition runs: with BINCOMM_BACKEND=reference, and for fp64, which no kernel takes."""
     return BACKEND == "reference" or x.dtype == torch.float64

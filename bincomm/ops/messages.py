@@ -10,7 +10,7 @@ LOGIT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def pack_signs(logits: Tensor) -> Tensor:
-    """The message of some logits: one bit `1[a > 0]` each.
+    """The message of logits: one bit `1[a > 0]` each.
 
     Args:
         logits: (..., K) fp32, fp16, bf16 or fp64; any strides.
@@ -20,7 +20,7 @@ def pack_signs(logits: Tensor) -> Tensor:
         gradient. A NaN becomes a 0: check for NaN before you store messages.
 
     Raises:
-        TypeError: `logits` is no floating-point tensor.
+        TypeError: `logits` is not a floating-point tensor.
         ValueError: `logits` has no dimension.
     """
     check_logits("logits", logits)
@@ -67,7 +67,7 @@ def check_logits(argument: str, x: Tensor) -> None:
 define(
     "pack_signs(Tensor logits) -> Tensor",
     cpu="C++",
-    pytorch_form=reference.pack_signs,
+    pytorch=reference.pack_signs,
     fake=lambda logits: logits.new_empty(
         (*logits.shape[:-1], (logits.shape[-1] + 31) // 32), dtype=torch.int32
     ),
@@ -75,8 +75,8 @@ define(
 define(
     "unpack_signs(Tensor messages, int bits) -> Tensor",
     cpu="C++",
-    pytorch_form=reference.unpack_signs,
+    pytorch=reference.unpack_signs,
     fake=lambda messages, bits: messages.new_empty((*messages.shape[:-1], bits), dtype=torch.bool),
 )
-use_triton("pack_signs", "messages", "pack_signs")
-use_triton("unpack_signs", "messages", "unpack_signs")
+use_triton("pack_signs", "messages", "launch_pack_signs")
+use_triton("unpack_signs", "messages", "launch_unpack_signs")

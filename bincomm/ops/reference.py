@@ -1,7 +1,7 @@
 """Each operation by its definition, in plain differentiable PyTorch.
 
-This is the specification: the tests hold every kernel against these functions in fp64, and the benchmarks
-take their baselines from here. They run on any device and in the dtype of their input, half types in fp32.
+This is the specification: the tests compare every kernel with these functions in fp64, and the benchmarks
+use them as baselines. They run on any device and in the dtype of their input, half types in fp32.
 """
 
 import torch
@@ -45,18 +45,20 @@ def hamming_topk(queries: Tensor, database: Tensor, k: int) -> tuple[Tensor, Ten
 
 
 def paired_views(views: int, teachers: int, pairs: str) -> list[tuple[int, int]]:
-    """The pairs (teacher view, student view); `cross` leaves out a view with itself, `matched` all others."""
-    every = [(u, v) for u in range(teachers) for v in range(views)]
-    keep = {"cross": lambda u, v: u != v, "all": lambda u, v: True, "matched": lambda u, v: u == v}[pairs]
-    return [pair for pair in every if keep(*pair)]
+    """The pairs (teacher view, student view); `cross` leaves out u = v, `matched` u ≠ v."""
+    candidates = [(u, v) for u in range(teachers) for v in range(views)]
+    is_paired = {"cross": lambda u, v: u != v, "all": lambda u, v: True, "matched": lambda u, v: u == v}[
+        pairs
+    ]
+    return [pair for pair in candidates if is_paired(*pair)]
 
 
 def sign_bce(student: Tensor, teacher: Tensor, pairs: str = "cross") -> Tensor:
     """Mean over pairs, images and bits of `-log σ((2m-1)·a)`: BCE of student logits against teacher signs.
 
-    Written through logσ rather than softplus(a) - m·a, so that infinite logits give 0 or inf, as they should.
+    Written with logσ rather than softplus(a) - m·a, so that infinite logits give 0 or inf, as they should.
     """
-    a = widen(student).unbind()  # indexing would cost a gradient of all views for every pair
+    a = widen(student).unbind()  # indexing would cost a gradient of all views for each pair
     if teacher.dtype == torch.int32:
         m = unpack_signs(teacher, student.shape[-1])
         unknown = torch.zeros_like(m)
@@ -116,7 +118,7 @@ def coding_rate(
 def half_logdet(matrix: Tensor) -> Tensor:
     """`½ log det` of a symmetric positive definite matrix: the log of its Cholesky factor's determinant.
 
-    By Cholesky also for its sake: `torch.logdet` factors by LU, which some builds of MKL get wrong for
-    batches once the number of threads has been set.
+    Not by `torch.logdet`, which factors by LU: some builds of MKL get that wrong for batches once the number
+    of threads has been set.
     """
     return torch.linalg.cholesky_ex(matrix)[0].diagonal(dim1=-2, dim2=-1).log().sum(-1)

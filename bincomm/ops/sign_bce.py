@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bincomm.ops import reference
-from bincomm.ops.library import LIBRARY, define, refuse_tangent, takes_reference, use_triton
+from bincomm.ops.library import LIBRARY, define, refuse_tangent, use_triton, uses_reference
 from bincomm.ops.messages import check_logits
 
 PAIRS = ("cross", "all", "matched")
@@ -24,15 +24,15 @@ def sign_bce(student: Tensor, teacher: Tensor, *, pairs: str = "cross") -> Tenso
             teacher's own, so V ≥ U), "all" leaves nothing out, "matched" pairs view v with message v (V = U).
 
     Returns:
-        Scalar, fp32 (fp64 for fp64 logits), in nats per bit: ln 2 ≈ 0.693 when the student knows nothing.
+        Scalar, fp32 (fp64 for fp64 logits), in nats per bit: ln 2 ≈ 0.693 for logits of 0.
         NaN logits on either side give NaN, as does n = 0.
 
     Raises:
-        TypeError: an argument is no tensor of the dtypes above.
+        TypeError: an argument is not a tensor of the dtypes above.
         ValueError: shapes, devices or `pairs` do not fit.
     """
     _check(student, teacher, pairs)
-    if takes_reference(student):
+    if uses_reference(student):
         return reference.sign_bce(student, teacher.detach(), pairs)
     refuse_tangent("student", student)
     if teacher.dtype == torch.float64:
@@ -69,14 +69,15 @@ def _check(student: Tensor, teacher: Tensor, pairs: str) -> None:
         raise ValueError(f"student: pairs='cross' needs V ≥ max(U, 2) views, got V={views} and U={teachers}")
 
 
-def _pytorch_form(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
+def sign_bce_pytorch(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
+    """Loss and messages in PyTorch."""
     packed = teacher.dtype == torch.int32
     messages = teacher.new_empty(0) if packed else reference.pack_signs(teacher)
     return reference.sign_bce(student, teacher, pairs), messages
 
 
-def _pytorch_form_backward(grad: Tensor, student: Tensor, messages: Tensor, pairs: str) -> Tensor:
-    # ∂loss/∂a_v = (c_v·σ(a_v) - S_v) / (pairs·n·K): c_v teachers are paired with v, S_v sums their bits.
+def sign_bce_backward_pytorch(grad: Tensor, student: Tensor, messages: Tensor, pairs: str) -> Tensor:
+    """`∂loss/∂a_v = (c_v·σ(a_v) - S_v)/(pairs·n·K)`: c_v teachers are paired with v, S_v sums their bits."""
     a = reference.widen(student)
     m = reference.unpack_signs(messages, student.shape[-1]).to(a.dtype)
     teachers_of: list[list[int]] = [[] for _ in student]
@@ -96,30 +97,30 @@ def _fake(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tensor, Tensor]
 
 def _setup_context(ctx, inputs, output) -> None:
     student, teacher, ctx.pairs = inputs
-    # Backward recomputes from the logits and the bits; nothing of the logits' size is kept beside the logits.
+    # Backward recomputes from the logits and the bits; nothing else of the logits' size is saved.
     ctx.save_for_backward(student, teacher if teacher.dtype == torch.int32 else output[1])
 
 
 def _backward(ctx, grad_loss: Tensor, grad_messages: Tensor | None) -> tuple[Tensor, None, None]:
     student, messages = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated in its turn
-        return _pytorch_form_backward(grad_loss, student, messages, ctx.pairs), None, None
+    if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated again
+        return sign_bce_backward_pytorch(grad_loss, student, messages, ctx.pairs), None, None
     return torch.ops.bincomm.sign_bce_backward(grad_loss, student, messages, ctx.pairs), None, None
 
 
-# The first result is the loss, the second the teacher's message, empty when the teacher came as one.
+# The first result is the loss, the second the teacher's message, empty if the teacher was given as a message.
 define(
     "sign_bce(Tensor student, Tensor teacher, str pairs) -> (Tensor, Tensor)",
     cpu="C++",
-    pytorch_form=_pytorch_form,
+    pytorch=sign_bce_pytorch,
     fake=_fake,
 )
 define(
     "sign_bce_backward(Tensor grad, Tensor student, Tensor messages, str pairs) -> Tensor",
     cpu="C++",
-    pytorch_form=_pytorch_form_backward,
+    pytorch=sign_bce_backward_pytorch,
     fake=lambda grad, student, messages, pairs: student.new_empty(student.shape),
 )
 torch.library.register_autograd("bincomm::sign_bce", _backward, setup_context=_setup_context, lib=LIBRARY)
-use_triton("sign_bce", "sign_bce", "sign_bce_forward")
-use_triton("sign_bce_backward", "sign_bce", "sign_bce_backward")
+use_triton("sign_bce", "sign_bce", "launch_sign_bce_forward")
+use_triton("sign_bce_backward", "sign_bce", "launch_sign_bce_backward")

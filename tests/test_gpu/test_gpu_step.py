@@ -3,10 +3,6 @@
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a GPU", allow_module_level=True)
-pytest.importorskip("timm", reason="training needs the packages of bincomm[train]")
-
 from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.step import Step
 from bincomm.networks import Head, Network, create_backbone, create_teacher, feature_width
@@ -42,7 +38,7 @@ def batches(count, n=16):
 def test_a_step_does_not_wait_for_the_device(objective, precision):
     step = create(objective(), precision)
     first, *rest = batches(4)
-    step(*first, **RATES)  # what is set up once may
+    step(*first, **RATES)  # only the set-up may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         for views in rest:
@@ -61,10 +57,10 @@ def test_faster_and_smaller_forms_are_the_same_step(form):
     if form == "capture":
         other.capture(*first)
     for views in batches(5):
-        mine, theirs = plain(*views, **RATES), other(*views, **RATES)
-        torch.testing.assert_close(mine.losses, theirs.losses, rtol=1e-3, atol=1e-4)
-    for mine, theirs in zip(plain.student.parameters(), other.student.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
+        expected, result = plain(*views, **RATES), other(*views, **RATES)
+        torch.testing.assert_close(result.losses, expected.losses, rtol=1e-3, atol=1e-4)
+    for expected, result in zip(plain.student.parameters(), other.student.parameters(), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("captured", [False, True])
@@ -73,17 +69,17 @@ def test_what_is_not_finite_is_skipped(captured):
     good = next(batches(1))
     if captured:
         step.capture(*good)
-    seen = []
+    counts = []
 
     def take(global_views, local_views):
         step(global_views, local_views, **RATES)
-        seen.append(step.guard.read()[:2])
+        counts.append(step.guard.read()[:2])
 
     take(*good)
     before = [p.detach().clone() for p in step.student.parameters()]
     take(good[0], torch.full_like(good[1], torch.nan))
     assert all(torch.equal(p, old) for p, old in zip(step.student.parameters(), before, strict=True))
     take(*good)
-    assert seen == [(0, 0), (0, 0), (1, 1)]
+    assert counts == [(0, 0), (0, 0), (1, 1)]
     assert step.guard.read(last=True)[:2] == (1, 0)
     assert not torch.equal(next(step.student.head.parameters()), before[-6])

@@ -3,9 +3,6 @@
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a GPU", allow_module_level=True)
-
 import bincomm
 from bincomm.ops import reference
 from bincomm.ops.coding_rate import largest_side
@@ -48,12 +45,12 @@ def test_sign_bce(views, teachers, n, bits, pairs, dtype):
     student = (3 * torch.randn(views, n, bits, device="cuda")).to(dtype)
     teacher = torch.randn(teachers, n, bits, device="cuda").to(dtype)
     exact = value_and_gradient(reference.sign_bce, student.double(), teacher.double(), pairs)
-    for some in (teacher, bincomm.pack_signs(teacher)):
-        loss, gradient = value_and_gradient(bincomm.sign_bce, student, some, pairs=pairs)
+    for targets in (teacher, bincomm.pack_signs(teacher)):
+        loss, gradient = value_and_gradient(bincomm.sign_bce, student, targets, pairs=pairs)
         torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=0)
         error = (gradient.double() - exact[1]).norm() / exact[1].norm()
         assert error < max(1e-6, torch.finfo(dtype).eps)
-        again = value_and_gradient(bincomm.sign_bce, student, some, pairs=pairs)
+        again = value_and_gradient(bincomm.sign_bce, student, targets, pairs=pairs)
         assert torch.equal(again[0], loss)
         assert torch.equal(again[1], gradient)
 
@@ -70,10 +67,9 @@ def test_hamming():
     a, b = (torch.randint(-(2**31), 2**31, (rows, 8), dtype=torch.int32) for rows in (300, 5000))
     expected = bincomm.hamming_distance(a, b)
     assert torch.equal(bincomm.hamming_distance(a.cuda(), b.cuda()).cpu(), expected)
-    for mine, other in zip(
-        bincomm.hamming_topk(a.cuda(), b.cuda(), 20), bincomm.hamming_topk(a, b, 20), strict=True
-    ):
-        assert torch.equal(mine.cpu(), other)
+    results = bincomm.hamming_topk(a.cuda(), b.cuda(), 20)
+    for result, expected in zip(results, bincomm.hamming_topk(a, b, 20), strict=True):
+        assert torch.equal(result.cpu(), expected)
 
 
 def test_sign_bce_beyond_2_31_elements():
@@ -84,8 +80,8 @@ def test_sign_bce_beyond_2_31_elements():
     teacher = torch.randn(1, n, bits, device="cuda", dtype=torch.bfloat16)
     loss, gradient = value_and_gradient(bincomm.sign_bce, student, teacher)
     last = slice(n - 8, n)
-    few = value_and_gradient(reference.sign_bce, student[:, last].double(), teacher[:, last].double())
-    torch.testing.assert_close(gradient[:, last].double() * n / 8, few[1], rtol=1e-2, atol=1e-9)
+    exact = value_and_gradient(reference.sign_bce, student[:, last].double(), teacher[:, last].double())
+    torch.testing.assert_close(gradient[:, last].double() * n / 8, exact[1], rtol=1e-2, atol=1e-9)
     assert 0.5 < loss < 1
 
 
@@ -138,11 +134,11 @@ def test_coding_rate_of_any_strides_and_its_diagnostics(shape):
     expected = bincomm.coding_rate(logits, diagnostics=True)
     exact = value_and_gradient(reference.coding_rate, logits.double())
     permuted = logits.permute(2, 0, 1).contiguous().cuda().permute(1, 2, 0).requires_grad_()
-    found = bincomm.coding_rate(permuted, diagnostics=True)
-    for mine, other in zip(found, expected, strict=True):
-        assert mine.is_cuda
-        torch.testing.assert_close(mine.detach().cpu(), other, rtol=1e-5, atol=0)
-    (3 * found.rate.sum()).backward()
+    result = bincomm.coding_rate(permuted, diagnostics=True)
+    for value, other in zip(result, expected, strict=True):
+        assert value.is_cuda
+        torch.testing.assert_close(value.detach().cpu(), other, rtol=1e-5, atol=0)
+    (3 * result.rate.sum()).backward()
     assert (permuted.grad.cpu() - exact[1]).norm() < 1e-4 * exact[1].norm()
 
 
@@ -156,7 +152,7 @@ def test_coding_rate_near_a_collapse(bits):
     assert (gradient.cpu() - exact[1]).norm() < 1e-2 * exact[1].norm()
 
 
-def test_coding_rate_for_which_fp32_has_not_the_digits(no_sync):
+def test_coding_rate_for_which_fp32_is_not_precise_enough(no_sync):
     logits = torch.randn(2, 60, 40, device="cuda")
     rate, gradient = value_and_gradient(bincomm.coding_rate, logits, eps_squared=1e-5)
     torch.cuda.set_sync_debug_mode("default")
@@ -183,9 +179,9 @@ def test_coding_rate_of_finite_logits_is_finite(bits, dtype):
         assert gradient.isfinite().all()
     logits = torch.randn(2, 300, bits, device="cuda").to(dtype)
     logits[1, 3, 5] = torch.nan
-    found = bincomm.coding_rate(logits, diagnostics=True)
-    assert found.rate.isnan().tolist() == [False, True]
-    assert found.smallest_pivot.isnan().tolist() == [False, True]
+    result = bincomm.coding_rate(logits, diagnostics=True)
+    assert result.rate.isnan().tolist() == [False, True]
+    assert result.smallest_pivot.isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +235,7 @@ def test_sign_bce_in_a_cuda_graph():
 
 
 def test_the_extension_holds_code_for_this_gpu():
-    from bincomm import _C
+    from bincomm import _C  # without a GPU there may be none
 
     major, minor, _ = _C.device_code(0)
     assert (major, minor) <= torch.cuda.get_device_capability(0)

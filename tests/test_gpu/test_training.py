@@ -5,19 +5,15 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-if not torch.cuda.is_available():
-    pytest.skip("needs a GPU", allow_module_level=True)
-for package in ("timm", "nvidia.dali", "jsonargparse", "sklearn", "safetensors"):
-    pytest.importorskip(package, reason="training needs the packages of bincomm[train]")
+from bincomm.config import parse
+from bincomm.data.crops import Crops
+from bincomm.data.loader import Loader
+from bincomm.data.sources import open_source
+from bincomm.pretraining import pretrain
 
-from PIL import Image  # noqa: E402
-
-from bincomm.config import parse  # noqa: E402
-from bincomm.data.crops import Crops  # noqa: E402
-from bincomm.data.loader import Loader  # noqa: E402
-from bincomm.data.sources import open_source  # noqa: E402
-from bincomm.pretraining import pretrain  # noqa: E402
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +30,11 @@ def test_batches_are_those_of_the_cpu():
         for device in ("cuda", "cpu")
     ]
     for _ in range(6):
-        for mine, other in zip(*(loader.next() for loader in batches), strict=True):
-            assert mine.is_cuda
-            assert (mine.cpu() - other).abs().mean() < 0.05  # in deviations of ImageNet's colors
+        for crops_on_gpu, crops_on_cpu in zip(*(loader.next() for loader in batches), strict=True):
+            assert crops_on_gpu.is_cuda
+            assert (
+                crops_on_gpu.cpu() - crops_on_cpu
+            ).abs().mean() < 0.05  # in deviations of ImageNet's colors
 
 
 @pytest.mark.parametrize("form", ["--compile=off", "--compile=on", "--cuda_graph=true"])
@@ -61,14 +59,14 @@ def photographs(folder, count=40):
     file = io.BytesIO()
     image.save(file, "PNG")
     data = file.getvalue()
-    (folder / "damaged.png").write_bytes(data[:900] + bytes(200) + data[1100:])  # its end is whole
+    (folder / "damaged.png").write_bytes(data[:900] + bytes(200) + data[1100:])  # its end is intact
     return str(folder)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_photographs_of_all_kinds(tmp_path, dtype, channels_last):
-    """Decoded and cropped as on the CPU; batches keep their memory while others are made."""
+    """Decoded and cropped as on the CPU; batches keep their memory while further ones are loaded."""
     source = open_source(photographs(tmp_path / "photographs"))
     crops = Crops(global_size=64, local_crops=3, local_size=32)
     options = {
@@ -78,18 +76,18 @@ def test_photographs_of_all_kinds(tmp_path, dtype, channels_last):
         "dtype": dtype,
         "channels_last": channels_last,
     }
-    here, there = (
+    on_gpu, on_cpu = (
         Loader(source, crops, device=torch.device(device), **options) for device in ("cuda", "cpu")
     )
-    kept = []
+    earlier = []
     for _ in range(15):  # three epochs
-        mine, other = here.next(), there.next()
-        for x, y in zip(mine, other, strict=True):
+        batch, expected = on_gpu.next(), on_cpu.next()
+        for x, y in zip(batch, expected, strict=True):
             assert x.dtype == dtype
             assert x.flatten(0, 1).data_ptr() == x.data_ptr()
             assert (x.cpu().float() - y.float()).abs().mean() < 0.1  # in deviations of ImageNet's colors
-        kept.append((mine, [x.clone() for x in mine]))
-    for mine, copies in kept:
-        assert all(torch.equal(x, y) for x, y in zip(mine, copies, strict=True))
-    assert here.unusable == there.unusable
-    assert len(here.unusable) == 1
+        earlier.append((batch, [x.clone() for x in batch]))
+    for batch, copies in earlier:
+        assert all(torch.equal(x, y) for x, y in zip(batch, copies, strict=True))
+    assert on_gpu.unusable == on_cpu.unusable
+    assert len(on_gpu.unusable) == 1

@@ -1,10 +1,10 @@
 // The coding rate's kernels on fibers, launched as csrc/coding_rate.cu launches them on a GPU.
 //
-//     program SIDE OF_IMAGES SEED V n K ALPHA PERMUTED < logits and arriving gradients, floats > results, floats
+//     program SIDE OF_IMAGES SEED V n K ALPHA PERMUTED < logits and gradients of the rates, floats > results, floats
 //
 // SIDE is that of the cluster of blocks of a matrix; PERMUTED has the logits as (n, K, V) in memory. Every array is a
 // heap allocation of its own size, filled with NaN, so that sanitizers see an access beyond its ends, and a result
-// that was not written shows.
+// that was not written is visible.
 
 #include "fibers.h"
 
@@ -19,15 +19,15 @@ using namespace bincomm;
 
 template <class T>
 std::vector<T> array(int64_t size) {
-  std::vector<T> made(size, std::numeric_limits<T>::has_quiet_NaN ? std::numeric_limits<T>::quiet_NaN() : T(-1));
-  made.shrink_to_fit();
-  return made;
+  std::vector<T> result(size, std::numeric_limits<T>::has_quiet_NaN ? std::numeric_limits<T>::quiet_NaN() : T(-1));
+  result.shrink_to_fit();
+  return result;
 }
 
 std::vector<float> read(int64_t size) {
-  std::vector<float> from = array<float>(size);
-  if (std::fread(from.data(), sizeof(float), size, stdin) != static_cast<size_t>(size)) std::abort();
-  return from;
+  std::vector<float> values = array<float>(size);
+  if (std::fread(values.data(), sizeof(float), size, stdin) != static_cast<size_t>(size)) std::abort();
+  return values;
 }
 
 template <class T>
@@ -43,7 +43,7 @@ void launch_sweep(const SweepArguments& arguments, int views, unsigned seed) {
   const int tiles = tiles_of(arguments.n);
   const size_t bytes = SweepMemory<kSide>(tiles).size(tiles) * sizeof(float);
   fibers::launch(views * kSide * kSide, kSweepThreads, kSide * kSide, bytes, seed,
-                 [&] { sweep_kernel<kSide>(arguments); });
+                 [&] { coding_rate_sweep_kernel<kSide>(arguments); });
 }
 
 template <bool kOfImages>
@@ -51,7 +51,7 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
   const int m = kOfImages ? n : bits;
   const int64_t rows = static_cast<int64_t>(views) * n, tiles = tiles_of(m);
   const int64_t bit_tiles = tiles_of(bits), row_tiles = tiles_of(n);
-  const std::vector<float> a = read(rows * bits), arriving = read(views);
+  const std::vector<float> a = read(rows * bits), grad = read(views);
   auto reciprocal = array<float>(rows), out = array<float>(static_cast<int64_t>(views) * m * m);
   auto inverse = array<float>(out.size()), rate = array<float>(views), smallest = array<float>(views);
   auto clamped = array<int>(views);
@@ -63,27 +63,28 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
   const auto bytes = [](int warps) { return 2 * warps * kTileSize * sizeof(float); };
   const unsigned blocks_of_rows = (rows + kProductWarps - 1) / kProductWarps;
   fibers::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed,
-                 [&] { reciprocal_norms_kernel(logits, reciprocal.data(), rows); });
+                 [&] { coding_rate_reciprocal_norms_kernel(logits, reciprocal.data(), rows); });
   int depth = warps(kOfImages ? bits : n);
   fibers::launch(views * tiles * (tiles + 1) / 2, depth * kTile, 1, bytes(depth), seed + 1,
-                 [&] { gram_kernel<float, kOfImages>(logits, alpha, out.data()); });
+                 [&] { coding_rate_gram_kernel<float, kOfImages>(logits, alpha, out.data()); });
   const SweepArguments arguments{out.data(), inverse.data(), rate.data(), smallest.data(), clamped.data(), m};
   if (side == 1) launch_sweep<1>(arguments, views, seed + 2);
   if (side == 2) launch_sweep<2>(arguments, views, seed + 2);
   if (side == 4) launch_sweep<4>(arguments, views, seed + 2);
   depth = warps(m);
   fibers::launch(views * row_tiles * bit_tiles, depth * kTile, 1, bytes(depth), seed + 3, [&] {
-    direction_kernel<float, kOfImages>(logits, inverse.data(), gradient_of_a.data(), radial.data());
+    coding_rate_direction_kernel<float, kOfImages>(logits, inverse.data(), gradient_of_a.data(), radial.data());
   });
   fibers::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed + 4, [&] {
-    gradient_kernel(logits, arriving.data(), alpha, gradient_of_a.data(), radial.data(), gradient_of_a.data(), rows);
+    coding_rate_gradient_kernel(logits, grad.data(), alpha, gradient_of_a.data(), radial.data(),
+                                gradient_of_a.data(), rows);
   });
   for (const auto* result : {&out, &inverse, &rate, &smallest, &gradient_of_a}) write(*result);
   write(clamped);
 }
 
-int main(int, char** given) {
-  const auto number = [&](int i) { return std::atoi(given[i]); };
-  const auto act = number(2) ? run<true> : run<false>;
-  act(number(1), number(3), number(4), number(5), number(6), std::atof(given[7]), number(8));
+int main(int, char** arguments) {
+  const auto number = [&](int i) { return std::atoi(arguments[i]); };
+  const auto function = number(2) ? run<true> : run<false>;
+  function(number(1), number(3), number(4), number(5), number(6), std::atof(arguments[7]), number(8));
 }

@@ -1,11 +1,13 @@
 """Compile every Triton kernel for a GPU that is not there and print, as JSON, what its code costs.
 
-Run by test_static.py in a process of its own, for the interpreter cannot be switched off again:
+Run by test_static.py in a process of its own, because the interpreter cannot be switched off again:
 python compile_for.py 90
 """
 
+import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,111 +23,170 @@ from bincomm.kernels import hamming, messages, sign_bce
 
 TOOLS = Path(nvidia).parent / "bin"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-INSTRUCTION = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"  # after its address and its predicate
+# Address, instruction without its predicate, operands
+INSTRUCTION = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)"
+HEADER_FIELDS = ("<Q", 40), ("<H", 60), ("<H", 62)  # of ELF: section table, number of sections, their names
 K = 256
 
 
 def kernels():
     """(name, kernel, pointers, numbers, compile-time values) as the launchers pass them, for K = 256."""
-    strides = dict.fromkeys(("student_view", "student_image"), "i32")
+    strides = dict.fromkeys(("stride_student_view", "stride_student_image"), "i32")
     for dtype in TYPES:
-        block = sign_bce._groups(TYPES[dtype])
+        block = sign_bce.groups_per_program(TYPES[dtype])
         for mode in ("cross", "matched"):
-            shared = {"K": K, "U": 2, "MODE": sign_bce.MODES[mode], "BLOCK": block, "student_bit": 1}
+            shared = {"K": K, "U": 2, "MODE": sign_bce.MODES[mode], "BLOCK": block, "stride_student_bit": 1}
             for packed in (False, True):
                 yield (
                     f"forward {dtype} {mode}{' packed' if packed else ''}",
-                    sign_bce._forward,
+                    sign_bce.sign_bce_forward_kernel,
                     {
-                        "student": f"*{dtype}",
-                        "teacher": "*u8" if packed else f"*{dtype}",
-                        "messages": "*u8",
-                        "partial": "*fp32",
+                        "student_ptr": f"*{dtype}",
+                        "teacher_ptr": "*u8" if packed else f"*{dtype}",
+                        "messages_ptr": "*u8",
+                        "partial_ptr": "*fp32",
                     },
-                    {"views": "i32", "n": "i32", **strides, "teacher_view": "i32", "teacher_image": "i32"},
-                    {**shared, "PACKED": packed, "teacher_bit": 1},
+                    {
+                        "views": "i32",
+                        "n": "i32",
+                        **strides,
+                        "stride_teacher_view": "i32",
+                        "stride_teacher_image": "i32",
+                    },
+                    {**shared, "PACKED": packed, "stride_teacher_bit": 1},
                 )
             yield (
                 f"backward {dtype} {mode}",
-                sign_bce._backward,
-                {"student": f"*{dtype}", "messages": "*u8", "grad": "*fp32", "gradient": f"*{dtype}"},
+                sign_bce.sign_bce_backward_kernel,
+                {
+                    "student_ptr": f"*{dtype}",
+                    "messages_ptr": "*u8",
+                    "grad_ptr": "*fp32",
+                    "gradient_ptr": f"*{dtype}",
+                },
                 {"views": "i32", "n": "i32", **strides, "inverse_terms": "fp32"},
                 shared,
             )
         yield (
             f"pack {dtype}",
-            messages._pack,
-            {"logits": f"*{dtype}", "messages": "*u8"},
-            {"n": "i32", "row_stride": "i32"},
-            {"K": K, "BLOCK": messages.GROUPS, "bit_stride": 1},
+            messages.pack_signs_kernel,
+            {"logits_ptr": f"*{dtype}", "messages_ptr": "*u8"},
+            {"n": "i32", "stride_row": "i32"},
+            {"K": K, "BLOCK": messages.GROUPS, "stride_bit": 1},
         )
     yield (
         "unpack",
-        messages._unpack,
-        {"messages": "*u8", "signs": "*u8"},
+        messages.unpack_signs_kernel,
+        {"messages_ptr": "*u8", "signs_ptr": "*u8"},
         {"n": "i32"},
         {"K": K, "BLOCK": messages.GROUPS},
     )
     yield (
         "hamming",
-        hamming._distance,
-        {"a": "*i32", "b": "*i32", "distances": "*i32"},
-        {"n": "i32", "m": "i32", "words": "i32", "a_row": "i32", "b_row": "i32"},
-        {"a_word": 1, "b_word": 1, "ROWS": hamming.ROWS, "COLUMNS": hamming.COLUMNS},
+        hamming.hamming_distance_kernel,
+        {"a_ptr": "*i32", "b_ptr": "*i32", "distances_ptr": "*i32"},
+        {"n": "i32", "m": "i32", "words": "i32", "stride_a_row": "i32", "stride_b_row": "i32"},
+        {"stride_a_word": 1, "stride_b_word": 1, "ROWS": hamming.ROWS, "COLUMNS": hamming.COLUMNS},
     )
-    finish = {"programs": "i32", "scale": "fp32", "n": "i32"}
     yield (
-        "finish",
-        sign_bce._finish,
-        {"partial": "*fp32", "loss": "*fp32"},
-        finish,
-        {"BLOCK": sign_bce.FINISH, "num_warps": sign_bce.FINISH_WARPS},
+        "reduce",
+        sign_bce.sign_bce_reduce_kernel,
+        {"partial_ptr": "*fp32", "loss_ptr": "*fp32"},
+        {"programs": "i32", "scale": "fp32", "n": "i32"},
+        {"BLOCK": sign_bce.REDUCE_BLOCK, "num_warps": sign_bce.REDUCE_WARPS},
     )
 
 
-def cost(kernel, pointers, scalars, constants, capability):
-    """Registers, spills and the machine instructions of a kernel."""
+def compile_kernel(kernel, pointers, scalars, constants, capability):
+    """The binary (cubin) of a kernel."""
     names = kernel.arg_names
     options = {"num_warps": constants.get("num_warps", 4)}
     signature = {name: {**pointers, **scalars}.get(name, "constexpr") for name in names}
     # What the launcher sees at run time: pointers and strides are multiples of 16. The plain numbers are not.
-    strides = [name for name in scalars if name.endswith(("_view", "_image", "_stride"))]
+    strides = [name for name in scalars if name.endswith(("_view", "_image", "stride_row"))]
     aligned = [*pointers, *strides]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     values = {(names.index(name),): value for name, value in constants.items() if name in names}
     source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.check_output(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], text=True, stderr=subprocess.STDOUT
-        )
-        sass = subprocess.check_output([TOOLS / "nvdisasm", "-c", file.name], text=True)
+    return compiled.asm["cubin"]
+
+
+def resource_usage(cubin, folder):
+    """Registers of a thread, and bytes that are spilled."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    command = [TOOLS / "cuobjdump", "-res-usage", file]
+    usage = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
+    registers, local, stack = (
+        int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "LOCAL", "STACK")
+    )
+    return {"registers": registers, "spilled": local + stack}
+
+
+def machine_code(cubin):
+    """The section .text of an ELF file with one kernel."""
+    table, count, names = (struct.unpack_from(form, cubin, at)[0] for form, at in HEADER_FIELDS)
+    sections = [struct.unpack_from("<I20xQQ24x", cubin, table + 64 * i) for i in range(count)]
+    strings = sections[names][1]
+    (code,) = (
+        cubin[offset : offset + size]
+        for name, offset, size in sections
+        if cubin.startswith(b".text.", strings + name)
+    )
+    return code
+
+
+def disassemble(codes, capability, folder):
+    """The lines (instruction, address it jumps to or None) of each of these machine codes.
+
+    The disassembler takes much longer to start than to work: all codes go through it as one file.
+    """
+    file = folder / "code.bin"
+    file.write_bytes(b"".join(codes))
+    command = [TOOLS / "nvdisasm", "-b", f"SM{capability}", file]
+    lines = {}
+    for line in subprocess.check_output(command, text=True).splitlines():
+        if match := re.search(INSTRUCTION, line):
+            address, instruction, operands = match.groups()
+            target = re.match(r"BRA.*?(0x[0-9a-f]+)", instruction + operands)
+            lines[int(address, 16)] = instruction, int(target.group(1), 16) if target else None
+    ends = list(itertools.accumulate(map(len, codes), initial=0))
+    return [
+        {address: line for address, line in lines.items() if first <= address < end}
+        for first, end in itertools.pairwise(ends)
+    ]
+
+
+def longest_loop(lines):
+    """Instructions of the longest innermost loop: what further views, of a 128-bit load each, cost."""
+    index = {address: i for i, address in enumerate(lines)}
+    instructions = [instruction for instruction, _ in lines.values()]
+    loops = [
+        (index[target], index[address] + 1)
+        for address, (_, target) in lines.items()
+        if target is not None and target < address
+    ]
+    innermost = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
+    return max((instructions[a:b] for a, b in innermost), key=len, default=[])
+
+
+def costs(capability):
+    """{kernel: registers, spilled bytes, machine instructions and those of its loop}."""
+    cubins = {name: compile_kernel(*rest, capability) for name, *rest in kernels()}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        usages = [resource_usage(cubin, folder) for cubin in cubins.values()]
+        codes = disassemble(list(map(machine_code, cubins.values())), capability, folder)
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
-        "spilled": int(re.search(r"LOCAL:(\d+)", usage).group(1))
-        + int(re.search(r"STACK:(\d+)", usage).group(1)),
-        "instructions": re.findall(INSTRUCTION, sass),
-        "loop": longest_loop(sass),
+        name: {
+            **usage,
+            "instructions": [instruction for instruction, _ in lines.values()],
+            "loop": longest_loop(lines),
+        }
+        for name, usage, lines in zip(cubins, usages, codes, strict=True)
     }
 
 
-def longest_loop(sass):
-    """Instructions of the longest innermost loop: what further views cost, of each a 128-bit load."""
-    labels, body, loops = {}, [], []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label.group(1)] = len(body)
-        if found := re.search(INSTRUCTION, line):
-            body.append(found.group(1))
-            target = re.search(r"`\((\.L_x_\d+)\)", line)
-            if found.group(1).startswith("BRA") and target and target.group(1) in labels:
-                loops.append((labels[target.group(1)], len(body)))
-    innermost = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
-    return max((body[a:b] for a, b in innermost), key=len)
-
-
 if __name__ == "__main__":
-    capability = int(sys.argv[1])
-    print(json.dumps({name: cost(*rest, capability) for name, *rest in kernels()}))
+    print(json.dumps(costs(int(sys.argv[1]))))

@@ -103,7 +103,7 @@ inline Block* current = nullptr;
 inline unsigned ended = 0, scale = 0;
 inline Barrier barrier;
 
-// Reports an error of the device code, and where the threads are: neighbors at one place share a line.
+// Reports an error of the device code, and where the threads are: neighbors at the same position share a line.
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "fibers: %s\n", what);
   const char* last = nullptr;
@@ -165,9 +165,9 @@ template <class T>
 void choose(T*& current, std::vector<T>& from, unsigned scale) {
   if (current && current->runnable && draw(1u << scale)) return;
   current = nullptr;
-  unsigned seen = 0;
-  for (T& one : from) {
-    if (one.runnable && !draw(++seen)) current = &one;
+  unsigned candidates = 0;
+  for (T& candidate : from) {
+    if (candidate.runnable && !draw(++candidates)) current = &candidate;
   }
 }
 
@@ -227,7 +227,7 @@ inline bool arrive(Barrier& barrier, unsigned threads, unsigned ended, const cha
   if (ended) fail("a thread waits at a barrier for threads that have ended");
   if (!barrier.arrived) barrier.where = where;
   if (where.line() != barrier.where.line() || where.column() != barrier.where.column()) {
-    fail("threads wait for each other at different places of the source");
+    fail("threads wait for each other at different positions of the source");
   }
   barrier.arrived = (barrier.arrived + 1) % threads;
   return !barrier.arrived;

@@ -11,17 +11,17 @@ FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-saniti
 
 
 def build(source: str, folder: Path, *includes: Path) -> Path:
-    """The program compiled in `folder` from C++ `source`, which finds fibers.h and what is in `includes`."""
+    """Compile C++ `source` in `folder`, with fibers.h and the folders `includes`; return the program."""
     (folder / "program.cpp").write_text(source)
     folders = [f"-I{path}" for path in (Path(__file__).parent, *includes)]
     command = [shutil.which("g++") or "g++", *FLAGS, *folders, "program.cpp", "-o", "program"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{process.stderr}")
     return folder / "program"
 
 
-def _what_is_missing():
+def _reason_to_skip():
     if not shutil.which("g++"):
         return "there is no g++"
     with tempfile.TemporaryDirectory() as folder:
@@ -34,5 +34,5 @@ def _what_is_missing():
     return ""
 
 
-_MISSING = _what_is_missing()
-NEEDS_COMPILER = pytest.mark.skipif(bool(_MISSING), reason=_MISSING)
+REASON = _reason_to_skip()
+NEEDS_COMPILER = pytest.mark.skipif(bool(REASON), reason=REASON)

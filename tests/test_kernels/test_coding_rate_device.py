@@ -1,6 +1,8 @@
 """The CUDA source of the coding rate, run on the CPU under sanitizers, and faults planted in it."""
 
+import itertools
 import math
+import os
 import subprocess
 from pathlib import Path
 
@@ -16,7 +18,7 @@ DEVICE_CODE = "coding_rate_device.cuh"
 PROGRAM = Path(__file__).with_name("coding_rate_program.cpp").read_text()
 SIDES = (1, 2, 31, 32, 33, 64, 100, 192, 256)
 
-pytestmark = NEEDS_COMPILER
+pytestmark = [NEEDS_COMPILER, pytest.mark.kernels, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -24,20 +26,21 @@ def program(tmp_path_factory):
     return build(PROGRAM, tmp_path_factory.mktemp("fibers"), CSRC)
 
 
-def execute(program, logits, side, seed, permuted=False):
-    """Rates, smallest pivots, clamped counts, inverses and gradients, where rate v arrives with v + 1."""
+def execute(program, logits, side, seed, permuted=False, fault=0):
+    """Rates, smallest pivots, clamped counts, inverses and gradients; the gradient of rate v is v + 1."""
     views, n, bits = logits.shape
     of_images = n < bits
     arguments = (side, int(of_images), seed, views, n, bits, bits / (n * 0.05), int(permuted))
     stored = logits.permute(1, 2, 0) if permuted else logits
     arriving = torch.arange(1.0, views + 1)
-    done = subprocess.run(
+    process = subprocess.run(
         [program, *map(str, arguments)],
         input=stored.contiguous().numpy().tobytes() + arriving.numpy().tobytes(),
         capture_output=True,
+        env={**os.environ, "PLANTED_FAULT": str(fault)},
     )
-    assert done.returncode == 0, done.stderr.decode()
-    results = torch.from_numpy(numpy.frombuffer(done.stdout, numpy.float32).copy()).double()
+    assert process.returncode == 0, process.stderr.decode()
+    results = torch.from_numpy(numpy.frombuffer(process.stdout, numpy.float32).copy()).double()
     m = n if of_images else bits
     sizes = [views * m * m, views * m * m, views, views, logits.numel(), views]
     _, inverse, rate, smallest, gradient, clamped = results.split(sizes)
@@ -51,30 +54,32 @@ def truth(logits):
     return rate.detach(), logits.grad
 
 
-def check(found, logits):
-    rate, gradient = truth(logits)
-    torch.testing.assert_close(found[0], rate, rtol=1e-5, atol=0)
-    assert (found[4] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-5
+def check(results, logits):
+    rate, smallest, clamped, inverse, gradient = results
+    exact_rate, exact_gradient = truth(logits)
+    torch.testing.assert_close(rate, exact_rate, rtol=1e-5, atol=0)
+    assert (gradient - exact_gradient).norm() <= 1e-4 * exact_gradient.norm() + 1e-5
     matrix, _ = reference.regularized_gram(logits.double(), of_images=logits.shape[1] < logits.shape[2])
     factor = torch.linalg.cholesky(matrix)
-    exact = torch.cholesky_inverse(factor)
-    assert (found[3] - exact).norm() <= 1e-5 * exact.norm()
+    exact_inverse = torch.cholesky_inverse(factor)
+    assert (inverse - exact_inverse).norm() <= 1e-5 * exact_inverse.norm()
     pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
-    torch.testing.assert_close(found[1], pivots.amin(-1), rtol=1e-4, atol=0)
-    assert (found[2] == 0).all()
+    torch.testing.assert_close(smallest, pivots.amin(-1), rtol=1e-4, atol=0)
+    assert (clamped == 0).all()
 
 
 @pytest.mark.parametrize("m", SIDES)
 def test_one_block_a_matrix(program, m):
-    for seed in range(3 if m > 100 else 8):
-        for n, bits in ((m + 7, m), (m, m + 40)):
+    shapes = (m + 7, m), (m, m + 40)
+    for seed in range(8 if m <= 64 else 4 if m <= 100 else 3 if m < 256 else 2):
+        for n, bits in shapes if m <= 64 else [shapes[seed % 2]]:
             logits = torch.randn(2, n, bits)
             check(execute(program, logits, 1, seed, permuted=seed % 2 == 1), logits)
 
 
 @pytest.mark.parametrize(("side", "m"), [(2, 33), (2, 130), (2, 256), (4, 160), (4, 300)])
 def test_a_cluster_a_matrix(program, side, m):
-    for seed in range(3):
+    for seed in range(3 if m < 256 else 2):
         n, bits = (m + 7, m) if seed % 2 else (m, m + 40)
         logits = torch.randn(1, n, bits)
         check(execute(program, logits, side, seed), logits)
@@ -118,36 +123,56 @@ def test_threads_in_any_order_leave_the_same_bits(program):
     logits = torch.randn(2, 50, 70)
     first = execute(program, logits, 1, seed=0)
     for seed in (1, 2):
-        for mine, other in zip(execute(program, logits, 1, seed), first, strict=True):
-            assert torch.equal(mine, other)
+        for result, expected in zip(execute(program, logits, 1, seed), first, strict=True):
+            assert torch.equal(result, expected)
 
 
-FAULTS = {  # what is planted: the text it replaces, the n-th time it occurs, and what stands there then
+FAULTS = {  # what is planted: the text it replaces, the n-th time it occurs, and the faulty code
     "no barrier before the panels are read": ("__syncthreads();", 4, ";"),
     "no barrier of the cluster": ("cluster_barrier();", 2, ";"),
-    "no barrier of a warp": ("__syncwarp();  // one block alone overwrites R_i", 1, "; //"),
+    "no barrier of a warp": ("__syncwarp();  // one block alone overwrites R_i", 1, ";"),
     "a write past shared memory": ("pivots[lane] = own;", 1, "pivots[lane + 1] = own;"),
     "a write past the inverse": ("if (row < p.n && column < p.n) {", 1, "if (row <= p.n && column < p.n) {"),
 }
 
 
+@pytest.fixture(scope="module")
+def faulty_program(tmp_path_factory):
+    """The program with all faults, one of which the variable PLANTED_FAULT turns on: 1 is the first."""
+    folder = tmp_path_factory.mktemp("faults")
+    code = (CSRC / DEVICE_CODE).read_text()
+    for number, (text, occurrence, faulty) in enumerate(FAULTS.values(), 1):
+        parts = code.split(text)
+        assert len(parts) > occurrence, "the text to be replaced is not there"
+        if text.startswith("if "):
+            condition, wrong = text[3:-2], faulty[3:-2]
+            faulty = f"if (planted_fault == {number} ? {wrong} : {condition}) {{"
+        else:
+            faulty = f"if (planted_fault == {number}) {{ {faulty} }} else {text}"
+        code = text.join(parts[:occurrence]) + faulty + text.join(parts[occurrence:])
+    fault = 'inline const int planted_fault = std::atoi(std::getenv("PLANTED_FAULT"));'
+    (folder / DEVICE_CODE).write_text(f"#include <cstdlib>\n{fault}\n{code}")
+    return build(PROGRAM, folder, folder)
+
+
+def test_the_program_is_right_unless_a_fault_is_chosen(faulty_program):
+    logits = torch.randn(1, 150, 130)
+    for side in (1, 2):
+        check(execute(faulty_program, logits, side, seed=0), logits)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught(fault, tmp_path):
-    text, occurrence, planted = FAULTS[fault]
-    parts = (CSRC / DEVICE_CODE).read_text().split(text)
-    assert len(parts) > occurrence, "the text to be replaced is not there"
-    wrong = text.join(parts[:occurrence]) + planted + text.join(parts[occurrence:])
-    (tmp_path / DEVICE_CODE).write_text(wrong)
-    program = build(PROGRAM, tmp_path, tmp_path)
+def test_a_planted_fault_is_caught(faulty_program, fault):
     caught = []
-    for seed in range(5):
-        for side in (1, 2):
-            logits = torch.randn(1, 150, 130)
-            try:
-                check(execute(program, logits, side, seed), logits)
-            except AssertionError as error:
-                caught.append(str(error))
     # Some faults are of one block alone, some of clusters.
-    assert len(caught) >= 4
+    for seed, side in itertools.product(range(5), (1, 2)):
+        logits = torch.randn(1, 150, 130)
+        try:
+            check(execute(faulty_program, logits, side, seed, fault=1 + list(FAULTS).index(fault)), logits)
+        except AssertionError as error:
+            caught.append(str(error))
+        if len(caught) == 4:
+            break
+    assert len(caught) == 4
     if "a write past" in fault:
         assert all("heap-buffer-overflow" in message for message in caught)

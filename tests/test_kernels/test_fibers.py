@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from on_fibers import NEEDS_COMPILER, build
 
-pytestmark = NEEDS_COMPILER
+pytestmark = [NEEDS_COMPILER, pytest.mark.kernels, pytest.mark.slow]
 
 PROGRAM = r"""
 #include <map>
@@ -97,14 +97,14 @@ void cluster(bool barrier) {
 }
 
 void indices() {
-  static std::map<std::pair<unsigned, unsigned>, int> seen;
+  static std::map<std::pair<unsigned, unsigned>, int> visits;
   __syncthreads();
-  ++seen[{blockIdx.x, threadIdx.x}];
+  ++visits[{blockIdx.x, threadIdx.x}];
   expect(gridDim.x == 8 && blockDim.x == 256 && blockIdx.x % 4 == fibers::cluster_rank());
   fibers::cluster_barrier();
-  expect(seen[{blockIdx.x, threadIdx.x}] == 1);
+  expect(visits[{blockIdx.x, threadIdx.x}] == 1);
   fibers::cluster_barrier();
-  seen.erase({blockIdx.x, threadIdx.x});
+  visits.erase({blockIdx.x, threadIdx.x});
 }
 
 void uninitialized() {
@@ -147,7 +147,7 @@ void divergent_end() {
   if (threadIdx.x < 64) __syncthreads();
 }
 
-void divergent_places() {
+void divergent_positions() {
   if (threadIdx.x < 64) {
     __syncthreads();
   } else {
@@ -183,7 +183,7 @@ int main(int, char** argv) {
 #define PAIR(name) cases[#name] = [] { name(true); }, cases[#name " without a barrier"] = [] { name(false); }
   PAIR(reduction), PAIR(rotation), PAIR(late_writer), PAIR(lanes), PAIR(cluster);
   CASE(shuffles), CASE(indices), CASE(uninitialized), CASE(arithmetic), CASE(outside), CASE(misaligned);
-  CASE(local), CASE(ended_block), CASE(not_started_block), CASE(divergent_end), CASE(divergent_places);
+  CASE(local), CASE(ended_block), CASE(not_started_block), CASE(divergent_end), CASE(divergent_positions);
   CASE(divergent_operations), CASE(divergent_masks), CASE(deadlock), CASE(half_a_cluster);
   int count = 0;
   for (int seed = 0; seed < std::atoi(argv[2]); ++seed) {
@@ -220,8 +220,8 @@ def run(program, case, seeds=1):
     ],
 )
 def test_correct_code_is_right_for_every_seed(program, case):
-    done = run(program, case, seeds=20)
-    assert (done.stdout, done.stderr, done.returncode) == ("0", "", 0)
+    process = run(program, case, seeds=20)
+    assert (process.stdout, process.stderr, process.returncode) == ("0", "", 0)
 
 
 # The orders are random: how many of 20 seeds must show the error says how easy it is to hide.
@@ -230,9 +230,9 @@ def test_correct_code_is_right_for_every_seed(program, case):
     [("reduction", 20), ("rotation", 20), ("lanes", 20), ("late_writer", 18), ("cluster", 16)],
 )
 def test_a_missing_barrier_gives_wrong_values(program, case, least):
-    done = run(program, f"{case} without a barrier", seeds=20)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= least
+    process = run(program, f"{case} without a barrier", seeds=20)
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) >= least
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_missing_barrier_gives_wrong_values(program, case, least):
         ("ended_block", "heap-use-after-free"),
         ("not_started_block", "fibers: shared memory of a block that has not started"),
         ("divergent_end", "fibers: a thread"),
-        ("divergent_places", "fibers: threads wait for each other at different places"),
+        ("divergent_positions", "fibers: threads wait for each other at different positions"),
         ("divergent_operations", "fibers: lanes of a warp wait for each other at different operations"),
         ("divergent_masks", "fibers: "),
         ("deadlock", "fibers: deadlock"),
@@ -252,6 +252,6 @@ def test_a_missing_barrier_gives_wrong_values(program, case, least):
     ],
 )
 def test_errors_end_the_program(program, case, message):
-    done = run(program, case)
-    assert done.returncode != 0
-    assert message in done.stderr
+    process = run(program, case)
+    assert process.returncode != 0
+    assert message in process.stderr

@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, without a GPU: budgets that a change must not exceed unseen."""
+"""What the Triton kernels compile to, without a GPU: budgets that no change may exceed unnoticed."""
 
 import json
 import os
@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need Triton")
 from bincomm.kernels import hamming
 
+pytestmark = [pytest.mark.kernels, pytest.mark.slow]
+
 ARCHITECTURES = (80, 90, 100)
-REGISTERS = 64  # a thread: 64 k registers then hold 1024 threads, half of what an SM can run
+REGISTERS = 64  # per thread: 64 k registers then hold 1024 threads, half of what an SM can run
 # Machine instructions per logit in the loop over views, at most, on these architectures; `pytest -rP` prints
-# the count. Up to 17 forward and 30 backward on 16-bit logits an H200 waits for its memory, not for them.
+# the count. Up to 17 forward and 30 backward on 16-bit logits, memory limits an H200, not instructions.
 BUDGETS = {
     "forward fp32": (10.5, 10.5, 10),
     "forward fp16": (10, 10, 9.5),
@@ -27,7 +28,7 @@ BUDGETS = {
 
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory):
-    """{architecture: {kernel: cost}}, compiled by one process each."""
+    """{architecture: {kernel: cost}}; one process compiles for one architecture."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
@@ -38,9 +39,9 @@ def costs(tmp_path_factory):
         )
         for architecture in ARCHITECTURES
     }
-    found = {architecture: process.communicate()[0] for architecture, process in processes.items()}
+    outputs = {architecture: process.communicate()[0] for architecture, process in processes.items()}
     assert all(process.returncode == 0 for process in processes.values())
-    return {architecture: json.loads(text) for architecture, text in found.items()}
+    return {architecture: json.loads(text) for architecture, text in outputs.items()}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -61,7 +62,7 @@ def test_logits_move_128_bits_at_a_time(costs, architecture):
             assert all(".128" in store for store in stores), name
         if name.startswith(("forward", "backward", "pack")):
             assert any(".128" in load for load in loads), name
-            # What is narrower is a byte of a message, or the gradient of the loss.
+            # Narrower loads are of a byte of a message, or of the loss's gradient.
             narrow = [load for load in loads if ".128" not in load and ".U8" not in load]
             assert len(narrow) == name.startswith("backward"), name
 
@@ -69,7 +70,7 @@ def test_logits_move_128_bits_at_a_time(costs, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bits_are_counted_in_one_instruction(costs, architecture):
     loop = costs[architecture]["hamming"]["loop"]
-    pairs = hamming.ROWS * hamming.COLUMNS // (32 * hamming.WARPS)  # of a thread
+    pairs = hamming.ROWS * hamming.COLUMNS // (32 * hamming.WARPS)  # per thread
     assert sum(instruction.startswith("POPC") for instruction in loop) == pairs
     assert len(loop) / pairs < 10
 
@@ -81,9 +82,9 @@ def test_instructions_per_logit(costs, architecture, record_property):
         if "cross" in name:
             kernel, dtype, *_ = name.split()
             loads = sum(i.startswith("LDG") and ".128" in i for i in cost["loop"])
-            assert loads >= 2, f"{name}: one view's logits are under way at a time"
+            assert loads >= 2, f"{name}: only one view's logits are in flight at a time"
             per_logit = len(cost["loop"]) / (loads * (4 if dtype == "fp32" else 8))
-            print(f"sm_{architecture} {name}: {per_logit:.2f} a logit, {cost['registers']} registers")
+            print(f"sm_{architecture} {name}: {per_logit:.2f} per logit, {cost['registers']} registers")
             record_property(name, per_logit)
             budget = BUDGETS[f"{kernel} {dtype}"][ARCHITECTURES.index(architecture)]
             assert 5 < per_logit <= budget, f"{name}: {per_logit:.2f}"

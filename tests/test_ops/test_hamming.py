@@ -24,24 +24,24 @@ def messages(count, words, values=2**31):
 
 @pytest.fixture(params=["native", "in blocks"])
 def topk(request, monkeypatch):
-    """The kernel of the CPU, and what devices without one take, in blocks small enough for several."""
+    """The CPU's kernel, and the search of devices without one, in blocks so small that there are several."""
     if request.param == "native":
         return bincomm.hamming_topk
-    monkeypatch.setattr(hamming, "PAIRS", 1 << 14)
-    return hamming._topk_in_blocks
+    monkeypatch.setattr(hamming, "DISTANCES_PER_BLOCK", 1 << 14)
+    return hamming.topk_in_blocks
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("n", "m", "words"), SHAPES)
 def test_distances_of_all_pairs(n, m, words):
     a, b = messages(n, words), messages(m, words)
-    found = bincomm.hamming_distance(a, b)
-    assert found.dtype == torch.int32
-    assert torch.equal(found, reference.hamming_distance(a, b))
+    distances = bincomm.hamming_distance(a, b)
+    assert distances.dtype == torch.int32
+    assert torch.equal(distances, reference.hamming_distance(a, b))
     for i in range(min(n, 3)):
         for j in range(min(m, 3)):
             pairs = zip(a[i].tolist(), b[j].tolist(), strict=True)
-            assert found[i, j] == sum(((x ^ y) & 0xFFFFFFFF).bit_count() for x, y in pairs)
+            assert distances[i, j] == sum(((x ^ y) & 0xFFFFFFFF).bit_count() for x, y in pairs)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -69,23 +69,22 @@ def test_the_reference_orders_ties_by_index():
 
 def test_distances_are_those_of_the_signs():
     logits, others = torch.randn(6, 250), torch.randn(9, 250)
-    found = bincomm.hamming_distance(bincomm.pack_signs(logits), bincomm.pack_signs(others))
+    distances = bincomm.hamming_distance(bincomm.pack_signs(logits), bincomm.pack_signs(others))
     expected = ((logits > 0)[:, None] != (others > 0)[None]).sum(-1)
-    assert torch.equal(found, expected.to(torch.int32))
+    assert torch.equal(distances, expected.to(torch.int32))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("queries", [1, 2, 200])
 def test_the_same_for_any_number_of_threads(queries, threads):
-    """One query has its database cut into slices, many are divided themselves."""
-    some, database = messages(queries, 2, 8), messages(5000, 2, 8)
-    expected = reference.hamming_topk(some, database, 50)
+    """For one query the database is cut into slices; many queries are themselves distributed."""
+    rows, database = messages(queries, 2, 8), messages(5000, 2, 8)
+    expected = reference.hamming_topk(rows, database, 50)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = bincomm.hamming_topk(some, database, 50)
+    result = bincomm.hamming_topk(rows, database, 50)
     torch.set_num_threads(before)
-    for mine, other in zip(found, expected, strict=True):
-        assert torch.equal(mine, other)
+    assert all(map(torch.equal, result, expected))
 
 
 def test_strides_change_nothing():
@@ -100,8 +99,7 @@ def test_opcheck_and_compile():
     opcheck(torch.ops.bincomm.hamming_distance, (a, b))
     opcheck(torch.ops.bincomm.hamming_topk, (a, b, 4))
     compiled = torch.compile(lambda a, b: bincomm.hamming_topk(a, b, 4), fullgraph=True, backend="aot_eager")
-    for mine, other in zip(compiled(a, b), bincomm.hamming_topk(a, b, 4), strict=True):
-        assert torch.equal(mine, other)
+    assert all(map(torch.equal, compiled(a, b), bincomm.hamming_topk(a, b, 4)))
 
 
 @pytest.mark.parametrize(

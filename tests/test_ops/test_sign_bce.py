@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_on_ranks
 from torch.library import opcheck
 
 import bincomm
 from bincomm.ops import reference
+from bincomm.ops.sign_bce import sign_bce_backward_pytorch, sign_bce_pytorch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [  # V, U, n, K, pairs
@@ -23,7 +23,7 @@ SHAPES = [  # V, U, n, K, pairs
 
 
 def eager_loop(student, teacher, pairs):
-    """The loop everybody writes: binary_cross_entropy_with_logits per pair, in the dtype of the logits."""
+    """The usual loop: binary_cross_entropy_with_logits per pair, in the dtype of the logits."""
     m = (teacher > 0).to(student.dtype)
     pairs = reference.paired_views(len(student), len(teacher), pairs)
     return sum(F.binary_cross_entropy_with_logits(student[v], m[u]) for u, v in pairs) / len(pairs)
@@ -48,26 +48,23 @@ def test_error_is_at_most_that_of_eager(views, teachers, n, bits, pairs, scale, 
     student = (scale * torch.randn(views, n, bits)).to(dtype)
     teacher = torch.randn(teachers, n, bits).to(dtype)
     truth = value_and_gradient(reference.sign_bce, student.double(), teacher.double(), pairs)
-    ours = value_and_gradient(bincomm.sign_bce, student, teacher, pairs=pairs)
-    eager = value_and_gradient(eager_loop, student, teacher, pairs)
-    for mine, theirs, true in zip(ours, eager, truth, strict=True):
-        assert relative_error(mine, true) <= relative_error(theirs, true) + 1e-7
+    results = value_and_gradient(bincomm.sign_bce, student, teacher, pairs=pairs)
+    baselines = value_and_gradient(eager_loop, student, teacher, pairs)
+    for result, baseline, exact in zip(results, baselines, truth, strict=True):
+        assert relative_error(result, exact) <= relative_error(baseline, exact) + 1e-7
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e2, 1e4])
 def test_accuracy_holds_at_every_magnitude(scale, dtype):
-    # At 1e2 and above the agreeing elements are tiny beside the others: only a form without cancellation
-    # keeps them.
+    # From 1e2 on the losses of agreeing elements are tiny: only a formula without cancellation keeps them.
     student = (scale * torch.randn(2, 16, 96)).to(dtype)
-    agreeing = student.flip(
-        0
-    )  # every view's message is what the other view's logits say: the loss is all small terms
+    agreeing = student.flip(0)  # each view predicts the other's message: all terms of the loss are small
     for teacher in (torch.randn(2, 16, 96), agreeing):
         truth = value_and_gradient(reference.sign_bce, student.double(), teacher.double())
         loss, gradient = value_and_gradient(bincomm.sign_bce, student, teacher)
         assert relative_error(loss, truth[0]) < 5e-7
-        # What underflows in the dtype of the gradient is allowed to.
+        # Underflow in the dtype of the gradient is allowed.
         tiny = torch.finfo(dtype).smallest_normal
         close = (gradient - truth[1]).abs() <= truth[1].abs() * (torch.finfo(dtype).eps + 1e-6) + 2 * tiny
         assert close.all()
@@ -106,14 +103,14 @@ def test_infinite_logits():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_on_either_side_shows(dtype):
     student, teacher = torch.randn(3, 4, 40, dtype=dtype), torch.randn(2, 4, 40, dtype=dtype)
-    for spoiled in (student, teacher):
-        kept = spoiled[0, 2, 33].clone()
-        spoiled[0, 2, 33] = math.nan
+    for x in (student, teacher):
+        value = x[0, 2, 33].clone()
+        x[0, 2, 33] = math.nan
         loss, gradient = value_and_gradient(bincomm.sign_bce, student, teacher)
         assert loss.isnan()
-        if spoiled is student:
+        if x is student:
             assert gradient[0, 2, 33].isnan()
-        spoiled[0, 2, 33] = kept
+        x[0, 2, 33] = value
     assert bincomm.sign_bce(student, teacher).isfinite()
 
 
@@ -129,29 +126,28 @@ def test_strides_and_packed_messages_change_nothing(dtype):
     sparse[..., ::2] = teacher
     words = torch.full((2, 9, 7), -1, dtype=torch.int32)
     words[:, 3:, 1:4] = bincomm.pack_signs(teacher)
-    for some_student in (student, permuted, wide[:, ::2, 10:80]):
-        for some_teacher in (
+    for same_student in (student, permuted, wide[:, ::2, 10:80]):
+        for same_teacher in (
             teacher,
             sparse[..., ::2],
             words[:, 3:, 1:4],
             teacher.transpose(0, 1).clone().mT.mT.transpose(0, 1),
         ):
-            found = value_and_gradient(bincomm.sign_bce, some_student, some_teacher)
-            for mine, other in zip(found, expected, strict=True):
-                assert torch.equal(mine, other)
+            results = value_and_gradient(bincomm.sign_bce, same_student, same_teacher)
+            assert all(map(torch.equal, results, expected))
 
 
 def test_the_same_for_any_number_of_threads_and_every_time():
     student, teacher = torch.randn(10, 32, 700), torch.randn(2, 32, 700)
     threads = torch.get_num_threads()
-    found = []
+    results = []
     for number in (1, 2, 3, 2):
         torch.set_num_threads(number)
-        found.append(value_and_gradient(bincomm.sign_bce, student, teacher))
+        results.append(value_and_gradient(bincomm.sign_bce, student, teacher))
     torch.set_num_threads(threads)
-    for loss, gradient in found[1:]:
-        assert torch.equal(loss, found[0][0])
-        assert torch.equal(gradient, found[0][1])
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
 
 
 def test_inputs_are_left_alone_and_backward_can_be_repeated():
@@ -179,6 +175,7 @@ def test_knowing_nothing_costs_ln_2():
     assert bincomm.sign_bce(torch.zeros(4, 3, 50), torch.randn(2, 3, 50)).item() == pytest.approx(math.log(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pairs", ["cross", "all", "matched"])
 def test_opcheck(pairs, dtype):
@@ -196,19 +193,22 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(lambda s: bincomm.sign_bce(s, teacher), student)
 
 
-def test_form_in_pytorch_agrees():
-    """What devices without a kernel take: called here by its own name."""
-    from bincomm.ops.sign_bce import _pytorch_form, _pytorch_form_backward
-
+def test_the_pytorch_implementation_agrees():
+    """It runs on devices without a kernel."""
     student, teacher = torch.randn(4, 3, 50, dtype=torch.float64), torch.randn(2, 3, 50)
-    loss, words = _pytorch_form(student, teacher, "cross")
-    gradient = _pytorch_form_backward(torch.tensor(3.0, dtype=torch.float64), student, words, "cross")
+    loss, words = sign_bce_pytorch(student, teacher, "cross")
+    gradient = sign_bce_backward_pytorch(torch.tensor(3.0, dtype=torch.float64), student, words, "cross")
     truth = value_and_gradient(reference.sign_bce, student, teacher)
     torch.testing.assert_close((loss, gradient), truth)
     assert torch.equal(words, bincomm.pack_signs(teacher))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+# Inductor takes long to find out which vector units the processor has: here it uses none.
+OPTIONS = {"aot_eager": None, "inductor": {"cpp.vec_isa_ok": False}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", OPTIONS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_compile_fullgraph(backend, packed):
     student, teacher = torch.randn(4, 3, 50), torch.randn(2, 3, 50)
@@ -217,32 +217,26 @@ def test_compile_fullgraph(backend, packed):
     def step(s, t):
         return bincomm.sign_bce(s * 2, t)
 
-    compiled = torch.compile(step, fullgraph=True, backend=backend)
-    for mine, other in zip(
-        value_and_gradient(compiled, student, teacher),
-        value_and_gradient(step, student, teacher),
-        strict=True,
-    ):
-        assert torch.equal(mine, other)
+    compiled = torch.compile(step, fullgraph=True, backend=backend, options=OPTIONS[backend])
+    results = value_and_gradient(compiled, student, teacher)
+    assert all(map(torch.equal, results, value_and_gradient(step, student, teacher)))
 
 
 def test_autocast_changes_nothing():
     student, teacher = torch.randn(4, 3, 50), torch.randn(2, 3, 50)
     expected = value_and_gradient(bincomm.sign_bce, student, teacher)
     with torch.autocast("cpu", torch.bfloat16):
-        found = value_and_gradient(bincomm.sign_bce, student, teacher)
-    for mine, other in zip(found, expected, strict=True):
-        assert torch.equal(mine, other)
+        results = value_and_gradient(bincomm.sign_bce, student, teacher)
+    assert all(map(torch.equal, results, expected))
 
 
 def test_functional_call_and_vmap():
     network, images, teacher = torch.nn.Linear(8, 40), torch.randn(3, 5, 8), torch.randn(2, 5, 40)
     parameters = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
     loss = bincomm.sign_bce(torch.func.functional_call(network, parameters, images), teacher)
-    found = torch.autograd.grad(loss, list(parameters.values()))
+    results = torch.autograd.grad(loss, list(parameters.values()))
     expected = torch.autograd.grad(bincomm.sign_bce(network(images), teacher), list(network.parameters()))
-    for mine, other in zip(found, expected, strict=True):
-        assert torch.equal(mine, other)
+    assert all(map(torch.equal, results, expected))
     students = torch.randn(4, 3, 5, 40)
     mapped = torch.func.vmap(lambda student: bincomm.sign_bce(student, teacher))(students)
     assert torch.equal(mapped, torch.stack([bincomm.sign_bce(student, teacher) for student in students]))
@@ -272,30 +266,6 @@ def test_forward_mode_is_refused_and_never_silently_zero():
         lambda s: bincomm.sign_bce(s, teacher), (student.double(),), (student.double(),)
     )
     assert tangent != 0
-
-
-def test_data_parallel_is_the_whole_batch(tmp_path):
-    """Two processes of 4 images each, averaged by DistributedDataParallel, against one of 8."""
-    run_on_ranks(train_in_parallel, 2, tmp_path)
-    network, images, teacher = parts_of_training()
-    bincomm.sign_bce(network(images), teacher).backward()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for mine, parameter in zip(found, network.parameters(), strict=True):
-            torch.testing.assert_close(mine, parameter.grad, rtol=1e-5, atol=1e-8)
-
-
-def parts_of_training():
-    torch.manual_seed(0)
-    return torch.nn.Linear(8, 40), torch.randn(3, 8, 8), torch.randn(2, 8, 40)
-
-
-def train_in_parallel(rank, world, folder):
-    network, images, teacher = parts_of_training()
-    parallel = torch.nn.parallel.DistributedDataParallel(network)
-    mine = slice(4 * rank, 4 * rank + 4)
-    bincomm.sign_bce(parallel(images[:, mine]), teacher[:, mine]).backward()
-    torch.save([p.grad for p in network.parameters()], f"{folder}/{rank}.pt")
 
 
 @pytest.mark.parametrize(
