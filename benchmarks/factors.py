@@ -30,7 +30,7 @@ from bincomm.codes.information import (
 )
 from bincomm.config import PretrainConfig, parse
 from bincomm.data.sources import open_source
-from bincomm.evaluation.features import extract
+from bincomm.evaluation.features import extract_features
 from bincomm.evaluation.pretrained import Pretrained, load_pretrained
 from bincomm.files import write_json, write_text
 from bincomm.pretraining import pretrain
@@ -105,17 +105,18 @@ def measure(folder: Path) -> dict[str, Any]:
         config = configuration(scenes, run, changes)
         if not results["networks"]:
             untrained = Pretrained.of(create_networks(config, device)[1], config, device)
-            extracted = extract(untrained, source, pixels=True)
+            extracted = extract_features(untrained, source)
+            pixels = extract_features(Pretrained.of_pixels(config, device), source)
             results["entropy"] = entropy(factors).tolist()
             results["networks"][UNTRAINED] = of_network(extracted, factors)
-            results["pixels"] = in_halves(extracted["pixels"], factors[extracted["images"]])
+            results["pixels"] = in_halves(pixels["features"], factors[pixels["indices"]])
         started = time.perf_counter()
         result = pretrain(config)
         assert result is not None  # there is one rank
         results["seconds"][augmentation] = time.perf_counter() - started
         results["channel"][augmentation] = result["last_metrics"]
         results["networks"][augmentation] = of_network(
-            extract(load_pretrained(str(run), device), source), factors
+            extract_features(load_pretrained(str(run), device), source), factors
         )
     return results
 
@@ -128,7 +129,7 @@ def configuration(scenes: Path, run: Path, changes: dict[str, Any]) -> PretrainC
 
 def of_network(extracted: dict[str, Tensor], factors: Tensor) -> dict[str, Any]:
     """Every measure of a network's bits and features of the test scenes, by factor in the order of NAMES."""
-    factors = factors[extracted["images"]]
+    factors = factors[extracted["indices"]]
     bits = extracted["signs"] > 0
     information = mutual_information(bits, factors)
     by_chance = torch.tensor([largest_by_chance(bits, factor) for factor in factors.T])

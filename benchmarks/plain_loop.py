@@ -99,12 +99,13 @@ class PlainLoop:
         precision: str,
         beta: float,
         eps_squared: float,
+        mark: Callable[[str], None] = lambda part: None,
     ):
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.clip, self.beta, self.eps_squared = clip, beta, eps_squared
         self.device = next(student.parameters()).device
         self.autocast = precision == "bf16"
-        self.mark: Callable[[str], None] = lambda part: None  # called at the end of each part, by name
+        self.mark = mark  # called at the end of each part, by name
 
     def __call__(self, crops: list[Tensor], *, lr: float, weight_decay: float, momentum: float) -> float:
         """One step on views (n, 3, H, W), the two global ones first; the loss."""

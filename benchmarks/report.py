@@ -39,8 +39,8 @@ def page(results: dict, name: str) -> str:
         "# Operations, measured",
         "",
         f"`make {'gpu-bench' if name == 'gpu' else 'bench'}` on {results['date']}: {m['device']}, "
-        f"{m['cpu']}, {m['threads']} threads, {m['instruction_set']}, Python {m['python']}, torch {m['torch']}, bincomm "
-        f"{m['bincomm']}.",
+        f"{m['cpu']}, {m['threads']} threads, {m['instruction_set']}, Python {m['python']}, "
+        f"torch {m['torch']}, bincomm {m['bincomm']}.",
         "Medians in milliseconds, bincomm's with 20 % and 80 % of the rounds, a peer's also as a multiple of "
         "it; a table was measured in one session, each result compared with fp64 before it was timed.",
         f"All figures, with errors and rounds: [{name}.json]({name}.json).",

@@ -30,8 +30,9 @@ from benchmarks import plain_loop
 from benchmarks.measuring import GPU, events, in_words, machine
 from bincomm.building import create_networks, create_objective
 from bincomm.config import PretrainConfig
+from bincomm.engine.compiling import compile_networks
+from bincomm.engine.job import create_step
 from bincomm.engine.optimizer import create_optimizer
-from bincomm.engine.step import Step
 from bincomm.files import write_json, write_text
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -139,11 +140,24 @@ def measure(case: Case) -> dict[str, Any] | None:
         return None
 
 
+class Marks:
+    """The moments at which the parts of a step end, while it is to be measured."""
+
+    def __init__(self) -> None:
+        self.moments: list[tuple[str, Any]] = []
+        self.recording = False
+
+    def __call__(self, part: str) -> None:
+        """Note the end of a part."""
+        if self.recording:
+            self.moments.append((part, now()))
+
+
 class Contender(NamedTuple):
-    """One step, which returns its loss, and what marks its parts."""
+    """One step, which returns its loss, and the marks of its parts."""
 
     step: Callable[[], Tensor | float]
-    marks: Step | plain_loop.PlainLoop
+    marks: Marks
     notes: str = ""
 
 
@@ -201,17 +215,16 @@ def bincomm_step(case: Case, views: tuple[Tensor, Tensor], compiled: bool = Fals
     config = case.config()
     student, teacher = create_networks(config, DEVICE)
     objective = create_objective(config).to(DEVICE)
-    step = Step(
-        student, teacher, objective, create_optimizer(student), clip=config.clip, precision=config.precision
-    )
-    notes = step.compile(*views) if compiled else ""
+    marks = Marks()
+    step = create_step(config, student, teacher, objective, create_optimizer(student), mark=marks)
+    notes = compile_networks(step, *views)[1] if compiled else ""
 
     def run() -> Tensor:
         output = step(*views, **RATES)
         step.guard.read()
         return output.losses["loss"]
 
-    return Contender(run, step, notes)
+    return Contender(run, marks, notes)
 
 
 def plain(case: Case, crops: list[Tensor], fused: bool, compiled: bool = False) -> Contender:
@@ -230,6 +243,7 @@ def plain(case: Case, crops: list[Tensor], fused: bool, compiled: bool = False) 
     if compiled:
         student.compile(dynamic=False)
         teacher.compile(dynamic=False)
+    marks = Marks()
     loop = plain_loop.PlainLoop(
         student.to(DEVICE),
         teacher,
@@ -238,8 +252,9 @@ def plain(case: Case, crops: list[Tensor], fused: bool, compiled: bool = False) 
         precision=config.precision,
         beta=config.beta,
         eps_squared=config.eps_squared,
+        mark=marks,
     )
-    return Contender(lambda: loop(crops, **RATES), loop)
+    return Contender(lambda: loop(crops, **RATES), marks)
 
 
 def check(losses: dict[str, list[float]], precision: str) -> None:
@@ -254,20 +269,20 @@ def check(losses: dict[str, list[float]], precision: str) -> None:
 
 def clocked(contender: Contender) -> tuple[float, dict[str, float]]:
     """Milliseconds of a step, all in all and by its parts, as the mean over a turn."""
-    marks: list[tuple[str, Any]] = []
-    contender.marks.mark = lambda part: marks.append((part, now()))
+    marks = contender.marks
+    marks.moments, marks.recording = [], True
     if GPU:
         torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(STEPS):
-        marks.append(("", now()))
+        marks("")
         contender.step()
     if GPU:
         torch.cuda.synchronize()
     took = 1e3 * (time.perf_counter() - started) / STEPS
-    contender.marks.mark = lambda part: None
+    marks.recording = False
     parts = dict.fromkeys(PARTS, 0.0)
-    for (_, begin), (part, end) in pairwise(marks):
+    for (_, begin), (part, end) in pairwise(marks.moments):
         if part:
             parts[part] += (begin.elapsed_time(end) if GPU else 1e3 * (end - begin)) / STEPS
     return took, parts

@@ -16,7 +16,7 @@ import torch
 from matplotlib.figure import Figure
 
 from bincomm import __version__
-from bincomm.building import create_networks
+from bincomm.building import create_networks, create_trained_teacher
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.checkpoints import Checkpoints
@@ -246,15 +246,13 @@ def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
         ValueError: its last checkpoint is missing.
     """
     run = Path(config.output)
-    checkpoint = Checkpoints(run / "checkpoints", config.keep, logger.warning).load()
+    checkpoint = Checkpoints(run / "checkpoints", config.keep).load()
     last = read_json_lines(run / "metrics.jsonl")[-1]["step"]
     if checkpoint is None or checkpoint["step"] != last:
         raise ValueError(
             f"output: {run} holds no checkpoint of its last step, {last}; remove it to train it anew"
         )
-    _, teacher = create_networks(replace(config, init_from=None), device)
-    teacher.load_state_dict(checkpoint["teacher"])
-    return teacher
+    return create_trained_teacher(config, checkpoint["teacher"], device)
 
 
 def training_seconds(config: PretrainConfig) -> float:

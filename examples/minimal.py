@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import bincomm
 from bincomm.data.crops import Crops
-from bincomm.data.loader import Loader, eval_batches
+from bincomm.data.evaluation_batches import eval_batches
+from bincomm.data.loader import Loader
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.evaluation.knn import knn_accuracy
 
@@ -133,7 +134,6 @@ def main() -> None:
     options = vars(parser.parse_args())
     config = argparse.Namespace(**vars(DIGITS if options["data"] == "digits" else PHOTOS) | options)
     config.device = device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
     torch.manual_seed(0)
     student, teacher = (network.to(device) for network in create_networks(config))
     untrained = deepcopy(teacher).eval()

@@ -4,7 +4,7 @@ import colorsys
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +88,7 @@ def draw_scenes(
     return Scenes(images, factors)
 
 
-def render(values: Sequence[int], size: int, generator: np.random.Generator) -> np.ndarray:
+def render(values: Iterable[int], size: int, generator: np.random.Generator) -> np.ndarray:
     """The picture (S, S, 3) uint8 of a scene with these values of the factors; its other properties come from
     the generator, and do not depend on the factors."""
     shape, color, large, place, texture, background = (int(value) for value in values)

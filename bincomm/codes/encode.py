@@ -5,8 +5,9 @@ import errno
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,6 @@ import torch
 from bincomm.codes.storage import Part, describe_difference, open_part, open_parts, to_codes, write_part
 from bincomm.data.export import write_unusable
 from bincomm.data.images import UnusableImageError, read
-from bincomm.data.listing import Files
 from bincomm.data.sources import Source
 from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.engine.lock import open_run
@@ -117,7 +117,7 @@ def encode(
 
 
 class ImageRange:
-    """A contiguous range of the images of a source, mixes included, to be read as `Files` are."""
+    """A contiguous range of the images of a source, mixes included: `Images` themselves."""
 
     def __init__(self, source: Source, first: int, count: int):
         self.source, self.first = source, first
@@ -128,6 +128,9 @@ class ImageRange:
 
     def name(self, index: int) -> str:
         return self.source.images.name(self.first + index)
+
+    def names(self) -> Iterator[str]:
+        return map(self.name, range(self.count))
 
     def read(self, index: int) -> np.ndarray:
         return self.source.images.read(self.first + index)
@@ -204,7 +207,7 @@ def _encode_part(model: Pretrained, images: ImageRange, metadata: dict[str, Any]
     messages, features = [torch.empty(0, -(-metadata["bits"] // 32), dtype=torch.int32)], []
     if metadata["features"] is not None:
         features.append(torch.empty(0, metadata["features"]))
-    source = Source(cast(Files, images))  # which is read alike
+    source = Source(images)
     for batch in forward_batches(model, source, lambda image, why: unusable.append((image, why))):
         assert batch.logits is not None  # the model has a head
         wrong = batch.logits.isnan().any(-1)

@@ -59,7 +59,7 @@ class Source:
     the data is not among the images.
     """
 
-    images: Files | Shards | Mix
+    images: Images
     labels: np.ndarray | None = None
     classes: list[str] = field(default_factory=list)
     weights: tuple[float, ...] | None = None
@@ -67,8 +67,8 @@ class Source:
 
     def select(self, indices: Sequence[int]) -> "Source":
         """The images of these indices, of a source that is not a mix."""
-        if isinstance(self.images, Mix):
-            raise TypeError("source: images of a mix cannot be selected")
+        if not isinstance(self.images, (Files, Shards)):
+            raise TypeError("source: only images of files and shards can be selected")
         labels = None if self.labels is None else self.labels[np.asarray(indices, np.int64)]
         return Source(self.images.select(indices), labels, self.classes)
 

@@ -93,7 +93,7 @@ def _load(
         return _from_state(load_checkpoint(path), weights, device, preprocessing)
     keys: dict[str, Any] = {}
     if path.is_dir():
-        checkpoint = Checkpoints(path / "checkpoints", 1, logger.warning).load()
+        checkpoint = Checkpoints(path / "checkpoints", keep=1).load()
         if checkpoint is not None:
             return _from_state(checkpoint, weights, device, preprocessing)
         keys = read_config(path, "weights")
