@@ -15,7 +15,8 @@ from bincomm import building, cli
 from bincomm.adaptation import configure
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, parse
-from bincomm.data.sources import digits, evaluation_sources, open_source
+from bincomm.data.digits import digits
+from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.records import Records
 from bincomm.evaluation.features import extract_features
 from bincomm.evaluation.knn import knn_accuracy

@@ -11,7 +11,7 @@ import torch
 
 import bincomm
 from bincomm import api
-from bincomm.data.sources import digits
+from bincomm.data.digits import digits
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,8 @@ from bincomm.bits import bit_statistics
 from bincomm.building import create_networks
 from bincomm.comparison import BEFORE, FIGURES, METHODS, PIXELS, method_configs, prototypes_for
 from bincomm.config import PretrainConfig, parse
-from bincomm.data.sources import digits, evaluation_sources, open_source
+from bincomm.data.digits import digits
+from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.records import Records
 from bincomm.evaluation.features import extract_features, forward_batches
 from bincomm.evaluation.geometry import effective_dimensions

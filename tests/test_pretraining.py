@@ -25,8 +25,8 @@ from bincomm.engine.checkpoints import load_checkpoint
 from bincomm.engine.records import Records
 from bincomm.engine.run import dump_config
 from bincomm.engine.state import RunState
-from bincomm.files import read_json_lines
 from bincomm.evaluation.run import summary
+from bincomm.files import read_json_lines
 from bincomm.networks import Network
 from bincomm.pretraining import Interrupted, TrainingError, pretrain
 

@@ -11,7 +11,7 @@ from bincomm import cli
 from bincomm.codes import encode as encode_module
 from bincomm.codes.storage import open_parts, read_codes, write_part
 from bincomm.config import parse
-from bincomm.data.sources import digits
+from bincomm.data.digits import digits
 from bincomm.pretraining import pretrain
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from bincomm import cli
 from bincomm.building import create_networks
-from bincomm.data.sources import digits, evaluation_sources, open_source
+from bincomm.data.digits import digits
+from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.distributed.ranks import Ranks
 from bincomm.engine.checkpoints import save_checkpoint
 from bincomm.evaluation import features as module
