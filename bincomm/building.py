@@ -32,12 +32,13 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
         head = Head(width, config.hidden, config.bits, config.head_std)
     if config.init_from is not None:
         load_weights(backbone, config.init_from)
-        known = read_metadata(config.init_from)
+        metadata = read_metadata(config.init_from)
         for key in ("mean", "std"):
-            ours = list(getattr(config, key))
-            if known.get(key, ours) != ours:
+            configured = list(getattr(config, key))
+            if metadata.get(key, configured) != configured:
                 raise ValueError(
-                    f"{key}: expected {known[key]}, with which {config.init_from} was trained, got {ours}"
+                    f"{key}: expected {metadata[key]}, with which {config.init_from} was trained, "
+                    f"got {configured}"
                 )
     if config.checkpoint_activations:
         enable = getattr(backbone, "set_grad_checkpointing", None)

@@ -196,7 +196,7 @@ def status_of(error: BaseException, call: Call) -> int:
 
     command = call.command
     if isinstance(error, KeyboardInterrupt):
-        print(f"\ninterrupted; {kept(call)}", file=sys.stderr)
+        print(f"\ninterrupted; {interruption_outcome(call)}", file=sys.stderr)
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError):  # what reads the output, head for example, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -222,7 +222,7 @@ def status_of(error: BaseException, call: Call) -> int:
     return 1
 
 
-def kept(call: Call) -> str:
+def interruption_outcome(call: Call) -> str:
     """What an interruption leaves."""
     if call.configured and call.command.interrupted:
         return call.command.interrupted
