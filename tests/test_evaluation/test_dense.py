@@ -7,22 +7,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
 
-sklearn_metrics = pytest.importorskip("sklearn.metrics", reason="the independent check is scikit-learn")
-
-from bincomm import cli  # noqa: E402
-from bincomm.building import create_networks  # noqa: E402
-from bincomm.config import PretrainConfig, parse  # noqa: E402
-from bincomm.evaluation import dense  # noqa: E402
-from bincomm.evaluation.dense import (  # noqa: E402
-    confusion,
-    evaluate_segmentation,
-    mean_iou,
-    patch_features,
-)
-from bincomm.evaluation.pretrained import Pretrained, load_pretrained  # noqa: E402
-from bincomm.pretraining import export_backbone  # noqa: E402
+from bincomm import cli
+from bincomm.building import create_networks
+from bincomm.config import PretrainConfig, parse
+from bincomm.evaluation import dense
+from bincomm.evaluation.dense import confusion, evaluate_segmentation, mean_iou, patch_features
+from bincomm.evaluation.pretrained import Pretrained, load_pretrained
+from bincomm.pretraining import export_backbone
 
 # Of classes 2, 9 and 254, and of what is not annotated.
 COLORS = {2: (230, 20, 20), 9: (20, 230, 20), 254: (20, 20, 230), 255: (120, 120, 120)}
@@ -51,46 +46,46 @@ def vit(name="test_vit", **arguments):
 @pytest.mark.parametrize("arguments", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": ""}])
 def test_patch_features_of_a_vit_are_its_tokens(arguments):
     backbone, images = vit(**arguments), torch.randn(2, 3, 64, 96)
-    found = patch_features(backbone, images)
-    assert found.shape == (2, 4, 6, 64)
-    assert not found.requires_grad
+    features = patch_features(backbone, images)
+    assert features.shape == (2, 4, 6, 64)
+    assert not features.requires_grad
     tokens = backbone.forward_features(images)
     before = tokens.shape[1] - 24
     assert before == {"reg_tokens": 5, "class_token": 0}.get(next(iter(arguments), ""), 1)
     for row in range(4):
         for column in range(6):
-            assert torch.equal(found[:, row, column], tokens[:, before + 6 * row + column])
+            assert torch.equal(features[:, row, column], tokens[:, before + 6 * row + column])
 
 
 def test_the_final_norm_is_applied_where_it_follows_the_pooling():
     backbone = vit(class_token=False, global_pool="avg")
     nn.init.normal_(backbone.fc_norm.bias)
-    found = patch_features(backbone, torch.randn(1, 3, 32, 48)) - backbone.fc_norm.bias
-    assert found.mean(-1).abs().max() < 1e-5
-    assert (found.std(-1, unbiased=False) - 1).abs().max() < 1e-3
+    features = patch_features(backbone, torch.randn(1, 3, 32, 48)) - backbone.fc_norm.bias
+    assert features.mean(-1).abs().max() < 1e-5
+    assert (features.std(-1, unbiased=False) - 1).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name, width", [("test_convnext", 64), ("test_resnet", 96), ("test_mambaout", 64)])
 def test_patch_features_of_a_conv_net_are_its_map(name, width):
     backbone, images = timm.create_model(name, num_classes=0).eval(), torch.randn(2, 3, 64, 96)
-    found = patch_features(backbone, images)
-    assert found.shape == (2, 2, 3, width)
+    features = patch_features(backbone, images)
+    assert features.shape == (2, 2, 3, width)
     expected = backbone.forward_features(images)
     if expected.shape[1] == width:
         expected = expected.permute(0, 2, 3, 1)
-    assert torch.equal(found, expected)
+    assert torch.equal(features, expected)
     if name == "test_resnet":
-        assert torch.allclose(found.mean((1, 2)), backbone(images), atol=1e-5)
+        assert torch.allclose(features.mean((1, 2)), backbone(images), atol=1e-5)
 
 
 @pytest.mark.parametrize("name, grid", [("test_vit", (4, 6)), ("test_resnet", (2, 3))])
 def test_images_are_continued_to_whole_patches(name, grid):
     backbone = vit() if name == "test_vit" else timm.create_model(name, num_classes=0).eval()
     images = torch.randn(1, 3, 50, 81)
-    found = patch_features(backbone, images)
-    assert found.shape[1:3] == grid
+    features = patch_features(backbone, images)
+    assert features.shape[1:3] == grid
     rows, columns = (torch.arange(side).clamp(max=last) for side, last in ((64, 49), (96, 80)))
-    assert torch.equal(found, patch_features(backbone, images[:, :, rows][..., columns]))
+    assert torch.equal(features, patch_features(backbone, images[:, :, rows][..., columns]))
 
 
 def test_backbones_without_patches_are_refused():
@@ -125,15 +120,13 @@ def test_mean_iou_is_that_of_scikit_learn():
         predicted.append(np.where(rng.random(shape) < 0.5, truth[-1], rng.choice([0, 3, 5, 254], shape)))
         predicted[-1][truth[-1] == 255] = 5
         table += confusion(*(torch.from_numpy(x[-1]) for x in (truth, predicted)))
-    truth, predicted = (np.concatenate([x.flatten() for x in some]) for some in (truth, predicted))
+    truth, predicted = (np.concatenate([x.flatten() for x in masks]) for masks in (truth, predicted))
     counted = truth != 255
     labels = [0, 3, 5, 7, 254]
-    expected = sklearn_metrics.confusion_matrix(truth[counted], predicted[counted], labels=labels)
+    expected = confusion_matrix(truth[counted], predicted[counted], labels=labels)
     assert (table[labels][:, labels].numpy() == expected).all()
     assert table.sum() == counted.sum()
-    expected = sklearn_metrics.jaccard_score(
-        truth[counted], predicted[counted], labels=[0, 3, 7, 254], average=None
-    )
+    expected = jaccard_score(truth[counted], predicted[counted], labels=[0, 3, 7, 254], average=None)
     mean, iou = mean_iou(table)
     assert list(iou) == [0, 3, 7, 254]  # 5 is predicted alone
     assert list(iou.values()) == pytest.approx(expected)
@@ -176,12 +169,12 @@ def fast(monkeypatch, steps=200):
 def test_ideal_features_are_segmented_exactly(tmp_path, monkeypatch):
     fast(monkeypatch)
     write(tmp_path, train=[stripes(i) for i in range(6)], val=[stripes(i) for i in range(6, 10)])
-    found = evaluate_segmentation(pretrained(), tmp_path, size=64)
-    assert found["knn"] == {"miou": 1.0, "iou": {2: 1.0, 9: 1.0, 254: 1.0}}
-    assert found["linear"]["miou"] >= 0.99
-    assert list(found["linear"]["iou"]) == [2, 9, 254]
-    assert found["linear"]["learning_rate"] in dense.LEARNING_RATES
-    sizes = {name: found[name] for name in ("train_images", "val_images", "patches", "classes")}
+    result = evaluate_segmentation(pretrained(), tmp_path, size=64)
+    assert result["knn"] == {"miou": 1.0, "iou": {2: 1.0, 9: 1.0, 254: 1.0}}
+    assert result["linear"]["miou"] >= 0.99
+    assert list(result["linear"]["iou"]) == [2, 9, 254]
+    assert result["linear"]["learning_rate"] in dense.LEARNING_RATES
+    sizes = {name: result[name] for name in ("train_images", "val_images", "patches", "classes")}
     assert sizes == {"train_images": 6, "val_images": 4, "patches": 6 * 8 * 12, "classes": 3}
 
 
@@ -198,9 +191,9 @@ def test_what_is_not_annotated_does_not_count(tmp_path, monkeypatch):
             wrong = mask.copy()
             wrong[:, 64:] = value
             Image.fromarray(wrong).save(tmp_path / "a" / "val" / "masks" / f"{number}.png")
-        found = evaluate_segmentation(pretrained(), tmp_path / "a", size=64)
+        result = evaluate_segmentation(pretrained(), tmp_path / "a", size=64)
         for protocol in ("knn", "linear"):
-            assert (found[protocol]["miou"] == expected[protocol]["miou"] == 1.0) == exact
+            assert (result[protocol]["miou"] == expected[protocol]["miou"] == 1.0) == exact
     assert expected["patches"] == sum((mask != 255).sum() for mask in train) // 64
 
 
@@ -208,11 +201,11 @@ def test_classes_that_training_lacks_are_missed(tmp_path, monkeypatch):
     fast(monkeypatch)
     train = [stripes(i, kinds=(2, 9)) for i in range(4)]
     write(tmp_path, train=train, val=[stripes(5)])
-    found = evaluate_segmentation(pretrained(), tmp_path, size=64)
-    assert found["classes"] == 2
+    result = evaluate_segmentation(pretrained(), tmp_path, size=64)
+    assert result["classes"] == 2
     for protocol in ("knn", "linear"):
-        assert found[protocol]["iou"][254] == 0.0
-        assert 0 < found[protocol]["miou"] < 0.9
+        assert result[protocol]["iou"][254] == 0.0
+        assert 0 < result[protocol]["miou"] < 0.9
 
 
 def test_memory_is_bounded_and_drawn_alike(tmp_path, monkeypatch):
@@ -254,16 +247,16 @@ def test_near_patches_vote_by_their_cosine(monkeypatch):
     features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([1.0, 5.0, 2.0, 1.0])[:, None]
     shares = torch.tensor([[1.0, 0.0], [0.25, 0.75], [0.5, 0.25], [0.0, 1.0]])
     monkeypatch.setattr(dense, "NEIGHBORS", 3)
-    found = dense.nearest_patches(memory_of(features, shares))(torch.tensor([[[3.0, 0.0]]]))
+    result = dense.nearest_patches(memory_of(features, shares))(torch.tensor([[[3.0, 0.0]]]))
     weights = (torch.tensor([0.0, 0.1, 0.3]).cos() / 0.02).softmax(0)
-    assert torch.allclose(found[0, 0], weights @ shares[:3], rtol=1e-4)
+    assert torch.allclose(result[0, 0], weights @ shares[:3], rtol=1e-4)
 
 
 def test_thirty_patches_vote():
     angles = torch.linspace(0, 0.1, 40)
     memory = memory_of(torch.stack([angles.cos(), angles.sin()], 1), torch.eye(40))
-    found = dense.nearest_patches(memory)(torch.tensor([[[1.0, 0.0]]]))
-    assert found[0, 0].nonzero().flatten().tolist() == list(range(30))
+    result = dense.nearest_patches(memory)(torch.tensor([[[1.0, 0.0]]]))
+    assert result[0, 0].nonzero().flatten().tolist() == list(range(30))
 
 
 def test_blocks_make_no_difference(monkeypatch):
@@ -283,18 +276,17 @@ def test_blocks_make_no_difference(monkeypatch):
     assert not dense.to_pixels(torch.ones(6, 7, 11), (40, 50)).any()  # of equals the first
 
 
+@pytest.mark.slow
 def test_the_linear_probe_is_that_of_scikit_learn(monkeypatch):
-    from sklearn.linear_model import LogisticRegression
-
     fast(monkeypatch, 400)
     means = torch.randn(4, 16)
     labels, queries = torch.randint(4, (3000,)), torch.randint(4, (1200,))
-    x, y = (2 * (means[some] + torch.randn(len(some), 16)) + 7 for some in (labels, queries))
+    x, y = (2 * (means[classes] + torch.randn(len(classes), 16)) + 7 for classes in (labels, queries))
     predict, _ = dense.linear_patches(memory_of(x, F.one_hot(labels).float(), torch.arange(3000) // 100))
-    found = predict(y.view(30, 40, 16)).argmax(-1).flatten()
+    result = predict(y.view(30, 40, 16)).argmax(-1).flatten()
     expected = LogisticRegression(max_iter=1000).fit(x, labels).score(y, queries)
     assert 0.7 < expected < 0.99
-    assert float((found == queries).float().mean()) == pytest.approx(expected, abs=0.01)
+    assert float((result == queries).float().mean()) == pytest.approx(expected, abs=0.01)
 
 
 def test_the_learning_rate_is_chosen_by_images_not_trained_on(monkeypatch):
@@ -332,9 +324,9 @@ def test_images_are_resized_to_whole_patches(tmp_path, monkeypatch):
         path = tmp_path / half / "masks" / "1.png"
         Image.open(path).convert("P").save(path)
         assert Image.open(path).mode == "P"
-    found = evaluate_segmentation(pretrained(Watched()), str(tmp_path), size=128)
+    result = evaluate_segmentation(pretrained(Watched()), str(tmp_path), size=128)
     assert [tuple(images.shape[1:]) for images in seen] == [(3, 128, 192), (3, 168, 128)] * 2
-    assert found["knn"]["miou"] > 0.9
+    assert result["knn"]["miou"] > 0.9
     first = torch.tensor(COLORS[int(masks[1][0, 0])]) / 255
     expected = (first - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(seen[1][0, :, 0, 0], expected, atol=1e-3)
@@ -346,9 +338,9 @@ def test_sixteen_bits_are_seen_as_eight(tmp_path):
     Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "16.png")
     assert Image.open(tmp_path / "16.png").mode == "I;16"
     for bits in (8, 16):
-        found = np.array(dense.open_image(tmp_path / f"{bits}.png"))
-        assert (found == pixels[..., None]).all()
-        assert found.shape == (16, 16, 3)
+        result = np.array(dense.open_image(tmp_path / f"{bits}.png"))
+        assert (result == pixels[..., None]).all()
+        assert result.shape == (16, 16, 3)
     Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "32.tif")
     with pytest.raises(ValueError, match="32.tif: its floating-point pixels have no known range"):
         dense.open_image(tmp_path / "32.tif")
@@ -373,22 +365,23 @@ def test_features_that_are_not_finite_are_refused(broken, tmp_path, monkeypatch)
 def test_a_vit_of_timm_is_evaluated(tmp_path, monkeypatch):
     fast(monkeypatch, 50)
     write(tmp_path, train=[stripes(i) for i in range(3)], val=[stripes(4)])
-    found = evaluate_segmentation(pretrained(vit()), tmp_path, size=128)
+    result = evaluate_segmentation(pretrained(vit()), tmp_path, size=128)
     for protocol in ("knn", "linear"):
-        assert 0.4 < found[protocol]["miou"] <= 1.0  # untrained; the colors tell
+        assert 0.4 < result[protocol]["miou"] <= 1.0  # untrained; the colors tell
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch, capsys):
     fast(monkeypatch, 5)
     folder = write(tmp_path / "masks", train=[stripes(i) for i in range(3)], val=[stripes(4)])
     config, _ = parse(["--recipe=digits", "--backbone=test_resnet", "--backbone_args={}"])
     export_backbone(create_networks(config, torch.device("cpu"))[1], config, tmp_path)
-    weights, output = tmp_path / "backbone.safetensors", tmp_path / "found.json"
+    weights, output = tmp_path / "backbone.safetensors", tmp_path / "result.json"
     assert cli.main(["evaluate", str(weights), f"--segmentation={folder}", f"--output={output}"]) == 0
-    found = json.loads(output.read_text())["segmentation"]
+    result = json.loads(output.read_text())["segmentation"]
     expected = evaluate_segmentation(load_pretrained(weights, "cpu"), folder)
-    assert found == json.loads(json.dumps(expected))
-    assert f"mIoU {found['knn']['miou']:.2%} by nearest patches" in capsys.readouterr().out
+    assert result == json.loads(json.dumps(expected))
+    assert f"mIoU {result['knn']['miou']:.2%} by nearest patches" in capsys.readouterr().out
 
 
 def test_what_is_wrong_with_a_folder_is_named(tmp_path, monkeypatch):

@@ -1,0 +1,54 @@
+import logging
+
+import pytest
+
+# A small network on the digits, and what the runs of this folder share.
+OPTIONS = {
+    "recipe": "digits",
+    "backbone": "resnetv2_18",
+    "backbone_args": '{"layers": [1, 1], "channels": [16, 32], "stem_chs": 16}',
+    "global_size": 16,
+    "local_size": 12,
+    "bits": 20,
+    "hidden": 32,
+    "max_steps": 20,
+    "log_every": 10,
+    "save_every": 10,
+}
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A finished run with two checkpoints, steps 10 and 20; only to be read."""
+    from bincomm.pretraining import pretrain
+
+    output = tmp_path_factory.mktemp("runs") / "run"
+    pretrain(configuration(output=output))
+    return output
+
+
+@pytest.fixture(scope="session")
+def sources():
+    """Gallery (1437) and queries (360) of the digits."""
+    from bincomm.data.sources import evaluation_sources, open_source
+
+    return evaluation_sources("digits", open_source("digits"))[:2]
+
+
+@pytest.fixture
+def messages(caplog, monkeypatch):
+    """The messages that bincomm has logged, whatever a command made of its loggers before."""
+    monkeypatch.setattr(logging.getLogger("bincomm"), "propagate", True)
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("bincomm")]
+
+
+def configuration(**options):
+    from bincomm.config import parse
+
+    return parse([f"--{key}={value}" for key, value in (OPTIONS | options).items()])[0]
+
+
+@pytest.fixture(name="configuration", scope="session")
+def _configuration():
+    """A function that makes the configuration of such a run, with other options."""
+    return configuration
