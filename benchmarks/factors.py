@@ -28,7 +28,7 @@ from bincomm.codes.information import (
     mutual_information,
     mutual_information_gap,
 )
-from bincomm.config import PretrainConfig, parse
+from bincomm.config import PretrainConfig, configure
 from bincomm.data.sources import open_source
 from bincomm.evaluation.features import extract_features
 from bincomm.evaluation.pretrained import Pretrained, load_pretrained
@@ -124,7 +124,7 @@ def measure(folder: Path) -> dict[str, Any]:
 def configuration(scenes: Path, run: Path, changes: dict[str, Any]) -> PretrainConfig:
     """Of one run."""
     options = {**OPTIONS, **changes, "data": scenes / "train", "output": run}
-    return parse([f"--{key}={value}" for key, value in options.items()])[0]
+    return configure(**options)
 
 
 def of_network(extracted: dict[str, Tensor], factors: Tensor) -> dict[str, Any]:

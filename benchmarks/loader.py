@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.measuring import CORES, GPU, in_words, machine
 from benchmarks.torchvision_loader import Images, batches, view_transforms
-from bincomm.config import parse
+from bincomm.config import configure
 from bincomm.data.crops import Crops
 from bincomm.data.dali import decode, fn, pipeline_def
 from bincomm.data.loader import Loader
@@ -127,14 +127,14 @@ def training(folder: str) -> dict[str, Any]:
     recipe = "vit_small_in1k" if GPU else "resnet18_cpu"
     steps = 120 if GPU else 40
     with tempfile.TemporaryDirectory() as output, contextlib.redirect_stdout(sys.stderr):
-        options = {
+        options: dict[str, Any] = {
             "recipe": recipe,
             "data": folder,
             "threads": CORES,
             "max_steps": steps,
             "log_every": steps // 4,
         }
-        config, _ = parse([f"--{key}={value}" for key, value in options.items()] + ["--output", output])
+        config = configure(**options, output=output)
         with join_ranks(DEVICE.type) as ranks, Signals(Path(output)) as signals:
             train(config, open_source(folder), Path(output), ranks, signals)
         lines = [json.loads(line) for line in (Path(output) / "speed.jsonl").read_text().splitlines()]

@@ -259,18 +259,3 @@ def configure_comparison(recipe: str | None = None, **keys: Any) -> PretrainConf
         raise ValueError("method: compare takes --methods, for example --methods=bits-reset,dino")
     recipe = recipe or choose_recipe(keys.get("data", "digits"))
     return configure(recipe, **{"output": f"runs/compare-{Path(recipe).stem}", **keys})
-
-
-def parse(arguments: list[str]) -> tuple[PretrainConfig, str]:
-    """The configuration that options of `bincomm pretrain` say, and the name of its recipe.
-
-    Raises:
-        ValueError, OSError: as `configure`.
-    """
-    from bincomm.parsing import add_keys, add_recipe, key_parser, parse_options
-
-    parser = key_parser()
-    add_recipe(parser)
-    add_keys(parser)
-    options = parse_options(parser, arguments)
-    return configure(options.recipe, **options.keys), Path(options.recipe).stem

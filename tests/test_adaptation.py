@@ -14,7 +14,8 @@ from PIL import Image
 from bincomm import building, cli
 from bincomm.adaptation import configure
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, parse
+from bincomm.config import PretrainConfig
+from bincomm.config import configure as configure_run
 from bincomm.data.digits import digits
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.records import Records
@@ -52,7 +53,7 @@ def _no_curves():
 def source(tmp_path_factory):
     """A finished run, whose running statistics and weights are no longer those it began with."""
     output = tmp_path_factory.mktemp("source") / "run"
-    pretrain(parse([*(f"--{key}={value}" for key, value in OPTIONS.items()), f"--output={output}"])[0])
+    pretrain(configure_run(**OPTIONS, output=output))
     return output
 
 
@@ -85,7 +86,7 @@ def configuration(run):
 
 def evaluated(weights, config):
     """k-NN and linear probe of the backbone in a file, by direct calls."""
-    _, teacher = create_networks(parse(["--recipe", str(config)])[0], CPU)
+    _, teacher = create_networks(configure_run(str(config)), CPU)
     teacher.backbone.load_state_dict(safetensors.torch.load_file(weights))
     chosen = configuration(config.parent)
     features, model = [], Pretrained.of(teacher, chosen, CPU)
@@ -109,7 +110,7 @@ def test_before_is_the_source_and_after_the_run(source, target, adapted):
 
 def test_a_run_gives_its_keys_but_those_of_the_recipe_and_the_command_line(source, target):
     inherited = configuration(source)
-    config = configure(str(source), [f"--data={target}", "--lr=0.5", "--output=out"])
+    config = configure(str(source), data=str(target), lr=0.5, output="out")
     expected = {
         "data": str(target), "output": "out", "init_from": str(source), "lr": 0.5,
         "epochs": 10, "max_steps": None, "reset_every": 0, "warmup_epochs": 1,
@@ -120,7 +121,7 @@ def test_a_run_gives_its_keys_but_those_of_the_recipe_and_the_command_line(sourc
 
 
 def test_another_recipe_says_all_but_the_backbone(source, target):
-    config = configure(str(source), [f"--data={target}", "--recipe=small_images"])
+    config = configure(str(source), "small_images", data=str(target))
     assert (config.epochs, config.reset_every, config.global_size) == (200, 20, 64)
     assert config.backbone == "resnetv2_18"
     assert config.backbone_args == configuration(source).backbone_args
@@ -200,20 +201,20 @@ def test_from_a_file_the_backbone_is_known(source, target, adapted, tmp_path):
 
 
 def test_a_timm_name_is_the_backbone(target):
-    config = configure("resnet18.a1_in1k", [f"--data={target}"])
+    config = configure("resnet18.a1_in1k", data=str(target))
     assert (config.backbone, config.init_from, config.epochs) == ("resnet18.a1_in1k",) * 2 + (10,)
     assert (config.mean, config.std) == (PretrainConfig.mean, PretrainConfig.std)
-    config = configure("vit_tiny_patch16_224", [f"--data={target}"])  # whose default weights want others
+    config = configure("vit_tiny_patch16_224", data=str(target))  # whose default weights want others
     assert (config.mean, config.std) == ((0.5,) * 3, (0.5,) * 3)
 
 
 def test_colors_stay_normalized_as_the_weights_want(source, target, tmp_path):
     """From run to file to run, and for timm; another mean with these weights is refused."""
     options = {**OPTIONS, "mean": "[0.5, 0.4, 0.3]", "max_steps": 2, "output": tmp_path / "run"}
-    pretrain(parse([f"--{key}={value}" for key, value in options.items()])[0])
+    pretrain(configure_run(**options))
     file = tmp_path / "run" / "backbone.safetensors"
     for weights in (file, tmp_path / "run"):
-        assert configure(str(weights), [f"--data={target}"]).mean == (0.5, 0.4, 0.3)
+        assert configure(str(weights), data=str(target)).mean == (0.5, 0.4, 0.3)
     with safetensors.safe_open(file, "pt") as opened:
         model = timm.create_model(**json.loads(opened.metadata()["create_model"]))
     assert timm.data.resolve_model_data_config(model)["mean"] == [0.5, 0.4, 0.3]

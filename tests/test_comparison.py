@@ -15,7 +15,7 @@ from bincomm import cli
 from bincomm.bits import bit_statistics
 from bincomm.building import create_networks
 from bincomm.comparison import BEFORE, FIGURES, METHODS, PIXELS, method_configs, prototypes_for
-from bincomm.config import PretrainConfig, parse
+from bincomm.config import PretrainConfig, configure
 from bincomm.data.digits import digits
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.records import Records
@@ -106,7 +106,7 @@ def figures(result):
 @pytest.mark.parametrize("method", ["bits-reset", "simdino", "dino"])
 def test_figures_are_those_of_the_evaluation_functions(compared, method):
     output, table = compared
-    config = parse(["--recipe", str(output / f"{method}-seed1" / "config.yaml")])[0]
+    config = configure(str(output / f"{method}-seed1" / "config.yaml"))
     assert config.seed == 1
     state = torch.load(output / f"{method}-seed1/checkpoints/step-000000006.ckpt", weights_only=True)
     _, teacher = create_networks(config, torch.device("cpu"))
@@ -124,7 +124,7 @@ def test_figures_are_those_of_the_evaluation_functions(compared, method):
 
 def test_raw_pixels_are_measured_as_features(compared):
     output, table = compared
-    config = parse(["--recipe", str(output / "dino-seed0" / "config.yaml")])[0]
+    config = configure(str(output / "dino-seed0" / "config.yaml"))
     _, teacher = create_networks(config, torch.device("cpu"))
     sources = evaluation_sources(config.data, open_source(config.data))[:2]
     model = Pretrained.of(teacher, config, torch.device("cpu"))
@@ -158,7 +158,7 @@ def test_a_method_that_fails_costs_the_others_nothing(compared, tmp_path, monkey
 
 def test_before_training_is_the_network_of_the_bits(compared):
     output, table = compared
-    config = parse(["--recipe", str(output / "bits-reset-seed0" / "config.yaml")])[0]
+    config = configure(str(output / "bits-reset-seed0" / "config.yaml"))
     _, teacher = create_networks(config, torch.device("cpu"))
     assert figures(rows(table)[BEFORE]["runs"][0]) == pytest.approx(evaluated(teacher, config), rel=1e-9)
 

@@ -9,9 +9,19 @@ import torch
 import yaml
 from PIL import Image
 
-from bincomm.config import PretrainConfig, configure, configure_comparison, parse
+from bincomm.config import PretrainConfig, configure, configure_comparison
 from bincomm.data.crops import Crops
+from bincomm.parsing import add_keys, add_recipe, key_parser, parse_options
 from bincomm.recipes import choose_recipe, recipe_names
+
+
+def parse(arguments):
+    """The configuration of a command line of `bincomm pretrain`, and the name of its recipe."""
+    parser = key_parser()
+    add_recipe(parser)
+    add_keys(parser)
+    options = parse_options(parser, arguments)
+    return configure(options.recipe, **options.keys), Path(options.recipe).stem
 
 
 def test_recipe_and_options():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bincomm import cli
-from bincomm.config import parse
+from bincomm.config import configure
 from bincomm.engine.checkpoints import load_checkpoint
 from bincomm.files import read_json_lines
 from bincomm.pretraining import pretrain
@@ -94,7 +94,7 @@ def curve(run):
 def alone(tmp_path_factory):
     """Twenty steps of 32 images in one process."""
     output = tmp_path_factory.mktemp("runs") / "alone"
-    pretrain(parse(arguments(output))[0])
+    pretrain(configure(**OPTIONS, output=output))
     return output
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 import bincomm
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, parse
+from bincomm.config import PretrainConfig, configure
 from bincomm.files import read_json_lines
 from bincomm.pretraining import pretrain
 
@@ -52,7 +52,7 @@ def test_it_fits_on_a_few_screens():
 
 @pytest.mark.parametrize("recipe", ["PHOTOS", "DIGITS"])
 def test_its_recipes_are_those_of_pretrain(minimal, recipe):
-    config = PretrainConfig() if recipe == "PHOTOS" else parse(["--recipe=digits"])[0]
+    config = PretrainConfig() if recipe == "PHOTOS" else configure("digits")
     values = vars(getattr(minimal, recipe))
     arguments = dict(values["backbone_args"])
     if recipe == "PHOTOS":
@@ -122,7 +122,7 @@ def test_its_run_is_the_engines(minimal, tmp_path, monkeypatch, capsys, backbone
         "backbone": backbone, "backbone_args": json.dumps(arguments), "bits": 16, "hidden": 32,
         "global_size": 16, "local_size": 12, "batch_size": 256, "epochs": 3, "reset_every": 1,
     }  # fmt: skip
-    config = parse([f"--{key}={value}" for key, value in options.items()])[0]
+    config = configure(**options)
     result = pretrain(config)
     records = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*.ckpt")

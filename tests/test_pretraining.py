@@ -19,7 +19,7 @@ from PIL import Image
 
 from bincomm import cli
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, parse
+from bincomm.config import PretrainConfig, configure
 from bincomm.data.loader import TooManyUnusableError
 from bincomm.engine.checkpoints import load_checkpoint
 from bincomm.engine.records import Records
@@ -65,7 +65,7 @@ def arguments(output, **options):
 
 
 def configuration(output, **options):
-    return parse(arguments(output, **options))[0]
+    return configure(**{"recipe": "digits", "output": output, **OPTIONS, **options})
 
 
 def start(output, **options):

@@ -5,17 +5,19 @@ import torch
 from torch import nn
 
 from bincomm import cli
-from bincomm.config import parse
+from bincomm.config import configure
 from bincomm.networks import Head, Network, create_teacher
 from bincomm.profiling import PARTS, count_flops, measure_peak, profile
 
 pytestmark = pytest.mark.slow
-OPTIONS = ["--recipe=digits", "--backbone=test_vit", '--backbone_args={"patch_size": 4, "depth": 2}']
-OPTIONS += ["--global_size=16", "--local_size=12", "--bits=16", "--hidden=32", "--batch_size=16"]
+OPTIONS = {
+    "recipe": "digits", "backbone": "test_vit", "backbone_args": '{"patch_size": 4, "depth": 2}',
+    "global_size": 16, "local_size": 12, "bits": 16, "hidden": 32, "batch_size": 16,
+}  # fmt: skip
 
 
 def test_a_profile_adds_up():
-    result = profile(parse(OPTIONS)[0], steps=6)
+    result = profile(configure(**OPTIONS), steps=6)
     assert tuple(result["parts"]) == PARTS
     assert all(ms > 0 for ms in result["parts"].values())
     assert sum(result["parts"].values()) == pytest.approx(result["step_ms"], rel=0.5)  # medians
@@ -39,9 +41,9 @@ def test_operations_are_counted_as_by_hand():
     assert count_flops(student, teacher, torch.randn(1, 2, 3, 4, 4), None) == expected
 
 
-@pytest.mark.parametrize("options", [["--checkpoint_activations=true"], ["--precision=fp32"]])
+@pytest.mark.parametrize("options", [{"checkpoint_activations": True}, {"precision": "fp32"}])
 def test_operations_do_not_depend_on_how_they_are_carried_out(options):
-    counts = [profile(parse([*OPTIONS, *more])[0], steps=1)["flops_per_image"] for more in ([], options)]
+    counts = [profile(configure(**OPTIONS, **more), steps=1)["flops_per_image"] for more in ({}, options)]
     assert counts[0] == counts[1]
 
 
@@ -50,7 +52,7 @@ def test_a_peak_is_not_beyond_any_machine():
 
 
 def test_the_command(capsys):
-    assert cli.main(["profile", "--steps=2", *OPTIONS]) == 0
+    assert cli.main(["profile", "--steps=2", *(f"--{key}={value}" for key, value in OPTIONS.items())]) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {part} " in text for part in PARTS)
     assert "images/s" in text

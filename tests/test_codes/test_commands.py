@@ -10,7 +10,7 @@ from PIL import Image
 from bincomm import cli
 from bincomm.codes import encode as encode_module
 from bincomm.codes.storage import open_parts, read_codes, write_part
-from bincomm.config import parse
+from bincomm.config import configure
 from bincomm.data.digits import digits
 from bincomm.pretraining import pretrain
 
@@ -43,7 +43,7 @@ def images(tmp_path_factory):
 def run(images, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs") / "run"
     options = {**OPTIONS, "data": images, "output": output}
-    pretrain(parse([f"--{key}={value}" for key, value in options.items()])[0])
+    pretrain(configure(**options))
     return output
 
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from bincomm import cli
-from bincomm.config import parse
+from bincomm.config import configure
 from bincomm.data.contact_sheet import GAP, MIN_WIDTH, TITLE, contact_sheet
 from bincomm.data.crops import Crops
 from bincomm.data.loader import Loader
@@ -20,9 +20,7 @@ def _cache(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_it_shows_the_first_batch_of_a_run():
-    config, _ = parse(
-        ["--recipe", "digits", "--seed", "3", "--jitter", "[0.4, 0.4, 0, 0]", "--blur", "[1, 0, 0]"]
-    )
+    config = configure("digits", seed=3, jitter=[0.4, 0.4, 0, 0], blur=[1, 0, 0])
     sheet, names = contact_sheet(open_source("digits"), config.crops, seed=3, images=5)
     source = open_source("digits")
     loader = Loader(source, config.crops, batch_size=config.batch_size, seed=3, device=torch.device("cpu"))

@@ -43,9 +43,9 @@ def messages(caplog, monkeypatch):
 
 
 def configuration(**options):
-    from bincomm.config import parse
+    from bincomm.config import configure
 
-    return parse([f"--{key}={value}" for key, value in (OPTIONS | options).items()])[0]
+    return configure(**(OPTIONS | options))
 
 
 @pytest.fixture(name="configuration", scope="session")

@@ -13,7 +13,7 @@ from torch import nn
 
 from bincomm import cli
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, parse
+from bincomm.config import PretrainConfig, configure
 from bincomm.evaluation import dense
 from bincomm.evaluation.dense import confusion, evaluate_segmentation, mean_iou, patch_features
 from bincomm.evaluation.pretrained import Pretrained, load_pretrained
@@ -374,7 +374,7 @@ def test_a_vit_of_timm_is_evaluated(tmp_path, monkeypatch):
 def test_the_command(tmp_path, monkeypatch, capsys):
     fast(monkeypatch, 5)
     folder = write(tmp_path / "masks", train=[stripes(i) for i in range(3)], val=[stripes(4)])
-    config, _ = parse(["--recipe=digits", "--backbone=test_resnet", "--backbone_args={}"])
+    config = configure("digits", backbone="test_resnet", backbone_args={})
     export_backbone(create_networks(config, torch.device("cpu"))[1], config, tmp_path)
     weights, output = tmp_path / "backbone.safetensors", tmp_path / "result.json"
     assert cli.main(["evaluate", str(weights), f"--segmentation={folder}", f"--output={output}"]) == 0

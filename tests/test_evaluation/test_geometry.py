@@ -36,8 +36,8 @@ def test_known_spectra(spectrum, d_eff, r_eff, monkeypatch):
 
 
 def test_fewer_images_than_features():
-    found = effective_dimensions(torch.randn(5, 300))
-    assert 3.5 < found.d_eff <= found.r_eff <= 4 + 1e-9
+    result = effective_dimensions(torch.randn(5, 300))
+    assert 3.5 < result.d_eff <= result.r_eff <= 4 + 1e-9
     assert effective_dimensions(torch.randn(2, 300)) == pytest.approx((1, 1))
 
 

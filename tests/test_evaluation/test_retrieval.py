@@ -32,8 +32,8 @@ def test_agrees_with_scikit_learn_without_ties(monkeypatch):
         average_precision_score(labels.numpy() == label, score)
         for label, score in zip(query_labels.numpy(), scores, strict=True)
     ]
-    found = mean_average_precision(database, labels, queries, query_labels)
-    assert found == pytest.approx(np.mean(expected), abs=1e-9)
+    result = mean_average_precision(database, labels, queries, query_labels)
+    assert result == pytest.approx(np.mean(expected), abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["messages", "signs", "features"])
@@ -54,8 +54,8 @@ def test_is_the_mean_over_all_orders_of_ties(kind):
         expected.append(np.mean([average_precision(ranking) for ranking in ranked]))
     if kind == "messages":
         database, queries = pack_signs(database), pack_signs(queries)
-    found = mean_average_precision(database, labels, queries, query_labels)
-    assert found == pytest.approx(np.mean(expected), abs=1e-12)
+    result = mean_average_precision(database, labels, queries, query_labels)
+    assert result == pytest.approx(np.mean(expected), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["messages", "signs", "features", "repeated features"])
@@ -71,19 +71,19 @@ def test_the_order_of_the_database_makes_no_difference(kind):
     expected = mean_average_precision(database, labels, queries, query_labels)
     for _ in range(5):
         order = torch.randperm(401)
-        found = mean_average_precision(database[order], labels[order], queries, query_labels)
-        assert found == pytest.approx(expected, abs=1e-9)
+        result = mean_average_precision(database[order], labels[order], queries, query_labels)
+        assert result == pytest.approx(expected, abs=1e-9)
     by_class = labels.argsort()
-    found = mean_average_precision(database[by_class], labels[by_class], queries, query_labels)
-    assert found == pytest.approx(expected, abs=1e-9)
+    result = mean_average_precision(database[by_class], labels[by_class], queries, query_labels)
+    assert result == pytest.approx(expected, abs=1e-9)
 
 
 def test_messages_and_their_signs_give_one_figure():
     database, queries = signs(300, 70), signs(50, 70)
     labels, query_labels = torch.randint(4, (300,)), torch.randint(4, (50,))
-    found = mean_average_precision(pack_signs(database), labels, pack_signs(queries), query_labels)
+    result = mean_average_precision(pack_signs(database), labels, pack_signs(queries), query_labels)
     expected = mean_average_precision(database, labels, queries, query_labels)
-    assert found == pytest.approx(expected, abs=1e-12)
+    assert result == pytest.approx(expected, abs=1e-12)
 
 
 def test_what_is_known_beforehand():
@@ -92,11 +92,11 @@ def test_what_is_known_beforehand():
     assert mean_average_precision(apart, labels, apart, labels) == 1.0
     # Nothing to rank by: one item relevant among n, at any of their places alike.
     one = torch.tensor([1, 0, 0, 0, 0])
-    found = mean_average_precision(torch.ones(5, 2), one, torch.ones(1, 2), torch.ones(1))
-    assert found == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5)
+    result = mean_average_precision(torch.ones(5, 2), one, torch.ones(1, 2), torch.ones(1))
+    assert result == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5)
     # A query whose class is not in the database does not count.
-    found = mean_average_precision(apart, labels, apart[:3], torch.tensor([0, 9, 1]))
-    assert found == 1.0
+    result = mean_average_precision(apart, labels, apart[:3], torch.tensor([0, 9, 1]))
+    assert result == 1.0
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -109,9 +109,9 @@ def test_queries_left_out_of_their_own_ranking(packed, monkeypatch):
     for i in range(1, 50):
         others = torch.arange(50) != i
         expected.append(mean_average_precision(x[others], labels[others], x[i : i + 1], labels[i : i + 1]))
-    found = mean_average_precision(x, labels, x, labels, same=True)
-    assert found == pytest.approx(np.mean(expected), abs=1e-12)
-    assert found < mean_average_precision(x, labels, x, labels)
+    result = mean_average_precision(x, labels, x, labels, same=True)
+    assert result == pytest.approx(np.mean(expected), abs=1e-12)
+    assert result < mean_average_precision(x, labels, x, labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
@@ -127,18 +127,18 @@ def test_the_length_of_features_makes_no_difference(factor):
     database, queries = torch.randn(60, 8), torch.randn(20, 8)
     labels, query_labels = torch.randint(4, (60,)), torch.randint(4, (20,))
     expected = mean_average_precision(database, labels, queries, query_labels)
-    found = mean_average_precision(database * factor, labels, queries * factor, query_labels)
-    assert found == pytest.approx(expected, abs=1e-6)
+    result = mean_average_precision(database * factor, labels, queries * factor, query_labels)
+    assert result == pytest.approx(expected, abs=1e-6)
 
 
 def test_many_ties_in_a_large_database():
     """Against the sum over places, of which the harmonic numbers are a short form."""
     relevant, n = 3000, 200_000
     labels = (torch.arange(n) < relevant).long()
-    found = mean_average_precision(torch.ones(n, 1), labels, torch.ones(1, 1), torch.ones(1))
+    result = mean_average_precision(torch.ones(n, 1), labels, torch.ones(1, 1), torch.ones(1))
     places = np.arange(n)
     expected = np.mean((1 + places * (relevant - 1) / (n - 1)) / (places + 1))
-    assert found == pytest.approx(expected, abs=1e-10)
+    assert result == pytest.approx(expected, abs=1e-10)
 
 
 def test_what_is_wrong_is_named():

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bincomm import cli
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, parse
+from bincomm.config import PretrainConfig, configure
 from bincomm.evaluation import video
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.video import contour_accuracy, evaluate_davis, propagate, region_similarity
@@ -448,7 +448,7 @@ def test_a_vit_of_timm_is_evaluated(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_command_alone_and_on_two_ranks(tmp_path, capsys, monkeypatch):
     """Three sequences, of which one rank tracks two, and images, half of whose features a rank computes."""
-    config, _ = parse(["--recipe=digits", "--backbone=test_resnet", "--backbone_args={}"])
+    config = configure("digits", backbone="test_resnet", backbone_args={})
     export_backbone(create_networks(config, torch.device("cpu"))[1], config, tmp_path)
     sequences = {"c": moving(3), "a": two_objects(3), "b": moving(3, 48)}
     folder, output = write_davis(tmp_path / "davis", sequences), tmp_path / "result.json"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bincomm.config import parse
+from bincomm.config import configure
 from bincomm.data.crops import Crops
 from bincomm.data.loader import Loader
 from bincomm.data.sources import open_source
@@ -37,11 +37,10 @@ def test_batches_are_those_of_the_cpu():
             ).abs().mean() < 0.05  # in deviations of ImageNet's colors
 
 
-@pytest.mark.parametrize("form", ["--compile=off", "--compile=on", "--cuda_graph=true"])
+@pytest.mark.parametrize("form", [{"compile": "off"}, {"compile": "on"}, {"cuda_graph": True}])
 def test_a_short_run(tmp_path, form):
-    options = ["--recipe", "digits", "--precision", "bf16", "--log_every", "10", "--save_every", "10", form]
-    run = ["--output", str(tmp_path / "run"), "--max_steps", "60"]
-    result = pretrain(parse([*options, *run])[0])
+    keys = {"precision": "bf16", "log_every": 10, "save_every": 10, "max_steps": 60, **form}
+    result = pretrain(configure("digits", output=tmp_path / "run", **keys))
     assert result["machine"]["device"] == "cuda"
     assert result["last_metrics"]["loss"] < 0.47  # 0.52 where nothing is learned
 
