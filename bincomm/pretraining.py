@@ -79,8 +79,9 @@ def train(
             rates = job.schedule(step)  # learning rate, weight decay, momentum
             output = job.train_step(*views, **rates)  # message → logits → loss → gradient → AdamW → average
             step += 1
-            stop = job.check_finite(step)  # raises, with evidence, after several steps that are not
+            job.check_finite(step)  # raises, with evidence, after several steps that are not
             job.records.add(step, output, rates, job.batches.waited)
+            stop = job.stops()
             if stop or job.saves(step):
                 job.state.save(step)
             if stop:

@@ -11,13 +11,14 @@ import torch
 import yaml
 from PIL import Image
 
-from bincomm import building, cli
+from bincomm import cli
 from bincomm.adaptation import configure
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig
 from bincomm.config import configure as configure_run
 from bincomm.data.digits import digits
 from bincomm.data.sources import evaluation_sources, open_source
+from bincomm.engine import job
 from bincomm.engine.records import Records
 from bincomm.evaluation.features import extract_features
 from bincomm.evaluation.knn import knn_accuracy
@@ -131,16 +132,16 @@ def test_another_recipe_says_all_but_the_backbone(source, target):
 
 def test_it_begins_with_the_backbone_under_a_new_head_and_never_resets(source, target, tmp_path, monkeypatch):
     began, resets = [], []
-    create, reset = create_networks, building.reset_head
+    create, reset = create_networks, job.reset_head
 
     def watched(config, device):
         networks = create(config, device)
         began.append([{name: x.clone() for name, x in n.state_dict().items()} for n in networks])
         return networks
 
-    monkeypatch.setattr("bincomm.pretraining.create_networks", watched)
+    monkeypatch.setattr("bincomm.engine.job.create_networks", watched)
     monkeypatch.setattr(
-        "bincomm.pretraining.reset_head", lambda *args, **named: resets.append(reset(*args, **named))
+        "bincomm.engine.job.reset_head", lambda *args, **named: resets.append(reset(*args, **named))
     )
     # Images for two steps an epoch: there are ends of epochs at which a reset could come.
     assert cli.main(arguments(source, target, tmp_path / "run", reset_every=1, max_steps=5)) == 0
@@ -164,7 +165,7 @@ def test_it_begins_with_the_backbone_under_a_new_head_and_never_resets(source, t
 
 
 def test_the_same_command_goes_on_and_is_done_once(source, target, adapted, tmp_path, monkeypatch, capsys):
-    steps, step = [], Records.step
+    steps, step = [], Records.add
 
     def interrupted(self, *args):
         steps.append(step(self, *args))
@@ -172,10 +173,10 @@ def test_the_same_command_goes_on_and_is_done_once(source, target, adapted, tmp_
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Records, "step", interrupted)
+        patch.setattr(Records, "add", interrupted)
         assert cli.main(arguments(source, target, tmp_path / "run")) == cli.SAVED
     assert cli.main(arguments(source, target, tmp_path / "run")) == 0
-    assert "resuming at step 8" in capsys.readouterr().out
+    assert "resuming at step 8" in capsys.readouterr().err
     for name in ("adapt.json", "backbone.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (adapted / name).read_bytes()
     last = (adapted / "checkpoints/step-000000012.ckpt").stat().st_mtime_ns
@@ -218,7 +219,7 @@ def test_colors_stay_normalized_as_the_weights_want(source, target, tmp_path):
     with safetensors.safe_open(file, "pt") as opened:
         model = timm.create_model(**json.loads(opened.metadata()["create_model"]))
     assert timm.data.resolve_model_data_config(model)["mean"] == [0.5, 0.4, 0.3]
-    other = configure(str(file), [f"--data={target}", "--mean=[0.5, 0.5, 0.5]", "--global_size=16"])
+    other = configure(str(file), data=str(target), mean=[0.5, 0.5, 0.5], global_size=16)
     with pytest.raises(ValueError, match=r"mean: expected \[0.5, 0.4, 0.3\], with which .* was trained"):
         create_networks(other, CPU)
 
@@ -236,7 +237,7 @@ def test_images_without_labels_are_trained_on(source, tmp_path, capsys):
 def test_a_directory_of_an_adaptation_from_elsewhere_is_refused(source, target, adapted, capsys):
     file = source / "backbone.safetensors"
     options = {"backbone_args": OPTIONS["backbone_args"]}
-    assert cli.main(arguments(file, target, adapted, **options)) == 2
+    assert cli.main(["adapt", "--quiet", *arguments(file, target, adapted, **options)[1:]]) == 2
     error = capsys.readouterr().err
     assert f"holds a run of another configuration (init_from was {source}, now {file}; " in error
     assert len(error.strip().splitlines()) == 1

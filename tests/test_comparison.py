@@ -209,7 +209,7 @@ def test_the_same_command_trains_nothing_again(compared, capsys):
 def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, capsys):
     """A signal in the second run: the first is not trained again, the second ends as if nothing had been."""
     output, steps = tmp_path / "run", []
-    step = Records.step
+    step = Records.add
 
     def interrupted(self, *args):
         steps.append(step(self, *args))
@@ -218,13 +218,13 @@ def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, caps
 
     options = {"methods": "bits-reset,simdino", "seeds": "1"}
     with monkeypatch.context() as patch:
-        patch.setattr(Records, "step", interrupted)
+        patch.setattr(Records, "add", interrupted)
         assert cli.main(arguments(output, **options)) == cli.SAVED
     assert "SIGTERM: saved" in capsys.readouterr().err
     assert not (output / "table.json").exists()
     first = (output / "bits-reset-seed1/checkpoints/step-000000006.ckpt").stat().st_mtime_ns
     assert cli.main(arguments(output, **options)) == 0
-    assert "resuming at step 4" in capsys.readouterr().out
+    assert "resuming at step 4" in capsys.readouterr().err
     assert (output / "bits-reset-seed1/checkpoints/step-000000006.ckpt").stat().st_mtime_ns == first
     resumed, uninterrupted = rows(json.loads((output / "table.json").read_text())), rows(compared[1])
     for method in ("bits-reset", "simdino"):
@@ -251,7 +251,7 @@ def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, caps
     ],
 )
 def test_errors_take_one_line_and_come_before_training(tmp_path, capsys, options, words):
-    assert cli.main(arguments(tmp_path / "run", **options)) == 2
+    assert cli.main([*arguments(tmp_path / "run", **options), "--quiet"]) == 2
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
     assert words in error

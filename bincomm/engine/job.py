@@ -66,7 +66,7 @@ class Job:
         optimizer = create_optimizer(student)
         self.train_step: Step | CapturedStep = create_step(config, student, teacher, objective, optimizer)
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
-        self.guard, self.skipped = self.train_step.guard, 0
+        self.guard, self.skipped, self.stop_agreed = self.train_step.guard, 0, False
         self.batches = Batches(self.loader, UnusableImages(self.loader, run, ranks), self.guard.lag + 1)
         bits = config.bits if objective.outputs_are_bits else None
         window = MetricsWindow(config.log_every, objective.scalars, bits, ranks.device)
@@ -135,8 +135,8 @@ class Job:
                 self.checkpoints.finish()
             raise
 
-    def check_finite(self, step: int) -> bool:
-        """Warn of steps that were skipped; returns whether all ranks are to stop now, after `step` steps.
+    def check_finite(self, step: int) -> None:
+        """Warn of steps that were skipped, after `step` steps.
 
         Raises:
             TrainingError: too many steps in a row were not finite; state and batch are kept for inspection.
@@ -144,7 +144,7 @@ class Job:
         if self.ranks.world > 1 and self.signals.received is not None:
             self.guard.ask_to_stop()  # all ranks, after one of the next steps
         last = step == self.steps
-        skipped, in_row, stop = self.guard.read(last)
+        skipped, in_row, self.stop_agreed = self.guard.read(last)
         if skipped > self.skipped:
             logger.warning("a step was skipped, its loss or gradient was not finite (%d so far)", skipped)
             self.skipped = skipped
@@ -152,8 +152,10 @@ class Job:
             batch = self.batches.recent[-1 if last else 0]  # that of the step the guard has judged
             text = keep_evidence(self.config, self.run, step, self.state, batch, self.loader, self.ranks)
             raise FirstRankError(text) if self.ranks.rank else TrainingError(text)
-        # Alone, a rank reads the signal itself; one that comes from here on is for the next step.
-        return self.signals.received is not None if self.ranks.world == 1 else stop
+
+    def stops(self) -> bool:
+        """Whether a signal ends the run after this step: of several ranks, once all know of it."""
+        return self.signals.received is not None if self.ranks.world == 1 else self.stop_agreed
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after so many steps."""
