@@ -88,9 +88,9 @@ def test_each_part_of_an_evaluation_is_there_at_once(pretrained, tmp_path):
     written = json.loads(output.read_text())
     assert part["knn"] == written["knn"]
     assert written["weights"] == str(run)
-    whole = bincomm.evaluate(run, images, protocols=["knn"], global_size=12)
-    assert whole["shown"]["global_size"] == 12
-    assert whole["queries_held_out"]
+    result = bincomm.evaluate(run, images, protocols=["knn"], global_size=12)
+    assert result["preprocessing"]["global_size"] == 12
+    assert result["queries_held_out"]
 
 
 def test_codes_are_written_found_and_reported(pretrained, tmp_path, monkeypatch):

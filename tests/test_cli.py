@@ -60,10 +60,9 @@ def test_help_explains_every_key_and_what_is_the_commands_own(capsys):
 
 @pytest.mark.slow
 def test_help_names_the_methods_and_protocols_there_are():
-    from bincomm.evaluation.protocols import PROTOCOLS
-
     from bincomm.commands import compare, evaluate
     from bincomm.comparison import DEFAULT_METHODS, METHODS
+    from bincomm.evaluation.evaluate import PROTOCOLS
 
     assert ", ".join(METHODS) == compare.METHODS
     assert ",".join(DEFAULT_METHODS) == compare.DEFAULT_METHODS

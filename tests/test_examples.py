@@ -164,10 +164,12 @@ def test_its_run_is_the_engines(minimal, tmp_path, monkeypatch, capsys, backbone
         backbone_state = torch.load("backbone.pt", weights_only=True)
         assert all(map(torch.equal, backbone_state.values(), networks[1].backbone.state_dict().values()))
         printed = dict(re.findall(r"k-NN of ([a-z ]+): (.+)%", capsys.readouterr().out))
-        names = {
-            "teacher": "teacher", "its codes": "codes", "untrained": "before_training", "raw pixels": "pixels"
+        evaluation = result["evaluation"]
+        shares = {
+            "teacher": evaluation["teacher"]["knn"], "its codes": evaluation["teacher"]["knn_codes"],
+            "untrained": evaluation["before_training"]["knn"], "raw pixels": evaluation["pixels"]["knn"],
         }  # fmt: skip
-        assert printed == {name: f"{100 * result['knn'][key]:.2f}" for name, key in names.items()}
+        assert printed == {name: f"{100 * share['20']:.2f}" for name, share in shares.items()}
 
 
 def load(network, state):

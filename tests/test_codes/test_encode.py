@@ -19,7 +19,7 @@ from bincomm.codes.storage import open_parts, read_codes, read_rows, to_messages
 from bincomm.data.export import write_shards
 from bincomm.data.sources import Mix, Source, open_source
 from bincomm.distributed.ranks import FirstRankError, Ranks
-from bincomm.evaluation.features import extract
+from bincomm.evaluation.features import extract_features
 from bincomm.evaluation.identity import images_identity, weights_identity
 
 
@@ -73,7 +73,7 @@ def test_a_code_is_the_signs_of_the_logits(bits, source, tmp_path):
     assert table["label"].to_pylist() == [str(label) for label in source.labels]
     assert [path.split("/")[-2] for path in table["path"].to_pylist()] == table["label"].to_pylist()
     features = np.array(table["features"].to_pylist(), np.float32)
-    assert torch.equal(torch.from_numpy(features), extract(model, source)["features"])
+    assert torch.equal(torch.from_numpy(features), extract_features(model, source)["features"])
     codes, read_bits = read_codes(tmp_path)
     assert read_bits == bits
     assert torch.equal(to_messages(codes), pack_signs(logits))
