@@ -89,7 +89,7 @@ class Head(nn.Module):
         self.reset()
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw the head anew from its initial distribution."""
+        """Re-initialize the head from its initial distribution."""
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
                 # Drawn on the CPU, so that every rank and every kind of device gets the same head.
@@ -124,7 +124,7 @@ class PrototypeHead(nn.Module):
         self._draw_prototypes(None)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw bottleneck and prototypes anew from their initial distributions."""
+        """Re-initialize bottleneck and prototypes from their initial distributions."""
         self.bottleneck.reset(generator)
         self._draw_prototypes(generator)
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
-    """Pretrain a backbone, or go on with the run in `config.output`, to the end; returns what result.json
+    """Pretrain a backbone, or continue the run in `config.output`, to the end; returns what result.json
     holds. Where there are several ranks all call it, and those after the first return None.
 
     Raises:
@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         TrainingError: the loss or its gradient was not finite in several steps in a row.
         TooManyUnusableError: more images than `config.max_unusable` allows cannot be used.
         Interrupted: SIGINT or SIGTERM came; the run is saved.
-        OSError: what the run is to leave could not be written.
+        OSError: a result file could not be written.
     """
     if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):
         raise ValueError(f"output: expected another folder than that of the images, got {config.output}")
@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
 def train(
     config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signals: Signals
 ) -> Network | None:
-    """Train, or go on from the run's newest checkpoint; returns the teacher, to rank 0 at least.
+    """Train, or continue from the newest checkpoint; returns the teacher, to rank 0 at least.
 
     Raises:
         Interrupted: a signal came; the run is saved.
@@ -71,24 +71,25 @@ def train(
     """
     job = Job(config, source, run, ranks, signals)
     step = job.resume()
-    with signals.deferred(), job.start(step):
+    with signals.deferred(), job.running(step):
         while step < job.steps:
             if job.schedule.resets_head(step):
                 job.reset_head(step)
             views = job.next_batch(step)
-            rates = job.schedule(step)  # learning rate, weight decay, momentum
-            output = job.train_step(*views, **rates)  # message → logits → loss → gradient → AdamW → average
-            step += 1
+            hyperparameters = job.schedule(step)  # learning rate, weight decay, momentum
+            # message → logits → loss → gradient → AdamW → moving average
+            output = job.train_step(*views, **hyperparameters)
+            step += 1  # from here on the number of steps done
             job.check_finite(step)  # raises, with evidence, after several steps that are not
-            job.records.add(step, output, rates, job.batches.waited)
-            stop = job.stops()
-            if stop or job.saves(step):
+            job.records.add(step, output, hyperparameters, job.batches.waited)
+            stop = job.should_stop()
+            if stop or job.should_save(step):
                 job.state.save(step)
             if stop:
                 break
-        job.finish(step)
+        job.end(step)
     if not config.fsdp:
         return job.teacher
     weights = gather_tensors(job.teacher.state_dict(), keep=ranks.rank == 0)
-    del job  # the parameters' shards make room for the whole teacher
+    del job  # the shards of the parameters make room for the complete teacher
     return create_trained_teacher(config, weights, ranks.device) if ranks.rank == 0 else None

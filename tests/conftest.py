@@ -41,6 +41,19 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Files of long tests, which are spread over the workers one by one; all other files stay together, so that
+# what their fixtures make is made once. Tests that share a run stay together, too.
+SPREAD = {"test_distributed.py", "test_pretraining.py", "test_packaging.py"}
+SHARED_RUNS = {"alone", "finished"}
+
+
+def pytest_collection_modifyitems(items):
+    """Group the tests for `--dist loadgroup`."""
+    for item in items:
+        if item.path.name not in SPREAD or SHARED_RUNS & set(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory):
     """No test leaves anything in the cache of whoever runs it."""

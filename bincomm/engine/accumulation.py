@@ -54,7 +54,7 @@ class AccumulatedStep(Step):
             )
         before = self.copy_buffers()
         parts = cut(global_views, local_views, self.parts)
-        message = self.forward.teacher_logits(*(global_part for global_part, _ in parts))
+        teacher_logits = self.forward.teacher_logits(*(global_part for global_part, _ in parts))
         self.mark("teacher")
         draws, outputs = [], []
         with torch.no_grad():
@@ -63,7 +63,7 @@ class AccumulatedStep(Step):
                 outputs.append(self.forward.student_logits(*part))
         logits = torch.cat(outputs, dim=1).requires_grad_()
         self.mark("student")
-        losses = self.objective(logits, message)
+        losses = self.objective(logits, teacher_logits)
         losses["loss"].backward()
         self.mark("loss")
         assert logits.grad is not None
@@ -73,7 +73,7 @@ class AccumulatedStep(Step):
             with self.forward.without_averaging(number < self.parts):  # the last part averages the sum
                 self.forward.student_logits(*part).backward(gradient)
         self.mark("backward")
-        return self.finish(losses, logits, message, before)
+        return self.clip_and_judge(losses, logits, teacher_logits, before)
 
 
 def cut(global_views: Tensor, local_views: Tensor | None, parts: int) -> list[tuple[Tensor, Tensor | None]]:

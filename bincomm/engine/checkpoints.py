@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, in the background, the last few kept, a failing disk survived."""
+"""Checkpoints of a run: written in the background, completely or not at all; the last few are kept."""
 
 import contextlib
 import logging
@@ -41,24 +41,24 @@ class Checkpoints:
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a state that nothing else changes, of tensors on the CPU and plain values, in the background,
-        once the one before it is written."""
-        self.finish()
+        once the previous one is written."""
+        self.wait()
         self._writer = threading.Thread(target=self._write, args=(step, state), name="bincomm-checkpoint")
         self._writer.start()
 
-    def finish(self) -> None:
-        """Wait until what was saved is written."""
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole, on the CPU; None where there is none at all.
+        """The newest undamaged checkpoint, on the CPU; None if there is none at all.
 
-        One that is not is renamed to .ckpt.damaged, so that it does not count as one of those to keep.
+        A damaged one is renamed to .ckpt.damaged, so that it does not count as one of those to keep.
 
         Raises:
-            ValueError: there are some, and none is whole.
+            ValueError: there are some, and all are damaged.
             OSError: one cannot be read.
         """
         steps = self.steps()
@@ -74,7 +74,7 @@ class Checkpoints:
             return state
         if steps:
             raise ValueError(
-                f"output: none of the checkpoints in {self.folder} is whole; choose another --output to begin"
+                f"output: all checkpoints in {self.folder} are damaged; choose another --output to begin"
             )
         return None
 
@@ -91,7 +91,8 @@ class Checkpoints:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole: tensors and plain values only, so that it loads with `weights_only`."""
+    """Write a checkpoint, completely or not at all: tensors and plain values only, so that it loads with
+    `weights_only`."""
 
     def write(file: BinaryIO) -> None:
         try:

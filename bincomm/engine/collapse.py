@@ -9,7 +9,7 @@ from bincomm.ops.coding_rate import rate_ceiling
 
 
 class CollapseMonitor:
-    """Warns, once each, when the channel collapses, and says what helps.
+    """Warns once of every kind of collapse, and says what helps.
 
     It is asked once the head has had time to learn: the symptoms are common in warm-up and after a reset.
 
@@ -27,14 +27,14 @@ class CollapseMonitor:
 
     def warnings(self, metrics: dict[str, float]) -> list[str]:
         """The warnings that a report's metrics give rise to."""
-        if "bit_entropy" not in metrics:
+        if not {"bit_entropy", "rate", "agreement"} <= metrics.keys():
             return []
         share = (metrics["rate"] - self.floor) / (self.ceiling - self.floor)
         symptoms = {
             "dead": metrics["dead_bits"] > 0.5,
             "narrow": metrics["bit_entropy"] < 0.2,
             "flat": share < 0.02,
-            # No better than by chance, or than always sending the commoner value, where bits do vary.
+            # No better than chance, or than always guessing the more frequent value, although bits vary.
             "mute": self.hard_bits
             and metrics["bit_entropy"] >= 0.2
             and (
@@ -65,7 +65,7 @@ class CollapseMonitor:
             "flat": f"the coding rate, {metrics['rate']:.1f} nats, is near its least, {self.floor:.1f} (its "
             f"ceiling is {self.ceiling:.1f}): all images give the same output. {stronger}",
             "mute": f"nothing is transmitted: the student gets {metrics['bit_accuracy']:.1%} of the bits "
-            f"right, always guessing the commoner value {metrics['bit_majority']:.1%}; the agreement is "
+            f"right, always guessing the more frequent value {metrics['bit_majority']:.1%}; the agreement is "
             f"{metrics['agreement']:.3f} (ln 2 = 0.693: chance), the rate at {share:.0%} of its "
             f"range. {weaker}",
         }
@@ -75,7 +75,7 @@ class CollapseMonitor:
         return dict(self.streaks)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on with the state of another monitor."""
+        """Continue with the state of another monitor."""
         self.streaks = dict(state)
 
 

@@ -17,7 +17,7 @@ def plot_curves(run: Path) -> None:
         ("agreement (ln 2: nothing transmitted)", ["agreement"], "nats per bit"),
         ("coding rate", ["rate"], "nats"),
         ("use of the bits", ["bit_entropy", "bit_entropy_min", "dead_bits"], "bits; share"),
-        ("student hears teacher", ["bit_accuracy", "bit_majority"], "share of bits"),
+        ("bits predicted right", ["bit_accuracy", "bit_majority"], "share of bits"),
         ("learning rate", ["lr"], ""),
     ]
     figure = Figure(figsize=(12, 6), layout="constrained")

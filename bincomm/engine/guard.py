@@ -15,17 +15,21 @@ class TrainingError(RuntimeError):
 class Verdict(NamedTuple):
     """What the guard knows of the steps up to now."""
 
-    skipped: int  # steps in all
-    in_row: int  # of these the last ones, one after the other
-    stop: bool  # a rank has asked all to stop
+    skipped_total: int  # steps, since the run began
+    skipped_in_row: int  # steps, up to the last one
+    stop: bool  # a rank has asked all ranks to stop
+
+
+# Where the counts lie in one tensor, so that a single copy brings them to the host.
+TOTAL, IN_ROW, ASKS_TO_STOP, STOP = range(4)
 
 
 class Guard:
-    """Counts the steps that were skipped because something was not finite, and tells when to stop.
+    """Counts the steps that were skipped because something was not finite, and says when to stop.
 
-    The counts live on the device. On a GPU the host reads those of the step before the last, which are there
-    by then, so it never waits for a step that it has only just begun; meanwhile, after more than `LIMIT` such
-    steps in a row, the student moves no more.
+    The counts are on the device. On a GPU the host is one step behind: it reads the counts of the step before
+    the last one, so that it never waits for the device. In the meantime, once more than `LIMIT` steps in a
+    row were skipped, all further steps are skipped, too.
     """
 
     LIMIT = 3
@@ -33,24 +37,24 @@ class Guard:
     def __init__(self, device: torch.device, ranks: int):
         self.ranks = ranks
         self.lag = 0 if device.type == "cpu" else 1  # steps that `read` is behind
-        # Skipped steps in all; in a row; whether a rank asks for the end, here and on any of them.
         self.counts = torch.zeros(4, dtype=torch.float32, device=device)
         self.copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque(maxlen=self.lag + 1)
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """0 where loss and gradient are finite on all ranks, else 1."""
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) | (self.counts[1] > self.LIMIT)
-        flags = torch.stack([bad.float(), self.counts[2]])
+        """0 if loss and gradient are finite on all ranks, else 1; also 1 once too many in a row were not."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(norm)) | (self.counts[IN_ROW] > self.LIMIT)
+        flags = torch.stack([bad.float(), self.counts[ASKS_TO_STOP]])
         if self.ranks > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         skip = flags[0]
-        in_row = (self.counts[1] + 1) * skip
-        self.counts.copy_(torch.stack([self.counts[0] + skip, in_row, self.counts[2], flags[1]]))
+        in_row = (self.counts[IN_ROW] + 1) * skip
+        total, asks = self.counts[TOTAL] + skip, self.counts[ASKS_TO_STOP]
+        self.counts.copy_(torch.stack([total, in_row, asks, flags[1]]))
         return skip
 
     def ask_to_stop(self) -> None:
         """Let all ranks stop after the same step, soon."""
-        self.counts[2] = 1
+        self.counts[ASKS_TO_STOP] = 1
 
     def copy_to_host(self) -> None:
         """Begin to copy the counts of the step just launched."""
@@ -70,8 +74,8 @@ class Guard:
         copy, event = self.copies.pop() if last else self.copies.popleft()
         if event is not None:
             event.synchronize()
-        skipped, in_row, _, stop = copy.tolist()
-        return Verdict(int(skipped), int(in_row), bool(stop))
+        counts = copy.tolist()
+        return Verdict(int(counts[TOTAL]), int(counts[IN_ROW]), bool(counts[STOP]))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The counts that a resumed run goes on with."""

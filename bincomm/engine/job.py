@@ -1,7 +1,8 @@
 """Everything that a run consists of, put together from its configuration."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from bincomm.engine.collapse import create_monitor
 from bincomm.engine.compiling import compile_networks
 from bincomm.engine.cuda_graph import CapturedStep
 from bincomm.engine.evidence import keep_evidence
-from bincomm.engine.guard import Guard, TrainingError
+from bincomm.engine.guard import TOTAL, Guard, TrainingError, Verdict
 from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.records import Records
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class Job:
-    """What the loop of `bincomm.pretraining.train` is made of; see there for the order.
+    """A run's parts, and the steps of the loop in `bincomm.pretraining.train`; see there for their order.
 
     Args:
         source: the images.
@@ -55,7 +56,7 @@ class Job:
         self.loader = create_loader(config, source, ranks)
         self.schedule = Schedule(config, self.loader.steps_per_epoch)
         self.steps = self.schedule.steps
-        # What is to be split does not fit on a GPU before it is.
+        # With FSDP the complete networks may not fit on one GPU, so they are built on the CPU.
         student, teacher = create_networks(config, torch.device("cpu") if config.fsdp else ranks.device)
         if ranks.world > 1 and ranks.device.type == "cuda":  # there is no such batch norm for CPUs
             student, teacher = convert_sync_batchnorm(student), convert_sync_batchnorm(teacher)
@@ -64,9 +65,10 @@ class Job:
             shard(student, ranks)
             shard(teacher, ranks)
         optimizer = create_optimizer(student)
-        self.train_step: Step | CapturedStep = create_step(config, student, teacher, objective, optimizer)
+        step = create_step(config, student, teacher, objective, optimizer)
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
-        self.guard, self.skipped, self.stop_agreed = self.train_step.guard, 0, False
+        self.eager_step, self.guard = step, step.guard
+        self.train_step: Step | CapturedStep = step  # what a step of the loop calls
         self.batches = Batches(self.loader, UnusableImages(self.loader, run, ranks), self.guard.lag + 1)
         bits = config.bits if objective.outputs_are_bits else None
         window = MetricsWindow(config.log_every, objective.scalars, bits, ranks.device)
@@ -85,39 +87,36 @@ class Job:
         }
         self.checkpoints = Checkpoints(run / "checkpoints", config.keep)
         self.state = RunState(config, parts, self.checkpoints, ranks)
+        self.verdict = Verdict(0, 0, False)  # of the guard, on the last step it has read
 
     def resume(self) -> int:
-        """Take up the newest checkpoint, if there is one, and say so; returns the number of steps done."""
-        step = self.state.resume()
-        if step == 0 and self.ranks.rank:
+        """Load the newest checkpoint, if there is one, and say so; returns the number of steps done."""
+        steps_done = self.state.resume()
+        if steps_done == 0 and self.ranks.rank:
             # The networks are the same on all ranks, the paths dropped in them are not.
             torch.manual_seed(hash_seed(self.config.seed, -self.ranks.rank))
-        self.skipped = int(self.guard.counts[0])
-        self.batches.unusable.begin()
-        announce(self, step)
-        return step
+        self.verdict = Verdict(int(self.guard.counts[TOTAL]), 0, False)
+        self.batches.unusable.resume()
+        announce(self, steps_done)
+        return steps_done
 
-    def start(self, step: int) -> "Job":
-        """Compile what the configuration asks for, and open the records, before step `step`; the job is a
-        context manager that closes them."""
+    @contextmanager
+    def running(self, steps_done: int) -> Iterator[None]:
+        """Compile what the configuration asks for, open the records, and close them at the end."""
         if self.ranks.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes never change
-        if step < self.steps:
-            views = self.next_batch(step, peek=True)
-            assert isinstance(self.train_step, Step)
-            self.train_step = prepare(self.train_step, self.config, views)
-        self.records.start(step)
-        return self
-
-    def __enter__(self) -> "Job":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.checkpoints.finish()
-        self.records.close()
+        try:
+            if steps_done < self.steps:
+                views = self.next_batch(steps_done, peek=True)
+                self.train_step = prepare(self.eager_step, self.config, views)
+            self.records.start(steps_done)
+            yield
+        finally:
+            self.checkpoints.wait()
+            self.records.close()
 
     def reset_head(self, step: int) -> None:
-        """Draw the head anew, by the seed and the epoch that begins."""
+        """Re-initialize the head, by the seed and the epoch that begins."""
         seed = (self.config.seed, self.schedule.epoch(step))
         reset_head(self.student, self.teacher, self.optimizer, seed)
 
@@ -132,48 +131,51 @@ class Job:
         except TooManyUnusableError:
             if step and self.ranks.world == 1:
                 self.state.save(step)
-                self.checkpoints.finish()
+                self.checkpoints.wait()
             raise
 
-    def check_finite(self, step: int) -> None:
-        """Warn of steps that were skipped, after `step` steps.
+    def check_finite(self, steps_done: int) -> None:
+        """Warn of steps that were skipped.
 
         Raises:
             TrainingError: too many steps in a row were not finite; state and batch are kept for inspection.
         """
         if self.ranks.world > 1 and self.signals.received is not None:
             self.guard.ask_to_stop()  # all ranks, after one of the next steps
-        last = step == self.steps
-        skipped, in_row, self.stop_agreed = self.guard.read(last)
-        if skipped > self.skipped:
-            logger.warning("a step was skipped, its loss or gradient was not finite (%d so far)", skipped)
-            self.skipped = skipped
-        if in_row > Guard.LIMIT:
-            batch = self.batches.recent[-1 if last else 0]  # that of the step the guard has judged
-            text = keep_evidence(self.config, self.run, step, self.state, batch, self.loader, self.ranks)
+        last = steps_done == self.steps
+        skipped_before = self.verdict.skipped_total
+        self.verdict = self.guard.read(last)
+        if self.verdict.skipped_total > skipped_before:
+            count = self.verdict.skipped_total
+            logger.warning("a step was skipped, its loss or gradient was not finite (%d so far)", count)
+        if self.verdict.skipped_in_row > Guard.LIMIT:
+            batch = self.batches.recent[-1 if last else 0]  # of the step that the guard has judged
+            text = keep_evidence(
+                self.config, self.run, steps_done, self.state, batch, self.loader, self.ranks
+            )
             raise FirstRankError(text) if self.ranks.rank else TrainingError(text)
 
-    def stops(self) -> bool:
-        """Whether a signal ends the run after this step: of several ranks, once all know of it."""
-        return self.signals.received is not None if self.ranks.world == 1 else self.stop_agreed
+    def should_stop(self) -> bool:
+        """Whether a signal ends the run after this step: with several ranks, once all of them know."""
+        return self.signals.received is not None if self.ranks.world == 1 else self.verdict.stop
 
-    def saves(self, step: int) -> bool:
-        """Whether a checkpoint is due after so many steps."""
-        return step == self.steps or step % self.config.save_every == 0
+    def should_save(self, steps_done: int) -> bool:
+        """Whether a checkpoint is due."""
+        return steps_done == self.steps or steps_done % self.config.save_every == 0
 
-    def finish(self, step: int) -> None:
+    def end(self, steps_done: int) -> None:
         """Wait for the last checkpoint.
 
         Raises:
             Interrupted: a signal came, on any rank, and the run is saved.
             OSError: a signal came, and the run could not be saved.
         """
-        self.checkpoints.finish()
+        self.checkpoints.wait()
         received = [number for number in self.ranks.gather(self.signals.received) if number is not None]
         if received:
             self.ranks.leave()
-            if self.ranks.rank == 0 and self.checkpoints.newest != step:
-                raise OSError(f"{self.run}: a signal came, and step {step} could not be saved")
+            if self.ranks.rank == 0 and self.checkpoints.newest != steps_done:
+                raise OSError(f"{self.run}: a signal came, and step {steps_done} could not be saved")
             raise Interrupted(received[0])
 
 
@@ -238,20 +240,20 @@ def prepare(step: Step, config: PretrainConfig, views: Views) -> Step | Captured
     return captured
 
 
-def announce(job: Job, step: int) -> None:
-    """Say what is about to be done."""
+def announce(job: Job, steps_done: int) -> None:
+    """Log what is about to be done."""
     config, ranks, loader = job.config, job.ranks, job.loader
     where = ranks.device.type if ranks.world == 1 else f"{ranks.world} ranks ({ranks.device.type})"
     logger.info(
-        f"{'resuming at step ' + str(step) if step else 'training'}: {config.backbone}, {config.bits} bits, "
-        f"{len(job.source.images)} images, {job.steps} steps of {config.batch_size} "
+        f"{f'resuming at step {steps_done}' if steps_done else 'training'}: {config.backbone}, "
+        f"{config.bits} bits, {len(job.source.images)} images, {job.steps} steps of {config.batch_size} "
         f"({loader.steps_per_epoch} an epoch), on {where}, in {config.output}"
     )
     for note in job.source.notes:
         logger.info("note: %s", note)
     if loader.changed:
         logger.warning(
-            "the data changed since the run was saved (%s): it goes on with what is there now, and will not "
-            "end as it would have",
+            "the data changed since the run was saved (%s): it continues with the images that are "
+            "there now, and its result will be another one",
             loader.changed,
         )

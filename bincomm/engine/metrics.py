@@ -45,7 +45,8 @@ class MetricsWindow:
         """The window's metrics; the window is empty afterwards. All ranks call it, and get the metrics of all
         images.
 
-        Scalars are means over the steps in which all of them were finite; "skipped" counts the others.
+        Scalars are means over the steps in which all of them were finite, and left out if there is no such
+        step; "skipped" counts the others.
         """
         steps, messages, compared = self.counts.tolist()
         values = self.scalars[:steps].double()
@@ -56,8 +57,8 @@ class MetricsWindow:
             scalars /= dist.get_world_size()
             messages, compared = messages * dist.get_world_size(), compared * dist.get_world_size()
         finite = scalars.isfinite().all(1)
-        means = scalars[finite].mean(0).tolist()
-        metrics = dict(zip(self.names, means, strict=True))
+        means = scalars[finite].mean(0).tolist() if finite.any() else []
+        metrics = dict(zip(self.names, means, strict=bool(means)))
         metrics["skipped"] = steps - int(finite.sum())
         if len(ones):
             metrics |= bit_statistics(ones, messages)
@@ -72,6 +73,6 @@ class MetricsWindow:
         return {name: getattr(self, name).to("cpu", copy=True) for name in names}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on with what a rank had gathered."""
+        """Continue with what a rank had gathered."""
         for name, value in state.items():
             getattr(self, name).copy_(value)

@@ -18,7 +18,7 @@ def create_optimizer(network: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Set this step's learning rate and weight decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr

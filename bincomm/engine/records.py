@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics in files and on the terminal, and warnings."""
+"""Metrics and warnings of a run, in files and on the terminal."""
 
 import contextlib
 import errno
@@ -15,14 +15,14 @@ from bincomm.config import PretrainConfig
 from bincomm.distributed.ranks import Ranks
 from bincomm.engine.collapse import CollapseMonitor
 from bincomm.engine.metrics import MetricsWindow
-from bincomm.engine.schedules import Rates, Schedule
+from bincomm.engine.schedules import Hyperparameters, Schedule
 from bincomm.engine.step import StepOutput
 from bincomm.files import read_json_lines, write_text
 from bincomm.logs import progress_bar
 
 logger = logging.getLogger(__name__)
 
-LINE = {  # of the terminal
+LINE = {  # formats of the progress line
     "loss": "loss {:.4f}",
     "agreement": "agreement {:.4f}",
     "rate": "rate {:.1f}",
@@ -38,8 +38,8 @@ class Records:
 
     Only rank 0 writes and shows them. `metrics.jsonl` holds what the configuration and the seed determine, so
     that two runs can be compared bit for bit; what the machine determines, images a second and the share of
-    time spent waiting for data, is in `speed.jsonl`. From `step` on both are written anew: what a killed run
-    wrote after its last checkpoint is dropped. What a full disk does not take is kept until there is room.
+    time spent waiting for data, is in `speed.jsonl`. Lines that a killed run wrote after its last checkpoint
+    are removed when it is resumed. If the disk is full, lines are kept in memory and written later.
 
     Args:
         run: the run's directory.
@@ -58,26 +58,30 @@ class Records:
         self.config, self.run, self.schedule, self.ranks = config, run, schedule, ranks
         self.window, self.monitor = window, monitor
         self.pending: dict[str, list[str]] = {"metrics": [], "speed": []}
-        self.has_warned = False  # that files cannot be written
+        self.has_warned = False  # whether the warning about a full disk was shown
         self.board: SummaryWriter | None = None
         self.bar = progress_bar(total=schedule.steps, unit="step", disable=True)
         self.started_at, self.waited, self.images = 0.0, 0.0, 0
 
-    def start(self, step: int) -> None:
-        """Open the files and the bar, and begin to measure the time, after so many steps."""
+    def start(self, steps_done: int) -> None:
+        """Open the files and the bar, and begin to measure the time."""
         if self.ranks.rank == 0:
             for name in self.pending:
-                lines = [line for line in read_json_lines(self.run / f"{name}.jsonl") if line["step"] <= step]
+                lines = [
+                    line for line in read_json_lines(self.run / f"{name}.jsonl") if line["step"] <= steps_done
+                ]
                 write_text(self.run / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
+            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=steps_done + 1)
         self.bar = progress_bar(
-            total=self.schedule.steps, initial=step, unit="step", disable=self.ranks.rank > 0
+            total=self.schedule.steps, initial=steps_done, unit="step", disable=self.ranks.rank > 0
         )
         self.started_at = time.perf_counter()
 
-    def add(self, step: int, output: StepOutput, rates: Rates, waited: float) -> None:
-        """Add the step that makes `step` steps, its rates, and the seconds it waited for data; report where
-        it is time.
+    def add(
+        self, steps_done: int, output: StepOutput, hyperparameters: Hyperparameters, waited: float
+    ) -> None:
+        """Record one step, which `steps_done` includes, and the seconds it waited for data; report the
+        metrics if it is time.
 
         Raises:
             OSError: after the last step, when metrics are left that cannot be written.
@@ -86,30 +90,30 @@ class Records:
         self.images += self.config.batch_size
         self.waited += waited
         self.bar.update()
-        last = step == self.schedule.steps
-        if last or step % self.config.log_every == 0:
-            epoch = self.schedule.epoch(step - 1)
+        last = steps_done == self.schedule.steps
+        if last or steps_done % self.config.log_every == 0:
+            epoch = self.schedule.epoch(steps_done - 1)
             metrics = self.window.report()
-            extra = {"lr": rates["lr"], "momentum": rates["momentum"], "epoch": epoch}
-            self.report(step, {**metrics, **extra})
-            if self.schedule.has_learned(step):
+            extra = {"lr": hyperparameters["lr"], "momentum": hyperparameters["momentum"], "epoch": epoch}
+            self.report(steps_done, {**metrics, **extra})
+            if self.schedule.head_has_settled(steps_done):
                 for warning in self.monitor.warnings(metrics):
                     logger.warning("%s", warning)
         if last:
             self.flush()  # if it raises, the same command does those steps again
 
-    def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics of the steps up to `step`, and show them."""
+    def report(self, steps_done: int, metrics: dict[str, float]) -> None:
+        """Write and show the metrics of the steps since the last report."""
         elapsed = time.perf_counter() - self.started_at
         speed = {"images_per_second": self.images / elapsed, "data_wait": self.waited / elapsed}
         self.started_at, self.waited, self.images = time.perf_counter(), 0.0, 0
         if self.ranks.rank:
             return
         for name, values in (("metrics", metrics), ("speed", speed)):
-            self.pending[name].append(json.dumps({"step": step, **values}) + "\n")
+            self.pending[name].append(json.dumps({"step": steps_done, **values}) + "\n")
         try:
             self.flush()
-            self._add_to_board(step, metrics | speed)
+            self._add_to_board(steps_done, metrics | speed)
             self.has_warned = False
         except OSError as error:
             if not self.has_warned:
@@ -118,7 +122,7 @@ class Records:
         values = metrics | speed
         text = "  ".join(words.format(values[key]) for key, words in LINE.items() if key in values)
         if self.bar.disable:
-            logger.info("step %d/%d  %s", step, self.schedule.steps, text)
+            logger.info("step %d/%d  %s", steps_done, self.schedule.steps, text)
         else:
             self.bar.set_postfix_str(text)
 
@@ -148,14 +152,14 @@ class Records:
             with contextlib.suppress(OSError):
                 self.board.close()
 
-    def _add_to_board(self, step: int, values: dict[str, float]) -> None:
+    def _add_to_board(self, steps_done: int, values: dict[str, float]) -> None:
         # TensorBoard writes in a thread of its own, which dies of a full disk with a traceback.
         if shutil.disk_usage(self.run).free < 1 << 16:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run / "tensorboard"))
         try:
             self.board = self.board or SummaryWriter(str(self.run / "tensorboard"))
             for key, value in values.items():
-                self.board.add_scalar(key, value, step)
+                self.board.add_scalar(key, value, steps_done)
             self.board.flush()
         except OSError:
             self.board = None  # its thread has ended; another one is tried with the next metrics

@@ -1,4 +1,4 @@
-"""The head is drawn anew during a run."""
+"""Re-initialization of the head during a run."""
 
 import torch
 
@@ -10,8 +10,8 @@ from bincomm.networks import Network
 def reset_head(
     student: Network, teacher: Network, optimizer: torch.optim.Optimizer, seed: tuple[int, int]
 ) -> None:
-    """Draw the head anew, the same for student and teacher, and clear the optimizer's state of it."""
-    # Every rank draws it, on the CPU: the same numbers for all.
+    """Re-initialize the head, equally for student and teacher, and clear the optimizer's state of it."""
+    # Drawn on the CPU, from the same seed on every rank.
     for head in (student.head, teacher.head):
         head.reset(torch.Generator().manual_seed(hash_seed(*seed)))
     clear_state(optimizer, student.head)

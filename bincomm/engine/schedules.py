@@ -19,8 +19,8 @@ def warmup_cosine(step: int, steps: int, warmup: int, peak: float, end: float) -
     return cosine(step - warmup, steps - warmup, peak, end)
 
 
-class Rates(TypedDict):
-    """What a step is given."""
+class Hyperparameters(TypedDict):
+    """What the schedule gives a step."""
 
     lr: float
     weight_decay: float
@@ -39,7 +39,7 @@ class Schedule:
         self.steps = min(config.epochs * epoch_steps, config.max_steps or config.epochs * epoch_steps)
         self.warmup = min(config.warmup_epochs * epoch_steps, self.steps // 4)
 
-    def __call__(self, step: int) -> Rates:
+    def __call__(self, step: int) -> Hyperparameters:
         """Learning rate, weight decay and the teacher's momentum of a step, which counts from 0."""
         config = self.config
         peak = config.lr * config.batch_size / 256
@@ -54,13 +54,12 @@ class Schedule:
         return step // self.epoch_steps
 
     def resets_head(self, step: int) -> bool:
-        """Whether the head is drawn anew before a step: at the start of epochs R, 2R, ..."""
+        """Whether the head is re-initialized before a step: at the start of epochs R, 2R, ..."""
         period = self.config.reset_every * self.epoch_steps
         return bool(period) and step > 0 and step % period == 0
 
-    def has_learned(self, steps: int) -> bool:
-        """Whether the head has had time to learn after so many steps: its warm-up and, where it is drawn
-        anew, an epoch before it is judged."""
-        epoch = self.epoch(steps - 1)
+    def head_has_settled(self, steps_done: int) -> bool:
+        """Whether the head has had time to learn: the warm-up and, after every reset, one epoch."""
+        epoch = self.epoch(steps_done - 1)
         new = self.config.reset_every > 1 and epoch > 0 and epoch % self.config.reset_every == 0
-        return steps > self.warmup and not new
+        return steps_done > self.warmup and not new

@@ -23,7 +23,7 @@ class Part(Protocol):
         """The part's state, copied to the CPU."""
 
     def load(self, state: Any, ranks: Ranks) -> None:
-        """Go on from a state, which another number of ranks may have saved."""
+        """Continue from a state, which another number of ranks may have saved."""
 
 
 class Replicated:
@@ -31,23 +31,23 @@ class Replicated:
 
     Args:
         state_dict: returns its state.
-        load_state_dict: takes it up.
+        load_state_dict: loads it.
     """
 
     def __init__(self, state_dict: Callable[[], Any], load_state_dict: Callable[[Any], Any]):
         self.state_dict, self.load_state_dict = state_dict, load_state_dict
 
     def save(self, ranks: Ranks) -> Any:
-        """The whole state on rank 0."""
+        """The complete state, on rank 0."""
         return gather_tensors(self.state_dict(), keep=ranks.rank == 0)
 
     def load(self, state: Any, ranks: Ranks) -> None:
-        """Take up the whole state, or this rank's shard of it."""
+        """Load the complete state, or this rank's shard of it."""
         self.load_state_dict(state)
 
 
 class LoaderPart:
-    """The place in the data, and the unusable images that any rank has met."""
+    """The position in the data, and the unusable images that any rank has met."""
 
     def __init__(self, loader: Loader):
         self.loader = loader
@@ -57,7 +57,7 @@ class LoaderPart:
         return merge_states(ranks.gather(self.loader.state_dict()))
 
     def load(self, state: Any, ranks: Ranks) -> None:
-        """Go on at that place."""
+        """Continue at that position."""
         self.loader.load_state_dict(state)
 
 
@@ -72,7 +72,7 @@ class WindowPart:
         return ranks.gather(self.window.state_dict())
 
     def load(self, state: Any, ranks: Ranks) -> None:
-        """Go on with this rank's; a window of another number of ranks begins empty."""
+        """Continue with this rank's; with another number of ranks the window begins empty."""
         if len(state) == ranks.world:
             self.window.load_state_dict(state[ranks.rank])
 
@@ -92,10 +92,11 @@ class RandomPart:
         return ranks.gather(get_random_state(ranks.device))
 
     def load(self, state: Any, ranks: Ranks) -> None:
-        """Go on with this rank's; another number of ranks draws anew, every rank for itself."""
+        """Continue with this rank's; with another number of ranks each rank gets a new seed."""
         if len(state) == ranks.world:
             set_random_state(ranks.device, state[ranks.rank])
         else:
+            # Another seed for every saved state and every rank; the sum stands for the state.
             torch.manual_seed(hash_seed(self.seed + int(state[0][0].sum()), -ranks.rank))
 
 
@@ -112,35 +113,41 @@ class RunState:
     ):
         self.config, self.parts, self.checkpoints, self.ranks = config, parts, checkpoints, ranks
 
-    def collect(self, step: int) -> dict[str, Any]:
+    def collect(self, steps_done: int) -> dict[str, Any]:
         """The state after so many steps, copied to the CPU; complete on rank 0."""
         parts = {name: part.save(self.ranks) for name, part in self.parts.items()}
-        return {"step": step, "config": self.config.as_dict(), **parts}
+        return {"step": steps_done, "config": self.config.as_dict(), **parts}
 
-    def save(self, step: int) -> None:
+    def save(self, steps_done: int) -> None:
         """Begin to write a checkpoint."""
-        self.checkpoints.finish()  # so that no two copies are in memory
-        state = self.collect(step)
+        self.checkpoints.wait()  # so that no two copies are in memory
+        state = self.collect(steps_done)
         if self.ranks.rank == 0:
-            self.checkpoints.save(step, state)
+            self.checkpoints.save(steps_done, state)
 
     def resume(self) -> int:
-        """Take up the newest checkpoint, if there is one; returns the number of steps done.
+        """Load the newest checkpoint, if there is one; returns the number of steps done.
 
         Raises:
-            ValueError: it is of another configuration, none is whole, or ranks see different ones.
+            ValueError: it is of another configuration or version, all are damaged, or ranks see others.
         """
         state = self._read_newest()
         if state is None:
             return 0
         where = str(self.checkpoints.folder)
         self.ranks.first(lambda: refuse_differences(self.config, state["config"], where))
+        missing = self.parts.keys() - state.keys()
+        if missing:
+            raise ValueError(
+                f"output: the checkpoints in {where} were written by another version of bincomm: they lack "
+                f"{', '.join(sorted(missing))}; choose another --output, or resume with that version"
+            )
         for name, part in self.parts.items():
             part.load(state[name], self.ranks)
         return state["step"]
 
     def _read_newest(self) -> dict[str, Any] | None:
-        """The newest checkpoint that rank 0 finds whole, on all ranks; None where there is none."""
+        """The newest checkpoint that rank 0 finds undamaged, on all ranks; None if there is none."""
         checkpoints, ranks = self.checkpoints, self.ranks
         state: dict[str, Any] | None = None
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bincomm.engine.forward import Forward
 from bincomm.engine.guard import Guard
-from bincomm.engine.optimizer import set_rates, step_unless
+from bincomm.engine.optimizer import set_hyperparameters, step_unless
 from bincomm.networks import Network, update_teacher
 from bincomm.ops.clip import clip_gradients_
 
@@ -75,34 +75,34 @@ class Step:
     def gradient(self, global_views: Tensor, local_views: Tensor | None) -> tuple[StepOutput, Tensor]:
         """The student's clipped gradient, and whether the step is to be skipped: 0 or 1, on the device."""
         before = self.copy_buffers()
-        message = self.forward.teacher_logits(global_views)  # whose signs are the bits
+        teacher_logits = self.forward.teacher_logits(global_views)  # their signs are the message
         self.mark("teacher")
         outputs = self.forward.student_logits(global_views, local_views)
         self.mark("student")
-        # In two stages: the loss's gradient at the logits, in the logits' dtype, then on to the parameters.
+        # Cut here, because an accumulated step takes the loss's gradient at the logits of the whole batch.
         logits = outputs.detach().requires_grad_()
-        losses = self.objective(logits, message)
+        losses = self.objective(logits, teacher_logits)
         losses["loss"].backward()
         self.mark("loss")
         outputs.backward(logits.grad)
         self.mark("backward")
-        return self.finish(losses, logits, message, before)
+        return self.clip_and_judge(losses, logits, teacher_logits, before)
 
-    def finish(
-        self, losses: dict[str, Tensor], logits: Tensor, message: Tensor, before: list[Tensor]
+    def clip_and_judge(
+        self, losses: dict[str, Tensor], logits: Tensor, teacher_logits: Tensor, before: list[Tensor]
     ) -> tuple[StepOutput, Tensor]:
-        """Clip the gradient, and judge whether everything is finite; if not, the buffers are put back."""
+        """Clip the gradient, and judge whether everything is finite; if not, restore the buffers."""
         norm = clip_gradients_([p.grad for p in self.parameters if p.grad is not None], self.clip)
         losses = {name: value.detach() for name, value in losses.items()}
         skip = self.guard.judge(losses["loss"], norm)
         for buffer, old in zip(self.buffers, before, strict=True):
             buffer.copy_(torch.where(skip > 0, old, buffer))
         self.mark("clip")
-        return StepOutput(losses, norm, logits.detach(), message), skip
+        return StepOutput(losses, norm, logits.detach(), teacher_logits), skip
 
     def update(self, skip: Tensor, *, lr: float, weight_decay: float, momentum: float) -> None:
         """Move the student by AdamW, unless the step is to be skipped, and the teacher after it."""
-        set_rates(self.optimizer, lr, weight_decay)
+        set_hyperparameters(self.optimizer, lr, weight_decay)
         step_unless(skip, self.optimizer)
         self.mark("optimizer")
         update_teacher(self.averages, self.parameters, momentum)
@@ -115,6 +115,6 @@ class Step:
 
     @torch.no_grad()
     def restore_buffers(self, before: list[Tensor]) -> None:
-        """Put back what `copy_buffers` returned."""
+        """Restore what `copy_buffers` returned."""
         for buffer, old in zip(self.buffers, before, strict=True):
             buffer.copy_(old)

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class UnusableImages:
-    """Names the images that a loader leaves out as it meets them.
+    """Names the images that a loader leaves out when it meets them.
 
     Args:
         loader: of this rank.
@@ -24,8 +24,8 @@ class UnusableImages:
         self.loader, self.path, self.ranks = loader, run / "unusable.txt", ranks
         self.named = 0
 
-    def begin(self) -> None:
-        """Do not name again what the loader knows from the checkpoint that was resumed."""
+    def resume(self) -> None:
+        """Do not name again the images that the loader knows from a checkpoint."""
         self.named = len(self.loader.unusable)
 
     def update(self) -> None:

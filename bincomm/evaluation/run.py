@@ -117,8 +117,8 @@ def summary(result: dict[str, Any], output: str) -> str:
             f"channel: bit entropy {entropy:.3f} (least {least:.3f}), {metrics['dead_bits']:.1%} dead bits,"
         )
         lines.append(
-            f"  {metrics['bit_accuracy']:.1%} of bits agree, {gain:+.1%} over always sending the commoner "
-            "value"
+            f"  {metrics['bit_accuracy']:.1%} of bits predicted right, {100 * gain:+.1f} points over always "
+            "guessing the more frequent value"
         )
     lines.append(
         f"in {output}: backbone.safetensors, curves.png, metrics.jsonl, result.json, config.yaml, checkpoints"

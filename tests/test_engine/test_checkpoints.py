@@ -49,7 +49,7 @@ def test_the_newest_are_kept_and_the_newest_that_can_be_read_is_taken(tmp_path, 
     assert checkpoints.load() is None
     for step in (8, 9, 10):
         checkpoints.save(step, {"step": step})
-    checkpoints.finish()
+    checkpoints.wait()
     names = ["step-000000009.ckpt", "step-000000010.ckpt"]
     assert steps(tmp_path / "checkpoints") == names
     (tmp_path / "checkpoints" / "step-best.ckpt").write_bytes(b"a copy of somebody's own")
@@ -59,10 +59,10 @@ def test_the_newest_are_kept_and_the_newest_that_can_be_read_is_taken(tmp_path, 
     assert len(caplog.messages) == 1
     assert "step-000000010.ckpt cannot be read" in caplog.text
     again.save(8, {"step": 8})  # gone back further by hand
-    again.finish()
+    again.wait()
     assert steps(tmp_path / "checkpoints") == [names[0], f"{names[1]}.damaged", "step-best.ckpt"]
     (tmp_path / "checkpoints" / names[0]).write_bytes(b"")
-    with pytest.raises(ValueError, match="none of the checkpoints in .* is whole"):
+    with pytest.raises(ValueError, match="all checkpoints in .* are damaged"):
         again.load()
 
 
@@ -79,22 +79,22 @@ def test_training_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     checkpoints.save(1, {"step": 1})
     assert not list((tmp_path / "checkpoints").glob("*.ckpt"))
     may_write.set()
-    checkpoints.finish()
+    checkpoints.wait()
     assert steps(tmp_path / "checkpoints") == ["step-000000001.ckpt"]
 
 
 def test_a_full_disk_is_told_and_costs_no_checkpoint(small_disk, caplog):
     checkpoints = Checkpoints(small_disk / "checkpoints", 3)
     checkpoints.save(1, {"step": 1, "weights": torch.zeros(200_000)})
-    checkpoints.finish()
+    checkpoints.wait()
     checkpoints.save(2, {"step": 2, "weights": torch.zeros(400_000)})
-    checkpoints.finish()
+    checkpoints.wait()
     assert len(caplog.messages) == 1
     assert "checkpoint of step 2 could not be written" in caplog.text
     assert "No space left on device" in caplog.text
     assert "the last good one: 1" in caplog.text
     assert steps(small_disk / "checkpoints") == ["step-000000001.ckpt"]
     checkpoints.save(3, {"step": 3, "weights": torch.zeros(100_000)})  # there is room again
-    checkpoints.finish()
+    checkpoints.wait()
     assert len(caplog.messages) == 1
     assert Checkpoints(small_disk / "checkpoints", 3).load()["step"] == 3

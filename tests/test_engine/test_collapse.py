@@ -17,7 +17,7 @@ HEALTHY |= {"bit_accuracy": 0.8, "bit_majority": 0.6}
         ({"agreement": 0.692}, "nothing is transmitted", "lower beta (now 0.1), say to 0.05"),
         (
             {"agreement": 0.62, "bit_accuracy": 0.57, "bit_majority": 0.67},
-            "gets 57.0% of the bits right, always guessing the commoner value 67.0%",
+            "gets 57.0% of the bits right, always guessing the more frequent value 67.0%",
             "lower beta (now 0.1), say to 0.05",
         ),
     ],

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from bincomm.engine.optimizer import clear_state, create_optimizer, set_rates
+from bincomm.engine.optimizer import clear_state, create_optimizer, set_hyperparameters
 
 
 def network():
@@ -11,7 +11,7 @@ def network():
 def test_no_decay_on_biases_and_norms():
     model = network()
     optimizer = create_optimizer(model)
-    set_rates(optimizer, lr=0.5, weight_decay=0.1)
+    set_hyperparameters(optimizer, lr=0.5, weight_decay=0.1)
     for group in optimizer.param_groups:
         dimensions = {p.ndim for p in group["params"]}
         assert group["lr"] == 0.5
@@ -21,7 +21,7 @@ def test_no_decay_on_biases_and_norms():
 def test_clearing_makes_a_module_new_to_the_optimizer():
     model = network()
     optimizer = create_optimizer(model)
-    set_rates(optimizer, 0.1, 0.0)
+    set_hyperparameters(optimizer, 0.1, 0.0)
     for _ in range(3):
         model(torch.randn(3, 6)).square().sum().backward()
         optimizer.step()
