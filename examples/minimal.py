@@ -1,14 +1,14 @@
 """Self-supervised learning as discrete communication (arXiv 2602.09764), the method in one file.
 
 A teacher sends K bits about an image, the signs of its logits; the student predicts each of them from another
-crop. Alone that would end in a constant message, so a coding rate keeps the logits of different images apart:
+crop. This alone would end in a constant message, so a coding rate keeps the logits of different images apart:
 
     message    m = 1[a_teacher > 0],  a = head(backbone(crop)),  K raw logits
     agreement  softplus(a_v) - m_u·a_v, averaged over pairs of different views (u, v), images and bits
     rate       R = ½ logdet(I + K/(N·ε²)·zᵀz),  rows z = a/‖a‖ of the N images of a global view
     loss       L = agreement - β·γ·R,  γ = (K + N)/(K·N),  R averaged over the student's global views
 
-    python examples/minimal.py   # handwritten digits, two minutes on two cores; --data FOLDER: photos, a GPU
+    python examples/minimal.py   # the digits, two minutes on two cores; for photos: --data FOLDER, on a GPU
 """
 
 import argparse
@@ -27,8 +27,7 @@ from bincomm.data.loader import Loader
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.evaluation.knn import knn_accuracy
 
-# The values of `bincomm pretrain`; lr is for a batch of 256. A narrow backbone wants a larger head_std: the
-# gradient of the rate is proportional to 1/‖a‖, so small logits act like a larger β.
+# As in `bincomm pretrain`; lr is for batches of 256; docs/method.md explains the larger head_std of DIGITS.
 PHOTOS = argparse.Namespace(
     backbone="vit_base_patch16_224", hidden=2048, bits=256, head_std=0.02, crops=Crops(), eval_crop=0.875,
     backbone_args={"img_size": 224, "dynamic_img_size": True, "drop_path_rate": 0.1}, momentum=0.996,
@@ -81,7 +80,7 @@ def create_networks(config: Any) -> tuple[Network, Network]:
 
 
 def reset_head(student: Network, teacher: Network, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    """Draw the head anew, the same for both, and clear the optimizer's state of it."""
+    """Re-initialize the head, equally in both networks, and clear the optimizer's state of it."""
     for network in (student, teacher):
         network.head.reset(torch.Generator().manual_seed(seed))
     for parameter in student.head.parameters():
@@ -92,11 +91,11 @@ def train_step(
     student: Network, teacher: Network, objective: nn.Module, optimizer: torch.optim.Optimizer,
     crops: tuple[Tensor, Tensor | None], lr: float, weight_decay: float, momentum: float, clip: float = 1.0,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """One step on global crops (n, 2, 3, S, S) and local ones (n, L, 3, s, s), seen by the student alone."""
+    """One step on global crops (n, 2, 3, S, S) and local ones (n, L, 3, s, s), for the student alone."""
     with torch.autocast(crops[0].device.type, torch.bfloat16, enabled=crops[0].is_cuda):
-        message = teacher(crops[0])  # (2, n, K), of which the objective takes the signs alone
-        logits = student(*crops)  # (V, n, K), the teacher's views first
-    losses = objective(logits, message)  # in fp32, whatever the dtype of the logits
+        teacher_logits = teacher(crops[0])  # (2, n, K); the objective uses only their signs, the message
+        student_logits = student(*crops)  # (V, n, K), the teacher's views first
+    losses = objective(student_logits, teacher_logits)  # in fp32, whatever the dtype of the logits
     optimizer.zero_grad()
     losses["loss"].backward()
     for gradient in [p.grad for p in student.parameters() if p.grad is not None]:  # each tensor by itself:
@@ -106,7 +105,7 @@ def train_step(
     optimizer.step()
     for average, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
         average.lerp_(parameter.detach(), 1 - momentum)  # backbone and head: θ_t ← m·θ_t + (1-m)·θ_s
-    p = (message > 0).double().mean((0, 1))  # share of ones of every bit; its entropy is 1 at best, 0 if dead
+    p = (teacher_logits > 0).double().mean((0, 1))  # share of ones of each bit; entropy 1 at best, 0 if dead
     entropy = nn.functional.binary_cross_entropy(p, p) / math.log(2)
     return {name: value.detach() for name, value in losses.items()} | {"bit_entropy": entropy}
 
@@ -117,7 +116,7 @@ def cosine(step: int, steps: int, start: float, end: float) -> float:
 
 
 def encode(network: Any, source: Source, config: Any) -> list[Tensor]:
-    """What a network makes of a center crop of every image, (N, D), and the labels (N,)."""
+    """Outputs of a network for a center crop of every image, (N, D), and the labels (N,)."""
     options = {"crop_ratio": config.eval_crop, "batch_size": config.batch_size, "device": config.device}
     labels = torch.as_tensor(source.labels, device=config.device)
     rows = [(network(images), labels[i]) for i, images in eval_batches(source, config.crops, **options)]
@@ -125,7 +124,7 @@ def encode(network: Any, source: Source, config: Any) -> list[Tensor]:
 
 
 def main() -> None:
-    """Pretrain, and measure the teacher by the classes of its nearest neighbors."""
+    """Pretrain, and measure the teacher by k-NN: the classes of the nearest features."""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     parser.add_argument("--data", default="digits", help="a folder of images, tar shards, cifar10, ...")
     parser.add_argument("--backbone", help="for photos: another vision transformer of timm")
@@ -137,7 +136,8 @@ def main() -> None:
     torch.manual_seed(0)
     student, teacher = (network.to(device) for network in create_networks(config))
     untrained = deepcopy(teacher).eval()
-    matrices, vectors = ([p for p in student.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
+    matrices = [p for p in student.parameters() if p.ndim > 1]  # take weight decay
+    vectors = [p for p in student.parameters() if p.ndim <= 1]  # biases and norms, which do not
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors}], fused=True)
     objective = bincomm.DiscreteCommunication(beta=0.1, eps_squared=0.05)
     source = open_source(config.data)
@@ -147,22 +147,22 @@ def main() -> None:
     for step in range(steps):
         if step and step % (config.reset_every * loader.steps_per_epoch) == 0:
             reset_head(student, teacher, optimizer, seed=step // loader.steps_per_epoch)
-        lr = cosine(step - warmup, steps - warmup, peak, config.min_lr) * min(1, (step + 1) / max(1, warmup))
+        lr = cosine(step - warmup, steps - warmup, peak, config.min_lr)  # the peak until warm-up is over
+        lr *= min(1, (step + 1) / max(1, warmup))  # linear warm-up: peak/warmup, 2·peak/warmup, ..., peak
         decay, momentum = cosine(step, steps, 0.04, 0.4), cosine(step, steps, config.momentum, 1)
         metrics = train_step(student, teacher, objective, optimizer, loader.next(), lr, decay, momentum)
         if step % 40 == 0 or step == steps - 1:
             print(f"step {step + 1}/{steps}", *(f"{name} {x:.4f}" for name, x in metrics.items()), sep="  ")
     torch.save(teacher.eval().backbone.state_dict(), "backbone.pt")
-
     networks = {
         "teacher": teacher.backbone,
-        "its codes": lambda images: torch.where(teacher(images[:, None])[0] > 0, 1.0, -1.0),
+        "its codes": lambda x: torch.where(teacher(x[:, None])[0] > 0, 1.0, -1.0),  # None adds the view axis
         "untrained": untrained.backbone,
         "raw pixels": nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten()),
     }
-    if labeled := evaluation_sources(config.data, source):  # two sources, and whether the second was held out
+    if labeled := evaluation_sources(config.data, source):  # gallery, queries, whether these were held out
         for name, network in networks.items():
-            gallery, queries = (encode(network, part, config) for part in labeled[:2])
+            gallery, queries = (encode(network, images, config) for images in labeled[:2])
             print(f"k-NN of {name}: {knn_accuracy(*gallery, *queries):.2%}")
 
 

@@ -1,4 +1,4 @@
-"""What the pages of documentation hold: links, headings, commands and blocks of code."""
+"""Contents of the pages of documentation: links, headings, commands and blocks of code."""
 
 import re
 import shlex
@@ -26,7 +26,7 @@ class Block(NamedTuple):
 
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page; a fence that is not closed is an error."""
-    found = []
+    result = []
     lines = iter(enumerate(page.read_text().splitlines(), 1))
     for number, line in lines:
         if line.startswith("```"):
@@ -37,12 +37,12 @@ def blocks(page: Path) -> list[Block]:
                 inside.append(text)
             else:
                 raise AssertionError(f"{page.name}:{number}: a block that is not closed")
-            found.append(Block(page, line[3:].strip(), number, "\n".join(inside) + "\n"))
-    return found
+            result.append(Block(page, line[3:].strip(), number, "\n".join(inside) + "\n"))
+    return result
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of each command of a shell block; a backslash joins lines, a comment is left out."""
+    """The words of each command of a shell block; a backslash joins lines, comments are left out."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words:
@@ -61,17 +61,17 @@ def links(page: Path) -> list[str]:
 
 
 def inline_code(page: Path) -> list[str]:
-    """What stands between backticks."""
+    """Texts between backticks."""
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 def anchors(page: Path) -> set[str]:
-    """What `#...` may lead to: GitHub's names of the headings."""
-    found: set[str] = set()
+    """Targets of `#...`: GitHub's names of the headings."""
+    names: set[str] = set()
     for title in re.findall(r"^#+ +(.+?) *$", prose(page), flags=re.MULTILINE):
         name = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
         count = 0
-        while (unique := f"{name}-{count}" if count else name) in found:
+        while (unique := f"{name}-{count}" if count else name) in names:
             count += 1
-        found.add(unique)
-    return found
+        names.add(unique)
+    return names

@@ -2,7 +2,7 @@
 
 A command is run by the rule of its first words in `RULES`, which says how it is made cheap; one without a
 rule fails. Commands of bincomm run in this process, as the console script runs them, in a folder that holds
-what the pages speak of: `~/pictures`, `runs/digits`, `codes`, `cat.jpg` ...
+what the pages mention: `~/pictures`, `runs/digits`, `codes`, `cat.jpg` ...
 """
 
 import contextlib
@@ -26,8 +26,10 @@ import yaml
 from packaging.requirements import Requirement
 from PIL import Image
 
+import bincomm
 from tests.pages import LANGUAGES, PAGES, ROOT, anchors, blocks, commands, inline_code, links
 from tests.scenes import write_scenes
+from tests.test_architecture import LAYERS
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS: dict[str, tuple[str, list[str]]] = {}  # each once: how it reads -> where, and its words
@@ -41,7 +43,7 @@ WITH_PYTHON = [page for page in PAGES if any(b.page == page and b.language == "p
 FOLDERS = ("pictures", "imagenet", "pacs128/photo", "pacs128/sketch", "cifar10-5000", "drawn")
 RUNS = ("runs/digits", "runs/pictures", "runs/photo", "runs/cifar")
 
-# What makes a run short, whatever the command says, and what makes it small where the command does not say.
+# Options that make a run short, whatever the command has, and small where the command does not have them.
 SHORT = {"max_steps": 2, "batch_size": 8, "threads": 1, "hidden": 16}
 SMALL = {
     "device": "cpu",
@@ -56,7 +58,7 @@ SMALL = {
 NAMED_BACKBONE = SMALL | {"local_size": 32}  # which stems and strides of large networks need
 del NAMED_BACKBONE["backbone"], NAMED_BACKBONE["backbone_args"]
 
-# What is put into blocks of Python; each must be there.
+# Replacements in blocks of Python; each pattern must occur.
 IN_PYTHON = {
     "epochs=3)": "epochs=3, **small)",
     'evaluate("runs/digits", data="digits")': 'evaluate("runs/digits", data="drawn")',
@@ -84,9 +86,9 @@ def test_links_lead_from_the_first_page_to_every_other():
     assert targets >= set(PAGES[1:])
 
 
-# The changelog speaks of what is no more, too.
+# The changelog also names what was removed.
 @pytest.mark.parametrize("page", [p for p in PAGES if p.stem != "CHANGELOG"], ids=lambda page: page.name)
-def test_files_and_targets_that_are_named_are_there(page):
+def test_files_and_targets_that_are_named_exist(page):
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for code in inline_code(page):
         if re.fullmatch(r"(bincomm|kernels|csrc|tests|benchmarks|docs|examples)/[\w./-]*", code):
@@ -101,7 +103,22 @@ def test_the_readme_is_one_page():
     assert len(PAGES[0].read_text().splitlines()) <= 200
 
 
-def test_every_block_says_what_it_is():
+def test_the_diagram_of_layers_is_the_one_that_imports_are_held_to():
+    text = (ROOT / "docs/architecture.md").read_text()
+    (diagram,) = re.findall(r"^## Layers\n.+?^```text\n(.+?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    # `LAYERS` lists the functions of `bincomm`, too; the diagram names modules.
+    layers = [names - set(bincomm.__all__) for names in LAYERS.values()]
+    assert [set(line.split(", ")) for line in diagram.splitlines()] == layers
+
+
+def test_the_table_of_the_engine_names_each_of_its_files():
+    text = (ROOT / "docs/architecture.md").read_text()
+    (table,) = re.findall(r"^## The engine\n(.+?)^## ", text, flags=re.DOTALL | re.MULTILINE)
+    files = [path.name for path in ROOT.glob("bincomm/engine/*.py") if path.name != "__init__.py"]
+    assert sorted(re.findall(r"`(\w+\.py)`", table)) == sorted(files)
+
+
+def test_every_block_has_a_language():
     for block in BLOCKS:
         assert block.language in LANGUAGES, f"{block.where}: {block.language!r}"
 
@@ -148,7 +165,7 @@ def test_python_runs(page, workspace):
             exec(compile("\n" * block.line + cheap_python(block.text), str(page), "exec"), namespace)
 
 
-def test_what_is_replaced_in_python_is_there():
+def test_patterns_to_replace_in_python_occur():
     text = "".join(block.text for block in BLOCKS if block.language == "python")
     assert all(pattern in text for pattern in IN_PYTHON)
 
@@ -206,8 +223,8 @@ def small(words: list[str]) -> list[str]:
     return [*words, *(f"--{key}={value}" for key, value in options.items())]
 
 
-def anew(words: list[str]) -> list[str]:
-    """Without what an earlier command left in its output."""
+def remove_earlier(words: list[str]) -> list[str]:
+    """Remove what an earlier command left in this command's output folder."""
     output = value_of("--output", words) or "runs/digits"
     if Path(output).is_dir():
         shutil.rmtree(output)
@@ -216,7 +233,7 @@ def anew(words: list[str]) -> list[str]:
 
 def train(words: list[str]) -> None:
     """`bincomm pretrain`, `adapt`: two steps of a tiny network on a few drawn images."""
-    main(words if "--help" in words else small(anew(words)))
+    main(words if "--help" in words else small(remove_earlier(words)))
 
 
 def compare(words: list[str]) -> None:
@@ -236,7 +253,7 @@ def on_drawn_images(words: list[str]) -> None:
 
 
 def encode(words: list[str]) -> None:
-    main(anew(words))
+    main(remove_earlier(words))
 
 
 def look(words: list[str]) -> None:
@@ -264,8 +281,8 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def torchrun(words: list[str]) -> None:
-    """Two processes of this machine in place of all others, one where several machines are spoken of; a tiny
-    network, two steps."""
+    """Two processes of this machine in place of more, one where several machines are meant; two steps of a
+    tiny network."""
     start = words.index("--no-python")
     options, command = words[:start], words[start + 1 :]
     assert command[0] == "bincomm"
@@ -279,7 +296,7 @@ def torchrun(words: list[str]) -> None:
     ):
         if option in options:
             options[options.index(option) + 1] = value
-    command = small(anew(command[1:]))
+    command = small(remove_earlier(command[1:]))
     run(
         [sys.executable, "-m", "torch.distributed.run", *options[1:], "-m", "bincomm.cli", *command],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -287,14 +304,14 @@ def torchrun(words: list[str]) -> None:
 
 
 def make(words: list[str]) -> None:
-    """Whether make knows the target, and how to get there; nothing is carried out: it takes minutes, a GPU,
-    or is what runs this test."""
+    """Whether make has the target and its rules; nothing is run: it takes minutes, needs a GPU, or is what
+    runs this test."""
     steps = run(["make", "--dry-run", *words[1:]], cwd=ROOT)
     assert steps.strip(), f"{' '.join(words)} does nothing"
 
 
 def pip(words: list[str]) -> None:
-    """Requirements that can be read, and extras that there are; nothing is installed."""
+    """Requirements are valid and extras exist; nothing is installed."""
     assert words[1] == "install"
     extras = set(importlib.metadata.metadata("bincomm").get_all("Provides-Extra"))
     for word in words[2:]:
@@ -307,7 +324,7 @@ def pip(words: list[str]) -> None:
 
 
 def pytest_of_venv(words: list[str]) -> None:
-    """The tests and markers that it names are there; the tests are not run once more."""
+    """The tests and markers that it names exist; the tests are not run again."""
     words = words[3:]
     if "-m" in words:
         at = words.index("-m")
@@ -351,7 +368,7 @@ def run(command: list[str], **options) -> str:
     return result.stdout
 
 
-# What the pages speak of
+# What the pages mention
 
 
 @pytest.fixture(scope="module")
@@ -359,9 +376,7 @@ def prepared(tmp_path_factory):
     """A home folder with images, runs, codes and shards."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "MPLCONFIGDIR", matplotlib.get_cachedir()
-        )  # else fonts are listed once more, for a minute
+        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # else fonts are listed again, for a minute
         patch.chdir(home)
         patch.setenv("HOME", str(home))
         patch.setenv("BINCOMM_CACHE", str(home / "cache"))
