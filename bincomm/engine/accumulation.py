@@ -1,4 +1,4 @@
-"""A step whose batch is cut into parts, to need less memory; the loss stays that of the whole batch."""
+"""A step whose batch is split into microbatches, to need less memory, with the loss of the whole batch."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from bincomm.networks import Network
 
 
 class AccumulatedStep(Step):
-    """Cuts every batch into parts for the forward and backward passes of the networks.
+    """Splits every batch into microbatches for the forward and backward passes of the networks.
 
-    The coding rate of all images is not the sum of the parts' rates. So its gradient at the logits is taken
-    first, after forward passes of all parts that keep nothing; then every part runs again and takes its share
-    of that gradient. This costs one more forward pass of the student.
+    The coding rate of a batch is not the sum of its microbatches' rates. So the gradient at the logits is
+    computed first, after forward passes of all microbatches without a graph; then every microbatch runs again
+    and takes its share of that gradient. This costs one more forward pass of the student.
 
     Args:
-        parts: that a batch is cut into; the others are those of `Step`.
+        microbatches: their number; the other arguments are those of `Step`.
 
     Raises:
-        ValueError: the student has batch norm, whose statistics would be those of a part.
+        ValueError: the student has batch norm, whose statistics would be those of a microbatch.
     """
 
     def __init__(
@@ -30,30 +30,30 @@ class AccumulatedStep(Step):
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        parts: int,
+        microbatches: int,
         **options: Any,
     ):
         if has_batch_norm(student):
             raise ValueError(
-                f"accumulate: expected 1 for a backbone with batch norm, got {parts}: its statistics "
+                f"accumulate: expected 1 for a backbone with batch norm, got {microbatches}: its statistics "
                 "would be those of a part of the batch"
             )
         super().__init__(student, teacher, objective, optimizer, **options)
-        self.parts = parts
+        self.microbatches = microbatches
 
     def gradient(self, global_views: Tensor, local_views: Tensor | None) -> tuple[StepOutput, Tensor]:
         """The student's clipped gradient, and whether the step is to be skipped: 0 or 1, on the device.
 
         Raises:
-            ValueError: the number of images is no multiple of `parts`.
+            ValueError: the number of images is no multiple of `microbatches`.
         """
-        if len(global_views) % self.parts:
+        if len(global_views) % self.microbatches:
             raise ValueError(
-                f"global_views: expected a multiple of accumulate = {self.parts} images, got "
+                f"global_views: expected a multiple of accumulate = {self.microbatches} images, got "
                 f"{len(global_views)}"
             )
         before = self.copy_buffers()
-        parts = cut(global_views, local_views, self.parts)
+        parts = split_batch(global_views, local_views, self.microbatches)
         teacher_logits = self.forward.teacher_logits(*(global_part for global_part, _ in parts))
         self.mark("teacher")
         draws, outputs = [], []
@@ -67,19 +67,21 @@ class AccumulatedStep(Step):
         losses["loss"].backward()
         self.mark("loss")
         assert logits.grad is not None
-        gradients = logits.grad.chunk(self.parts, dim=1)
+        gradients = logits.grad.chunk(self.microbatches, dim=1)
         for number, (part, draw, gradient) in enumerate(zip(parts, draws, gradients, strict=True), 1):
             set_random_state(self.forward.device, draw)  # the same paths are dropped again
-            with self.forward.without_averaging(number < self.parts):  # the last part averages the sum
+            with self.forward.without_averaging(number < self.microbatches):  # the last one averages the sum
                 self.forward.student_logits(*part).backward(gradient)
         self.mark("backward")
         return self.clip_and_judge(losses, logits, teacher_logits, before)
 
 
-def cut(global_views: Tensor, local_views: Tensor | None, parts: int) -> list[tuple[Tensor, Tensor | None]]:
-    """A batch in so many parts of equally many images."""
-    local_parts = [None] * parts if local_views is None else local_views.chunk(parts)
-    return list(zip(global_views.chunk(parts), local_parts, strict=True))
+def split_batch(
+    global_views: Tensor, local_views: Tensor | None, count: int
+) -> list[tuple[Tensor, Tensor | None]]:
+    """A batch as `count` microbatches of equally many images."""
+    local_parts = [None] * count if local_views is None else local_views.chunk(count)
+    return list(zip(global_views.chunk(count), local_parts, strict=True))
 
 
 def has_batch_norm(network: nn.Module) -> bool:

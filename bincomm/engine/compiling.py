@@ -1,11 +1,11 @@
-"""torch.compile for the networks of a step, which go on without it where it fails."""
+"""torch.compile for the networks of a step, which run without it where it fails."""
 
 import time
 
 import torch
 from torch import Tensor
 
-from bincomm.engine.accumulation import AccumulatedStep, cut
+from bincomm.engine.accumulation import AccumulatedStep, split_batch
 from bincomm.engine.step import Step
 
 
@@ -18,7 +18,8 @@ def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | Non
     """
     forward = step.forward
     accumulates = isinstance(step, AccumulatedStep)
-    part = cut(global_views, local_views, step.parts if isinstance(step, AccumulatedStep) else 1)[0]
+    count = step.microbatches if isinstance(step, AccumulatedStep) else 1
+    part = split_batch(global_views, local_views, count)[0]
     before = step.copy_buffers()
     start = time.perf_counter()
     try:

@@ -24,10 +24,10 @@ class CapturedStep:
     def __init__(self, step: Step, global_views: Tensor, local_views: Tensor | None):
         device, ranks = step.forward.device, step.forward.ranks
         if device.type != "cuda" or ranks > 1 or isinstance(step, AccumulatedStep):
-            parts = step.parts if isinstance(step, AccumulatedStep) else 1
+            count = step.microbatches if isinstance(step, AccumulatedStep) else 1
             raise ValueError(
                 "cuda_graph: expected one GPU and accumulate = 1, got "
-                f"{ranks} × {device.type} and accumulate = {parts}"
+                f"{ranks} × {device.type} and accumulate = {count}"
             )
         self.step = step
         self.static_views = [None if v is None else v.clone() for v in (global_views, local_views)]

@@ -220,7 +220,7 @@ def create_step(
     if config.accumulate == 1:
         return Step(*networks, clip=config.clip, precision=config.precision, mark=mark)
     return AccumulatedStep(
-        *networks, parts=config.accumulate, clip=config.clip, precision=config.precision, mark=mark
+        *networks, microbatches=config.accumulate, clip=config.clip, precision=config.precision, mark=mark
     )
 
 

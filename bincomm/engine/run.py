@@ -21,7 +21,7 @@ def begin_run(run: Path, config: PretrainConfig) -> bool:
     finished = (run / "result.json").exists()
     if not finished and not Checkpoints(run / "checkpoints", config.keep).steps():
         if config.resume == "must":
-            raise ValueError(f"resume: expected a run in {run} to go on with, got none")
+            raise ValueError(f"resume: expected a run in {run} to resume, got none")
         write_text(run / "config.yaml", dump_config(config))
         return False
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun; the run is our own
@@ -58,5 +58,5 @@ def read_result(run: Path) -> dict[str, Any]:
         return json.loads((run / "result.json").read_text())
     except ValueError as error:
         raise ValueError(
-            f"output: {run / 'result.json'} is damaged ({error}); remove it to evaluate anew"
+            f"output: {run / 'result.json'} is damaged ({error}); remove it to evaluate again"
         ) from error

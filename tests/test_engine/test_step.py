@@ -37,7 +37,7 @@ def create(model=VIT, objective=None, drop_path=0.0, precision="fp32", clip=0.5,
     optimizer = create_optimizer(student)
     networks = (student, teacher, objective or DiscreteCommunication(), optimizer)
     if accumulate > 1:
-        return AccumulatedStep(*networks, parts=accumulate, clip=clip, precision=precision, **options)
+        return AccumulatedStep(*networks, microbatches=accumulate, clip=clip, precision=precision, **options)
     return Step(*networks, clip=clip, precision=precision, **options)
 
 
