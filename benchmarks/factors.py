@@ -28,7 +28,8 @@ from bincomm.codes.information import (
     mutual_information,
     mutual_information_gap,
 )
-from bincomm.config import PretrainConfig, configure
+from bincomm.config import PretrainConfig
+from bincomm.configuration import configure
 from bincomm.data.sources import open_source
 from bincomm.evaluation.features import extract_features
 from bincomm.evaluation.pretrained import Pretrained, load_pretrained

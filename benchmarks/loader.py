@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.measuring import CORES, GPU, in_words, machine
 from benchmarks.torchvision_loader import Images, batches, view_transforms
-from bincomm.config import configure
+from bincomm.configuration import configure
 from bincomm.data.crops import Crops
 from bincomm.data.dali import decode, fn, pipeline_def
 from bincomm.data.loader import Loader

@@ -1,4 +1,4 @@
-"""Domain adaptation: a pretrained backbone learns on, by the same objective, from images of a target."""
+"""Domain adaptation: training of a pretrained backbone continues on images of a target domain."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, read_config
-from bincomm.config import configure as configure_run
+from bincomm.configuration import configure as configure_run
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.evaluation.evaluate import figure
 from bincomm.evaluation.pretrained import Pretrained, evaluation_device
@@ -18,62 +18,64 @@ from bincomm.pretraining import pretrain
 from bincomm.recipes import read_recipe
 from bincomm.weights import read_metadata
 
-# What is not taken over from the run that a backbone comes from, besides what the recipe says.
+# Keys that are not taken over from the run that the weights come from.
 TARGET_KEYS = ("data", "output", "resume", "init_from", "device")
-# What belongs to the weights, whatever the recipe says.
+# Keys that belong to the weights, whatever the recipe says.
 WEIGHTS_KEYS = ("backbone", "backbone_args", "mean", "std")
 
 
-def configure(source: str | Path, recipe: str = "adapt", **keys: Any) -> PretrainConfig:
+def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> PretrainConfig:
     """The configuration of an adaptation: the keys given, before the recipe's, before those of the run that
-    the backbone comes from, before the defaults. The name and arguments of the backbone and its mean and std
-    are the source's, whatever the recipe.
+    the weights come from, before the defaults. The name and arguments of the backbone and its mean and std
+    are those of the weights, whatever the recipe says.
 
     Args:
-        source: a run's directory, a .safetensors file, or a timm model with pretrained weights.
-        recipe: the name of one, or the path of a YAML file.
+        weights: a run's directory, a .safetensors file, or the name of a timm model with pretrained weights.
+        recipe: the name of a recipe, or the path of a YAML file.
         keys: of `PretrainConfig`, without init_from.
 
     Raises:
-        ValueError: there is no such source, or what `bincomm.config.configure` raises it for.
+        ValueError: there are no such weights, or what `bincomm.configuration.configure` raises it for.
     """
-    source = os.fspath(source)
+    weights = os.fspath(weights)
     if keys.get("init_from") is not None:
-        raise ValueError("init_from: adapt begins with the backbone that --from names")
-    inherited = inherited_keys(source)
+        raise ValueError("init_from: adapt sets it to its weights; leave it out")
+    inherited = inherited_keys(weights)
     if not inherited and keys.get("backbone") is None:
-        raise ValueError(f"from: {source} does not say of which backbone it is; say --backbone")
+        raise ValueError(f"weights: {weights} does not name its backbone; give its timm name as backbone")
     recipe_keys = read_recipe(recipe)
     taken = {key: value for key, value in inherited.items() if key not in recipe_keys or key in WEIGHTS_KEYS}
-    return configure_run(recipe, **{**taken, **keys, "init_from": source})
+    return configure_run(recipe, **{**taken, **keys, "init_from": weights})
 
 
-def inherited_keys(source: str) -> dict[str, Any]:
-    """What an adaptation takes over from its source: of a run all keys but `TARGET_KEYS`, else
+def inherited_keys(weights: str) -> dict[str, Any]:
+    """The keys that an adaptation takes over: of a run all but `TARGET_KEYS`, of other weights
     `WEIGHTS_KEYS`."""
-    keys, names = read_metadata(source, "from"), list(WEIGHTS_KEYS)
-    if os.path.isdir(os.path.expanduser(source)):
-        keys |= read_config(Path(source).expanduser(), "from")
+    keys, names = read_metadata(weights, "weights"), list(WEIGHTS_KEYS)
+    if os.path.isdir(os.path.expanduser(weights)):
+        keys |= read_config(Path(weights).expanduser(), "weights")
         names = [field.name for field in fields(PretrainConfig) if field.name not in TARGET_KEYS]
     return {name: keys[name] for name in names if name in keys}
 
 
 def adapt(config: PretrainConfig) -> dict[str, Any] | None:
-    """Pretrain the backbone that `config.init_from` names on `config.data`, or go on with that.
+    """Pretrain the backbone that `config.init_from` names on `config.data`, or resume an unfinished
+    adaptation.
 
-    Where there are several ranks all call it, and those after the first return None.
+    With several ranks all call it, and all but the first return None.
 
     Returns:
-        What adapt.json holds: "from", "data", and "before" and "after", which are k-NN and linear probe on
-        the target's labeled images as `bincomm.evaluation.evaluate.evaluate` returns them, None each where
-        it has none; else with "queries_held_out", whether the queries were held out from training.
+        The content of adapt.json: "from", "data", and "before" and "after", the k-NN and linear probe on the
+        target's labeled images as `bincomm.evaluation.evaluate.evaluate` returns them. Both are None if the
+        target has no labels; otherwise "queries_held_out" says whether the queries were held out from
+        training.
 
     Raises:
-        ValueError: there is no `config.init_from`.
+        ValueError: `config.init_from` is None.
         Other errors are those of `pretrain`.
     """
     if config.init_from is None:
-        raise ValueError("init_from: expected weights to begin with, got none")
+        raise ValueError("init_from: expected initial weights, got none")
     output = Path(config.output)
     if pretrain(config) is None:
         return None
@@ -94,7 +96,7 @@ def adapt(config: PretrainConfig) -> dict[str, Any] | None:
 
 
 def summary(result: dict[str, Any], output: str) -> str:
-    """What a finished adaptation prints, from what its adapt.json holds and its directory."""
+    """A finished adaptation in words, from the content of its adapt.json and its directory."""
     before, after = result["before"], result["after"]
     if before is None:
         lines = [
@@ -107,5 +109,5 @@ def summary(result: dict[str, Any], output: str) -> str:
         for path, title in ((("knn", "20"), "k-NN, k=20"), (("linear", "accuracy"), "linear probe")):
             lines.append(f"  {title:20} {figure(before, *path):7.2%} {figure(after, *path):7.2%}")
         if not result["queries_held_out"]:
-            lines.append("  (the queries' images, not their labels, were seen in adapting)")
-    return "\n".join([*lines, f"in {output}: backbone.safetensors, adapt.json, and what else a run leaves"])
+            lines.append("  (the queries' images, but not their labels, were used in adapting)")
+    return "\n".join([*lines, f"in {output}: backbone.safetensors, adapt.json, and the other files of a run"])

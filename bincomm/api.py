@@ -1,7 +1,7 @@
-"""What the commands do, from Python: the functions `bincomm.pretrain`, `bincomm.adapt`, `bincomm.compare`,
-`bincomm.evaluate`, `bincomm.encode` and `bincomm.load_pretrained`, and `search` and `report`.
+"""The commands as Python functions: `bincomm.pretrain`, `bincomm.adapt`, `bincomm.compare`,
+`bincomm.evaluate`, `bincomm.encode` and `bincomm.load_pretrained`, and here also `search` and `report`.
 
-Under torchrun every process calls the same function; those after the first get None.
+Under torchrun every process calls the same function; all but the first get None.
 """
 
 import logging
@@ -22,45 +22,48 @@ Data = str | Path | Mapping[str, float]
 
 
 def pretrain(data: Data = "digits", *, recipe: str | None = None, **keys: Any) -> dict[str, Any] | None:
-    """Pretrain a backbone on images without labels, or go on with the run in `output`, to the end.
+    """Pretrain a backbone on images without labels, or resume the unfinished run in `output`.
 
     Args:
         data: a folder of images, tar shards, a .txt file of paths, a standard set, or "digits"; or several
             with weights, as a mapping.
-        recipe: a name in `bincomm.recipes.recipe_names()`, or a YAML file; None: what fits the images.
-        keys: of `bincomm.config.PretrainConfig`, before those of the recipe.
+        recipe: a name in `bincomm.recipes.recipe_names()`, or a YAML file; None: the one that fits the
+            images.
+        keys: keys of `bincomm.config.PretrainConfig`, which replace those of the recipe.
 
     Returns:
-        What the run's result.json holds.
+        The content of the run's result.json.
 
     Raises:
-        ValueError: an unknown recipe or key, or one whose value does not fit; see `bincomm.config.configure`.
+        ValueError: an unknown recipe or key, or a value that does not fit; see
+            `bincomm.configuration.configure`.
         Other errors are those of `bincomm.pretraining.pretrain`.
     """
-    from bincomm.config import configure
+    from bincomm.configuration import configure
     from bincomm.pretraining import pretrain
 
     return pretrain(configure(recipe, data=data, **keys))
 
 
-def adapt(source: str | Path, data: Data, *, recipe: str = "adapt", **keys: Any) -> dict[str, Any] | None:
-    """Train a pretrained backbone on, under a new head, on unlabeled images of another domain.
+def adapt(weights: str | Path, data: Data, *, recipe: str = "adapt", **keys: Any) -> dict[str, Any] | None:
+    """Continue to train a pretrained backbone, under a new head, on unlabeled images of another domain.
 
     Args:
-        source: a run's directory, a .safetensors file, or a timm model with pretrained weights, by name.
+        weights: a run's directory, a .safetensors file, or the name of a timm model with pretrained weights.
         data: the images, as in `pretrain`.
-        recipe: the name of one, or a YAML file.
-        keys: of `PretrainConfig`, before those of the recipe; what neither says is as in the source's run.
+        recipe: the name of a recipe, or a YAML file.
+        keys: keys of `PretrainConfig`, which replace those of the recipe; all others are those of the run
+            that the weights come from.
 
     Returns:
-        What the run's adapt.json holds: k-NN and linear probe before and after, where there are labels.
+        The content of the run's adapt.json: k-NN and linear probe before and after, if there are labels.
 
     Raises:
         Errors are those of `bincomm.adaptation.configure` and `bincomm.adaptation.adapt`.
     """
     from bincomm.adaptation import adapt, configure
 
-    return adapt(configure(os.fspath(source), recipe, data=data, **keys))
+    return adapt(configure(weights, recipe, data=data, **keys))
 
 
 def compare(
@@ -72,42 +75,41 @@ def compare(
     recipe: str | None = None,
     **keys: Any,
 ) -> dict[str, Any]:
-    """Train several methods on the same images, steps and seeds, and measure them alike.
+    """Train several methods on the same images, steps and seeds, and evaluate all in the same way.
 
     Args:
         data: images with labels, as in `pretrain`.
         methods: names in `bincomm.comparison.METHODS`; None: `DEFAULT_METHODS` there.
-        seeds: a run of every method for each; None: the key seed alone.
-        prototypes: of dino; None: as many as fit the number of images.
+        seeds: every method has a run for each seed; None: only the key seed.
+        prototypes: number of prototypes of dino; None: one that fits the number of images.
         recipe: as in `pretrain`.
-        keys: of `PretrainConfig`, which all runs share; the output is runs/compare-RECIPE without one.
+        keys: keys of `PretrainConfig`, which all runs share; without output it is runs/compare-RECIPE.
 
     Returns:
-        What table.json holds.
+        The content of table.json.
 
     Raises:
-        Errors are those of `bincomm.config.configure_comparison` and `bincomm.comparison.compare`.
+        Errors are those of `bincomm.configuration.configure_comparison` and `bincomm.comparison.compare`.
     """
     from bincomm.comparison import DEFAULT_METHODS, compare
-    from bincomm.config import configure_comparison
+    from bincomm.configuration import configure_comparison
 
     config = configure_comparison(recipe, data=data, **keys)
     return compare(config, DEFAULT_METHODS if methods is None else methods, seeds, prototypes)
 
 
 def load_pretrained(
-    weights: str | Path, device: str = "auto", *, backbone: str | None = None, **shown: Any
+    weights: str | Path, device: str = "auto", *, backbone: str | None = None, **preprocessing: Any
 ) -> "Pretrained":
-    """Load what was pretrained: a backbone, images (n, 3, S, S) -> features (n, D), and its head where it has
-    one.
+    """Load a pretrained backbone, images (n, 3, S, S) -> features (n, D), and its head if it has one.
 
     Args:
-        weights: a run's directory, a checkpoint, a .safetensors file or a timm model with pretrained weights,
-            by name; the last two have no head.
-        device: "cpu", "cuda", or "auto", which takes a GPU where there is one.
-        backbone: timm's name of it, for a .safetensors file that does not say.
-        shown: keys of `PretrainConfig` that tell how images are shown, where not as in training: global_size,
-            eval_crop, batch_size, threads.
+        weights: a run's directory, a checkpoint, a .safetensors file or the name of a timm model with
+            pretrained weights; the last two have no head.
+        device: "cpu", "cuda", or "auto", which takes a GPU if there is one.
+        backbone: timm's name of the backbone, for a .safetensors file that does not name it.
+        preprocessing: preprocessing keys that replace those of training: global_size, eval_crop, batch_size,
+            threads; see `PretrainConfig`.
 
     Raises:
         ValueError: there are no such weights, or they do not fit.
@@ -120,7 +122,7 @@ def load_pretrained(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but this torch finds no GPU")
-    return load_pretrained(weights, device, backbone=backbone, **shown)
+    return load_pretrained(weights, device, backbone=backbone, **preprocessing)
 
 
 def evaluate(
@@ -131,27 +133,28 @@ def evaluate(
     davis: str | Path | None = None,
     segmentation: str | Path | None = None,
     device: str = "auto",
+    backbone: str | None = None,
     output: str | Path | None = None,
     on_result: Callable[[dict[str, Any]], None] | None = None,
-    **shown: Any,
+    **preprocessing: Any,
 ) -> dict[str, Any] | None:
-    """Measure what was pretrained, on labeled images, on DAVIS-2017 and on segmentation masks.
+    """Evaluate a pretrained backbone on labeled images, on DAVIS-2017 and on segmentation masks.
 
     Args:
-        weights, device, shown: as in `load_pretrained`, with backbone.
+        weights, device, backbone, preprocessing: as in `load_pretrained`.
         data: labeled images, as in `pretrain`.
-        protocols: on these; None: all that the weights allow.
-        davis: the folder of DAVIS-2017 in which ImageSets lies.
+        protocols: protocols to evaluate on the data; None: all that the weights allow.
+        davis: the folder of DAVIS-2017 that contains ImageSets.
         segmentation: a folder with train/images, train/masks, val/images and val/masks.
         output: a JSON file for the results, written after each part.
-        on_result: called with each part once it is measured, for what comes after it may fail.
+        on_result: called with each part as soon as it is evaluated, because a later part may fail.
 
     Returns:
-        The results of all parts; `bincomm.evaluation.evaluate.evaluate`, `evaluate_davis` and
-        `evaluate_segmentation` tell what they hold.
+        The results of all parts, which `bincomm.evaluation.evaluate.evaluate`, `evaluate_davis` and
+        `evaluate_segmentation` document.
 
     Raises:
-        ValueError: there is nothing to measure, or what is given does not allow it; the message names it.
+        ValueError: there is nothing to evaluate, or an argument does not fit; the message names it.
         OSError: the output could not be written.
     """
     from bincomm.data.sources import evaluation_sources, open_source
@@ -163,9 +166,9 @@ def evaluate(
     from bincomm.files import write_json
 
     if not (data or davis or segmentation):
-        raise ValueError("evaluate: expected at least one of --data, --davis and --segmentation")
+        raise ValueError("evaluate: expected at least one of data, davis and segmentation, got none")
     if protocols and not data:
-        raise ValueError("protocols: they measure on --data, got none")
+        raise ValueError("protocols: expected data to evaluate them on, got none")
     for name, folder in (("davis", davis), ("segmentation", segmentation)):
         if folder and not Path(folder).expanduser().is_dir():
             raise ValueError(f"{name}: expected a folder, got {folder}")
@@ -174,7 +177,7 @@ def evaluate(
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
 
     with join_ranks(device) as ranks:
-        model = load_pretrained(weights, ranks.device, **shown)
+        model = load_pretrained(weights, ranks.device, backbone=backbone, **preprocessing)
         results: dict[str, Any] = {"weights": os.fspath(weights)}
 
         def add(part: dict[str, Any]) -> None:
@@ -184,11 +187,11 @@ def evaluate(
             if output:
                 write_json(Path(output), results)
 
-        # DAVIS first, because all ranks work at it; the rest is measured by one.
+        # DAVIS first, because all ranks work at it.
         if davis:
-            following = evaluate_davis(model, os.fspath(davis), ranks=ranks)
+            tracking = evaluate_davis(model, os.fspath(davis), ranks=ranks)
             if ranks.rank == 0:
-                add({"davis": following})
+                add({"davis": tracking})
         if data:
             source = ranks.leaders_first(lambda: open_source(data))
             sources = ranks.leaders_first(lambda: evaluation_sources(data, source))
@@ -200,9 +203,9 @@ def evaluate(
                 )
                 raise ValueError(f"data: expected {expected} in {data}")
             gallery, queries, held_out = sources
-            measured = evaluate_images(model, gallery, queries, protocols, ranks=ranks)
+            result = evaluate_images(model, gallery, queries, protocols, ranks=ranks)
             if ranks.rank == 0:
-                add({"data": data, "queries_held_out": held_out, **measured})
+                add({"data": data, "queries_held_out": held_out, **result})
         ranks.leave()
         if ranks.rank:
             return None
@@ -219,23 +222,24 @@ def encode(
     features: bool = False,
     index: bool = False,
     device: str = "auto",
-    **shown: Any,
+    backbone: str | None = None,
+    **preprocessing: Any,
 ) -> "Encoded | None":
-    """Write the codes of images into a folder of Parquet files, or go on with what is unfinished there.
+    """Write the codes of images into a folder of Parquet files, or the files that are missing there.
 
     Args:
-        weights, device, shown: as in `load_pretrained`, with backbone; the weights need a head.
+        weights, device, backbone, preprocessing: as in `load_pretrained`; the weights need a head.
         data: images, as in `pretrain`.
-        output: the folder; see `bincomm.codes.encode.encode` for what lies in it.
-        features: write the backbone's features, too.
-        index: write index.faiss, a flat binary index, too.
+        output: the folder; see `bincomm.codes.encode.encode` for its content.
+        features: also write the backbone's features.
+        index: also write index.faiss, a flat binary index.
 
     Returns:
         Numbers of codes, bits and files, and the images that cannot be used.
 
     Raises:
-        ValueError: the weights have no head, or the folder is of other codes; the message says which.
-        ImportError: an index needs faiss, and it is not there.
+        ValueError: the weights have no head, or the folder holds other codes; the message says which.
+        ImportError: an index needs faiss, which is not installed.
         OSError: the folder cannot be written.
     """
     from bincomm.codes.encode import encode
@@ -248,10 +252,10 @@ def encode(
         raise ImportError("no module named 'faiss'", name="faiss")
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
     weights = os.path.expanduser(os.fspath(weights))
-    if os.path.exists(weights):  # so that `search` finds them from anywhere
+    if os.path.exists(weights):  # so that `search` finds them from any working directory
         weights = os.path.abspath(weights)
     with join_ranks(device) as ranks:
-        model = load_pretrained(weights, ranks.device, **shown)
+        model = load_pretrained(weights, ranks.device, backbone=backbone, **preprocessing)
         source = ranks.leaders_first(lambda: open_source(data))
         for note in source.notes:
             logger.info("note: %s", note)
@@ -274,13 +278,14 @@ def search(
     """The k images of an encoded folder whose codes are nearest to that of an image, the nearest first.
 
     Args:
-        folder: of codes, as `encode` left it.
-        query: the file of an image.
-        weights: those of the codes; None: where the folder says they are.
-        sheet: a PNG file for a picture of the query and what is nearest to it.
+        folder: a folder of codes, written by `encode`.
+        query: an image file.
+        k: number of images.
+        weights: the weights that gave the codes; None: the path that the folder names.
+        sheet: a PNG file for a picture of the query and its nearest images.
 
     Raises:
-        ValueError: the folder, the weights or the image do not allow it; the message says which.
+        ValueError: the folder, the weights or the image do not fit; the message says which.
     """
     import torch
 
@@ -297,14 +302,14 @@ def search(
         weights = metadata.get("weights", "")
         if not os.path.exists(weights):
             raise ValueError(
-                f"weights: those of the codes in {folder} were {weights or 'not noted'}, which is not there; "
-                "expected --weights to say where they are"
+                f"weights: those of the codes in {folder} were {weights or 'not noted'}, which does not "
+                "exist; expected their present path"
             )
     model = load_pretrained(weights, torch.device("cpu"))
     (neighbors,) = nearest(model, folder, [query], k)
     files = -(-metadata.get("images", 0) // metadata.get("rows", 1))
     if len(parts) < files:
-        logger.info("note: %d of %d files are there; `bincomm encode` makes the others", len(parts), files)
+        logger.info("note: %d of %d files exist; `bincomm encode` writes the others", len(parts), files)
     if sheet is not None:
         picture = contact_sheet(query, neighbors)
         write_file(Path(sheet), lambda file: picture.save(file, format="png"))
@@ -321,18 +326,19 @@ def report(
     bits: Sequence[int] | None = None,
     other: str | Path | None = None,
     device: str = "auto",
-    **shown: Any,
+    **preprocessing: Any,
 ) -> dict[str, Any]:
     """Write a page about the code, codes.html, and its figures, codes.json, into a folder.
 
     Args:
-        weights, device, shown: as in `load_pretrained`; the weights need a head.
+        weights, device, preprocessing: as in `load_pretrained`; the weights need a head.
         data: images, as in `pretrain`.
+        output: the folder.
         other: the same run before or after a reset of its head, to compare with.
         attributes, classes, bits: see `bincomm.codes.report.report`.
 
     Returns:
-        What codes.json holds.
+        The content of codes.json.
 
     Raises:
         Errors are those of `bincomm.codes.report.report`.
@@ -340,7 +346,7 @@ def report(
     from bincomm.codes.report import report
     from bincomm.data.sources import open_source
 
-    model = load_pretrained(weights, device, **shown)
+    model = load_pretrained(weights, device, **preprocessing)
     return report(
         model,
         open_source(os.fspath(data) if isinstance(data, os.PathLike) else data),
@@ -348,11 +354,11 @@ def report(
         attributes=None if attributes is None else Path(attributes),
         classes=classes,
         bits=None if bits is None else list(bits),
-        other=None if other is None else load_pretrained(other, device, **shown),
+        other=None if other is None else load_pretrained(other, device, **preprocessing),
     )
 
 
 def check_file(argument: str, path: str | Path) -> None:
-    """Refuse a path that cannot be a file's, before the work for it."""
+    """Refuse a path at which no file can be written, before the work starts."""
     if not Path(path).parent.is_dir() or Path(path).is_dir():
         raise ValueError(f"{argument}: expected a file in a folder that exists, got {path}")

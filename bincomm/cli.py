@@ -1,7 +1,7 @@
 """The command line, `bincomm COMMAND`: finds the command, and turns every error into a message and a status.
 
-0: done; 1: failed; 2: wrong arguments or data; SAVED: a signal ended a run once it was saved, and the same
-command goes on; 130: interrupted; 141: what read the output ended first.
+Exit statuses: 0: done; 1: failed; 2: wrong arguments or data; 75 (SAVED): a signal ended a run after it was
+saved, and the same command resumes it; 130: interrupted; 141: broken pipe (the reader closed it).
 """
 
 import argparse
@@ -19,80 +19,105 @@ from typing import Any, NamedTuple, NoReturn
 
 from bincomm import __version__, logs
 from bincomm.commands.arguments import HelpFormatter, add_verbosity
+from bincomm.configuration import configure
 from bincomm.logs import did_you_mean
 from bincomm.parsing import explain, key_parser, options_of, parse_options
 
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
 
-SAVED = 75  # EX_TEMPFAIL
+SAVED = 75  # EX_TEMPFAIL of sysexits.h
+# Errors of a run whose message says all that the user needs, by their modules. They are looked up by name,
+# because a bare install cannot import these modules.
+RUN_ERRORS = {"bincomm.engine.guard": "TrainingError", "bincomm.data.loader": "TooManyUnusableError"}
 
 
 class Command(NamedTuple):
-    """A command, whose module in `bincomm.commands` bears its name."""
+    """A command; the module of the same name in `bincomm.commands` carries it out.
+
+    Attributes:
+        summary: its line in the list of commands.
+        extra: the extra of the package, `bincomm[extra]`, without which it cannot run; None: it always can.
+        takes_run_keys: whether it configures a run: its options then include the keys of `PretrainConfig`.
+        single_process: whether it refuses to run under torchrun with several processes.
+        on_interrupt: what Ctrl-C leaves and how to continue, for a command without the keys of a run.
+    """
 
     summary: str
-    extra: str | None = None  # of the packages that it needs
-    keys: bool = False  # whether the keys of a run are options, too
-    alone: bool = False  # whether it is for one process
-    interrupted: str | None = None  # what an interruption leaves
+    extra: str | None = None
+    takes_run_keys: bool = False
+    single_process: bool = False
+    on_interrupt: str | None = None
 
 
 COMMANDS = {
     "pretrain": Command(
-        "pretrain a backbone on images without labels, or go on with an unfinished run", "train", keys=True
+        "pretrain a backbone on images without labels, or resume an unfinished run",
+        "train",
+        takes_run_keys=True,
     ),
     "adapt": Command(
-        "go on training a pretrained backbone on unlabeled images of another domain", "train", keys=True
+        "continue to train a pretrained backbone on unlabeled images of another domain",
+        "train",
+        takes_run_keys=True,
     ),
     "compare": Command(
-        "train several methods with the same budget, and put them into one table",
+        "train several methods with the same budget, and compare them in a table",
         "train",
-        keys=True,
-        alone=True,
+        takes_run_keys=True,
+        single_process=True,
     ),
-    "evaluate": Command("measure what was pretrained on labeled images", "eval"),
+    "evaluate": Command("evaluate a pretrained backbone on labeled images", "eval"),
     "encode": Command(
         "write the codes of images into a folder",
         "eval",
-        interrupted="the same command goes on with the files that are missing",
+        on_interrupt="run the same command again to write the files that are missing",
     ),
-    "search": Command("the images of such a folder nearest to one", "eval", alone=True),
-    "codes": Command("a page about what the bits mean", "eval", alone=True),
-    "profile": Command("where the time of a training step goes", "train", keys=True, alone=True),
+    "search": Command(
+        "find the images of such a folder that are nearest to an image", "eval", single_process=True
+    ),
+    "codes": Command("write a page about what the bits mean", "eval", single_process=True),
+    "profile": Command(
+        "show where the time of a training step goes", "train", takes_run_keys=True, single_process=True
+    ),
     "data look": Command(
-        "a contact sheet of the crops of a few images, as the network will see them", "train", keys=True
+        "draw the crops of a few images, as the network will see them",
+        "train",
+        takes_run_keys=True,
+        single_process=True,
     ),
-    "data verify": Command("find the images of a source that cannot be used, and why", "train"),
-    "data shard": Command("write the images of a source into tar shards", "train"),
-    "doctor": Command("tell what is built, found and used on this machine"),
+    "data verify": Command(
+        "list the images of a source that cannot be used, and why", "train", single_process=True
+    ),
+    "data shard": Command("write the images of a source into tar shards", "train", single_process=True),
+    "doctor": Command("report what is built, detected and used on this machine"),
 }
 
 
 @dataclass
 class Call:
-    """A command, and how far it has come."""
+    """A call of a command, and its progress."""
 
-    name: str = ""
+    name: str = ""  # empty until the command is found
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
-    configured: bool = False  # whether its arguments were right, so that what follows is its work
+    configured: bool = False  # whether all arguments were valid, so that later errors are those of its work
 
     @property
     def command(self) -> Command:
-        """What is known of the command."""
+        """The command that is called; an empty one until it is found."""
         return COMMANDS.get(self.name, Command(""))
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are like all others of a command."""
+    """A parser that reports its errors as all other errors of a command are reported."""
 
     def error(self, message: str) -> NoReturn:
-        """Print an error once for all ranks, and end."""
+        """Print an error once for all ranks, and exit."""
         sys.exit(fail(explain(message, options_of(self)), once=True))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, and return the exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may contain any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     call = Call()
     try:
@@ -101,8 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         status = status_of(error, call)
     if "torch.distributed" in sys.modules and ranks() > 1:
-        # DistributedDataParallel keeps threads of the process group alive, with which the interpreter takes
-        # long to end, or aborts, although its work is done.
+        # DistributedDataParallel keeps threads of the process group alive. With them the interpreter takes
+        # long to exit, or aborts, although its work is done.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -110,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(call: Call, arguments: list[str]) -> int:
-    """Find the command that the arguments begin with, parse the others, and run it."""
+    """Find the command that the arguments begin with, parse the other arguments, and run it."""
     if arguments[:1] == ["--version"]:
         print(f"bincomm {__version__}")
         return 0
@@ -124,14 +149,14 @@ def run(call: Call, arguments: list[str]) -> int:
         word = arguments[words - 1]
         raise ValueError(f"{group.replace(' ', ': ')}there is no command {word!r}{did_you_mean(word, names)}")
     call.name = name
-    if call.command.alone and ranks() > 1:
+    if call.command.single_process and ranks() > 1:
         raise ValueError(f"{name}: expected one process; start it without torchrun")
     module = importlib.import_module(f"bincomm.commands.{name.replace(' ', '_')}")
     options = call.options = parse(call, module, arguments[words:])
     level = logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO
     with logs.showing(level):
         try:
-            if call.command.keys:
+            if call.command.takes_run_keys:
                 options.config = configuration(module, options)
             call.configured = True
             return module.run(options) or 0
@@ -141,13 +166,13 @@ def run(call: Call, arguments: list[str]) -> int:
 
 
 def parse(call: Call, module: ModuleType, arguments: list[str]) -> argparse.Namespace:
-    """A command's options; with the keys of a run, see `bincomm.parsing.parse_options`."""
+    """A command's options; for a command with the keys of a run see `bincomm.parsing.parse_options`."""
     about: dict[str, Any] = {
         "prog": f"bincomm {call.name}",
         "description": " ".join(str(module.__doc__).split()),
         "formatter_class": HelpFormatter,
     }
-    if call.command.keys:
+    if call.command.takes_run_keys:
         with_keys = key_parser(usage=f"bincomm {call.name} [OPTIONS]", **about)
         add_verbosity(with_keys)
         module.add_arguments(with_keys)
@@ -159,21 +184,19 @@ def parse(call: Call, module: ModuleType, arguments: list[str]) -> argparse.Name
 
 
 def configuration(module: ModuleType, options: argparse.Namespace) -> Any:
-    """The configuration of a command with the keys of a run, which may have a way of its own."""
-    from bincomm.config import configure
-
+    """The configuration of a command with the keys of a run; its module may have a function for that."""
     if hasattr(module, "configuration"):
         return module.configuration(options)
     return configure(options.recipe, **options.keys)
 
 
 def usage(group: str = "") -> str:
-    """The commands, or those of a group."""
+    """The list of all commands, or of those of a group."""
     lines = {name: command.summary for name, command in COMMANDS.items() if name.startswith(group)}
     if not group:
         lines = {name: summary for name, summary in lines.items() if not name.startswith("data ")}
-        lines["data"] = "look at crops, find images that cannot be used, write tar shards"
-        lines["doctor"] = lines.pop("doctor")  # the last
+        lines["data"] = "draw crops, list images that cannot be used, write tar shards"
+        lines["doctor"] = lines.pop("doctor")  # at the end
     return "\n".join(
         [
             f"usage: bincomm {group}COMMAND [OPTIONS]\n",
@@ -184,10 +207,9 @@ def usage(group: str = "") -> str:
 
 
 def status_of(error: BaseException, call: Call) -> int:
-    """Put an error into words on standard error; returns the exit status.
+    """Print an error on standard error, and return the exit status.
 
-    Errors that all ranks meet alike, those in the arguments, are printed by the first rank alone. Errors that
-    are not expected are raised again, with their traceback.
+    Unexpected errors are raised again, with their traceback; under torchrun the traceback is printed.
     """
     from torch import OutOfMemoryError
 
@@ -198,23 +220,27 @@ def status_of(error: BaseException, call: Call) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"\ninterrupted; {interruption_outcome(call)}", file=sys.stderr)
         return 128 + signal.SIGINT
-    if isinstance(error, BrokenPipeError):  # what reads the output, head for example, has enough
+    if isinstance(error, BrokenPipeError):
+        # The reader of the output, `head` for example, closed the pipe: Python must not write to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    if isinstance(error, FirstRankError):  # rank 0 prints what it was
+    if isinstance(error, FirstRankError):  # rank 0 prints its error itself
         return 1
     if isinstance(error, Interrupted):
         if rank() == 0:
             name, output = signal.Signals(error.args[0]).name, call.options.config.output
-            print(f"\n{name}: saved in {output}; the same command goes on from here", file=sys.stderr)
+            print(f"\n{name}: saved in {output}; run the same command again to resume", file=sys.stderr)
         return SAVED
     if isinstance(error, ImportError) and command.extra:
         packages = f"pip install 'bincomm[{command.extra}]'"
         return fail(f"{call.name} needs more packages ({error}): {packages}", status=1)
     if isinstance(error, ValueError) or (isinstance(error, OSError) and not call.configured):
-        return fail(str(error), once=not (call.configured and command.keys))
-    own = isinstance(error, RuntimeError) and type(error).__module__.startswith("bincomm.")
-    if own or isinstance(error, (OSError, OutOfMemoryError)):
+        # All ranks meet the same error in the arguments, so the first rank prints it for all. During a run
+        # each rank works with its own device and images, so an error may be that of one rank alone, and every
+        # rank prints its own.
+        during_run = call.configured and command.takes_run_keys
+        return fail(str(error), once=not during_run)
+    if isinstance(error, (OSError, OutOfMemoryError, *run_errors())):
         return fail(str(error), status=1)
     if ranks() == 1:
         raise error
@@ -222,18 +248,25 @@ def status_of(error: BaseException, call: Call) -> int:
     return 1
 
 
+def run_errors() -> list[type[Exception]]:
+    """The classes of `RUN_ERRORS` whose modules are imported; the others cannot have been raised."""
+    return [
+        getattr(sys.modules[module], name) for module, name in RUN_ERRORS.items() if module in sys.modules
+    ]
+
+
 def interruption_outcome(call: Call) -> str:
-    """What an interruption leaves."""
-    if call.configured and call.command.interrupted:
-        return call.command.interrupted
-    trains = call.configured and call.command.keys
-    if trains and any(Path(call.options.config.output).glob("**/checkpoints/*.ckpt")):
-        return "the same command goes on from the last checkpoint"
+    """What an interruption leaves, and how to continue."""
+    if call.configured and call.command.on_interrupt:
+        return call.command.on_interrupt
+    during_run = call.configured and call.command.takes_run_keys
+    if during_run and any(Path(call.options.config.output).glob("**/checkpoints/*.ckpt")):
+        return "run the same command again to resume from the last checkpoint"
     return "nothing was saved"
 
 
 def fail(message: str, status: int = 2, once: bool = False) -> int:
-    """Print an error, `once` of all ranks that meet it, and return the exit status."""
+    """Print an error, `once` by the first rank alone, and return the exit status."""
     where = f"rank {rank()}: " if rank() else ""
     if not (once and rank()):
         print(f"bincomm: error: {where}{message}", file=sys.stderr, flush=True)
@@ -241,12 +274,12 @@ def fail(message: str, status: int = 2, once: bool = False) -> int:
 
 
 def rank() -> int:
-    """This process among those that torchrun started."""
+    """The rank of this process among those that torchrun started."""
     return int(os.environ.get("RANK", 0))
 
 
 def ranks() -> int:
-    """How many processes torchrun started."""
+    """The number of processes that torchrun started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

@@ -1,4 +1,4 @@
-"""Several methods side by side: each trained with the same budget and seeds, then measured alike."""
+"""Comparison of several methods: all trained with the same budget and seeds, and evaluated alike."""
 
 import difflib
 import logging
@@ -29,7 +29,7 @@ from bincomm.pretraining import TrainingError, pretrain
 
 logger = logging.getLogger(__name__)
 
-# A method's keys; everything else is the same for all. The ablations are of bits-fixed, as in the paper.
+# The keys of each method; all other keys are equal. The ablations are those of bits-fixed, as in the paper.
 METHODS: dict[str, dict[str, Any]] = {
     "bits-reset": {"method": "bits", "agreement": "hard"},
     "bits-fixed": {"method": "bits", "agreement": "hard", "reset_every": 0},
@@ -40,14 +40,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "dino": {"method": "dino", "reset_every": 0},
 }
 DEFAULT_METHODS = ("bits-reset", "bits-fixed", "simdino", "dino")
-RESET_EVERY = 10  # of bits-reset where the configuration says never
-IMAGES_PER_PROTOTYPE = 20  # as DINO's 65 536 have on ImageNet's 1.28 million images
+RESET_EVERY = 10  # reset_every of bits-reset if that of the configuration is 0
+IMAGES_PER_PROTOTYPE = 20  # as in DINO, with 65 536 prototypes for ImageNet's 1.28 million images
 BEFORE, PIXELS = "before training", "raw pixels"
 
 FEATURE_PROTOCOLS = ("knn", "linear", "map", "geometry")
-PROTOCOLS = (*FEATURE_PROTOCOLS, "map_codes", "bits")
+COMPARED_PROTOCOLS = (*FEATURE_PROTOCOLS, "map_codes", "bits")
 
-# By a figure's path in a result of `evaluate`: its heading, what it is multiplied by, decimals.
+# Path of a figure in a result of `evaluate`, as for `figure`: its heading, factor and number of decimals.
 FIGURES: dict[tuple[str, ...], tuple[str, int, int]] = {
     ("knn", "20"): ("k-NN %", 100, 1),
     ("linear", "accuracy"): ("linear %", 100, 1),
@@ -67,37 +67,37 @@ def compare(
     seeds: Sequence[int] | None = None,
     prototypes: int | None = None,
 ) -> dict[str, Any]:
-    """Train every method with every seed, each an ordinary run in `config.output`/METHOD[-seedK], evaluate
+    """Train every method with every seed, each as an ordinary run in `config.output`/METHOD[-seedK], evaluate
     all, and write table.md, table.json and plot.png there.
 
-    Runs that are finished are evaluated only, also those of methods not named, and one that was interrupted
-    goes on.
+    Interrupted runs are resumed. Finished runs are only evaluated, including those of methods that are not
+    named.
 
     Args:
-        config: what the runs share; its method, agreement and expa_type and, in all but bits-reset, its
-            reset_every are a method's own (`METHODS`).
+        config: the configuration that all runs share, except for the keys that `METHODS` sets: method,
+            agreement, expa_type and, for all but bits-reset, reset_every.
         methods: names in `METHODS`.
-        seeds: None: the configuration's alone.
-        prototypes: of DINO; None: the configuration's, or where that is the default `prototypes_for` the
-            number of images.
+        seeds: every method has a run for each seed; None: only that of the configuration.
+        prototypes: number of prototypes of DINO; None: that of the configuration, or if that is the default
+            `prototypes_for` the number of images.
 
     Returns:
-        What table.json holds: "rows", a row for raw pixels, one for the network before training and one for
-        each method; "seeds", "config" (the keys that all runs share), "differences" (by method, its other
-        keys), "failed" (by a run's directory, why), "queries_held_out", "versions" and "machine". A row has
-        "name"; "runs", a result of `bincomm.evaluation.evaluate.evaluate` for each seed, that of a trained
-        network with its "training_seconds"; and "mean" and "std" (None of a single run) of the figures of
-        `COLUMNS`, under the same keys.
+        The content of table.json: "rows", a row for raw pixels, one for the network before training and one
+        for each method; "seeds", "config" (the keys that all runs share), "differences" (for each method, its
+        other keys), "failed" (for each directory of a failed run, the reason), "queries_held_out", "versions"
+        and "machine". A row has "name"; "runs", a result of `bincomm.evaluation.evaluate.evaluate` for each
+        seed, for trained networks with their "training_seconds"; and "mean" and "std" (None for a single run)
+        of the figures of `COLUMNS`, under the same keys.
 
     Raises:
-        ValueError: an unknown method, a method's own key set, no reset within the runs of bits-reset, images
-            without labels, several ranks, or whatever `pretrain` raises it for; nothing was trained then,
-            unless a run's directory was in the way.
-        TrainingError: a run could not go on; raised once the table of all others is written.
+        ValueError: an unknown method, a key that methods set, no reset within the runs of bits-reset, images
+            without labels, several ranks, or whatever `pretrain` raises it for. Nothing was trained then,
+            except where the directory of a later run is in use or holds another run.
+        TrainingError: a run failed; raised after the table of all others is written.
         Other errors are those of `pretrain`.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("compare: expected to be started without torchrun, which is for single runs")
+        raise ValueError("compare: expected one process; start it without torchrun")
     check_names(methods, seeds)
     for key in ("method", "agreement", "expa_type"):
         if getattr(config, key) != getattr(PretrainConfig, key):
@@ -108,7 +108,7 @@ def compare(
     evaluation = evaluation_sources(config.data, source)
     if evaluation is None:
         raise ValueError(
-            f"data: expected images with labels (folders named after classes) to measure on, got none in "
+            f"data: expected images with labels (folders named after classes) to evaluate on, got none in "
             f"{config.data}"
         )
     if prototypes is None and config.prototypes == PretrainConfig.prototypes:
@@ -119,7 +119,7 @@ def compare(
     configs = {method: configs[method] for method in named}
     if "bits-reset" in configs:
         check_resets(configs["bits-reset"][0], len(source.images))
-    failed: dict[str, str] = {}  # by the run's directory
+    failed: dict[str, str] = {}  # directory of a run: the reason
     for method, runs in configs.items():
         for run in runs:
             logger.info("%s, seed %d: %s", method, run.seed, run.output)
@@ -132,19 +132,21 @@ def compare(
     gallery, queries, held_out = evaluation
     device = evaluation_device(config)
 
-    def evaluated(network: Network) -> dict[str, Any]:
-        return evaluate_reproducibly(Pretrained.of(network, config, device), gallery, queries, PROTOCOLS)
+    def evaluate_network(network: Network) -> dict[str, Any]:
+        return evaluate_reproducibly(
+            Pretrained.of(network, config, device), gallery, queries, COMPARED_PROTOCOLS
+        )
 
     pixels = Pretrained.of_pixels(config, device)
-    # Backbones begin alike whatever the method, and heads with that of the bits.
+    # Before training the backbone is the same for all methods; the head here is that of the bits.
     untrained = (create_networks(run, device)[1] for run in method_configs(shared, "bits-fixed", seeds))
     rows = [
         table_row(PIXELS, [evaluate_reproducibly(pixels, gallery, queries, FEATURE_PROTOCOLS)]),
-        table_row(BEFORE, [evaluated(network) for network in untrained]),
+        table_row(BEFORE, [evaluate_network(network) for network in untrained]),
     ]
     for method, runs in configs.items():
         results = [
-            {**evaluated(trained_teacher(run, device)), "training_seconds": training_seconds(run)}
+            {**evaluate_network(trained_teacher(run, device)), "training_seconds": training_seconds(run)}
             for run in runs
             if run.output not in failed
         ]
@@ -169,15 +171,15 @@ def compare(
     write_file(output / "plot.png", lambda file: panels.savefig(file, format="png", dpi=110))
     if failed:
         raise TrainingError(
-            f"{', '.join(failed)}: could not be trained to the end; the table, in {config.output}, is of the "
-            "others. Remove a run's folder to train it anew"
+            f"{', '.join(failed)}: could not be trained to the end; the table in {config.output} shows the "
+            "others. Remove a run's folder to train it again"
         )
     return table
 
 
 def table_row(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """A row of the table: results of a method's runs, and the mean and standard deviation of their figures
-    under the same keys."""
+    """A row of the table: the results of a method's runs, and the mean and standard deviation of their
+    figures, under the same keys."""
     average: dict[str, Any] = {}
     deviation: dict[str, Any] = {}
     for path in COLUMNS:
@@ -198,12 +200,12 @@ def insert(tree: dict[str, Any], path: tuple[str, ...], value: float) -> None:
 
 
 def finished(run: PretrainConfig) -> bool:
-    """Whether a run's directory holds one that came to its end."""
+    """Whether a run's directory holds a finished run."""
     return Path(run.output, "result.json").exists()
 
 
 def check_resets(run: PretrainConfig, images: int) -> None:
-    """Raise ValueError where a run ends before its head is first drawn anew."""
+    """Raise ValueError if a run ends before the first reset of its head."""
     epoch_steps = images // run.batch_size
     steps = min(run.epochs * epoch_steps, run.max_steps or run.epochs * epoch_steps)
     if run.reset_every * epoch_steps >= steps:
@@ -214,19 +216,21 @@ def check_resets(run: PretrainConfig, images: int) -> None:
 
 
 def check_names(methods: Sequence[str], seeds: Sequence[int] | None) -> None:
-    """Raise ValueError for methods there are not, for one named twice, and for none at all."""
+    """Raise ValueError for unknown methods, for methods or seeds given twice, and for none."""
     for method in methods:
         if method not in METHODS:
             near = difflib.get_close_matches(method, METHODS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"methods: there is none named {method!r}{hint} Methods: {', '.join(METHODS)}")
+            raise ValueError(f"methods: there is no method {method!r}{hint} Methods: {', '.join(METHODS)}")
     for name, given in (("methods", methods), ("seeds", [0] if seeds is None else seeds)):
         if len(given) == 0 or len(set(given)) < len(given):
-            raise ValueError(f"{name}: expected at least one and each once, got {', '.join(map(str, given))}")
+            raise ValueError(
+                f"{name}: expected at least one, and each only once, got {', '.join(map(str, given))}"
+            )
 
 
 def prototypes_for(images: int) -> int:
-    """Prototypes of DINO for a number of images: the power of two from images/20 on, at most 65 536."""
+    """Prototypes of DINO for a number of images: the next power of two from images/20, at most 65 536."""
     return min(65536, 1 << max(0, -(-images // IMAGES_PER_PROTOTYPE) - 1).bit_length())
 
 
@@ -240,7 +244,7 @@ def method_configs(shared: PretrainConfig, method: str, seeds: Sequence[int] | N
 
 
 def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
-    """The teacher that a finished run ended with, backbone and head.
+    """The teacher at the end of a finished run, backbone and head.
 
     Raises:
         ValueError: its last checkpoint is missing.
@@ -250,13 +254,13 @@ def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
     last = read_json_lines(run / "metrics.jsonl")[-1]["step"]
     if checkpoint is None or checkpoint["step"] != last:
         raise ValueError(
-            f"output: {run} holds no checkpoint of its last step, {last}; remove it to train it anew"
+            f"output: {run} holds no checkpoint of its last step, {last}; remove it to train it again"
         )
     return create_trained_teacher(config, checkpoint["teacher"], device)
 
 
 def training_seconds(config: PretrainConfig) -> float:
-    """How long a run's steps took, waiting for data included and without what comes before and after them."""
+    """Duration of a run's steps, including the time they waited for data."""
     seconds, step = 0.0, 0
     for line in read_json_lines(Path(config.output) / "speed.jsonl"):
         seconds += (line["step"] - step) * config.batch_size / line["images_per_second"]
@@ -265,7 +269,7 @@ def training_seconds(config: PretrainConfig) -> float:
 
 
 def common_and_own(configs: dict[str, list[PretrainConfig]]) -> dict[str, Any]:
-    """Keys of the configurations that are the same in all runs, and by method those that are not."""
+    """Keys of the configurations that are the same in all runs, and for each method those that are not."""
     each = {method: runs[0].as_dict() for method, runs in configs.items()}
     first = next(iter(each.values()))
     left_out = ("output", "seed")
@@ -281,7 +285,7 @@ def common_and_own(configs: dict[str, list[PretrainConfig]]) -> dict[str, Any]:
 
 
 def as_markdown(table: dict[str, Any]) -> str:
-    """The table, its columns aligned, and what one must know to read it."""
+    """The table with aligned columns, and notes on how to read it."""
     lines = [["method", *(heading for heading, _, _ in COLUMNS.values())]]
     for row in table["rows"]:
         lines.append([row["name"], *(cell(row, path) for path in COLUMNS)])
@@ -297,7 +301,9 @@ def as_markdown(table: dict[str, Any]) -> str:
     if config["max_steps"]:
         budget += f", at most {config['max_steps']} steps"
     spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
-    overlap = "" if table["queries_held_out"] else ", whose images, not their labels, were seen in training"
+    overlap = (
+        "" if table["queries_held_out"] else ", whose images, but not their labels, were used in training"
+    )
     notes = (
         f"{config['data']}: {config['backbone']}, {budget}, batches of {config['batch_size']}, "
         f"{config['bits']} bits; {spread if len(seeds) > 1 else f'seed {seeds[0]}'}.",
@@ -323,8 +329,8 @@ def cell(row: dict[str, Any], path: tuple[str, ...]) -> str:
 
 
 def plot(rows: list[dict[str, Any]]) -> Figure:
-    """A panel per figure, a line per method: every seed a small dot, their mean a large one with its value;
-    dashed, the network before training."""
+    """A panel per figure with a line per method: small dots for the seeds, a large one with its value for
+    their mean; the dashed line is the network before training."""
     canvas = Figure(figsize=(14, 2.6 + 0.5 * len(rows)), layout="constrained")
     methods = [row for row in rows if row["runs"] and row["name"] not in (BEFORE, PIXELS)]
     (before,) = (row["mean"] for row in rows if row["name"] == BEFORE)

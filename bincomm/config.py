@@ -1,4 +1,5 @@
-"""Configuration of a pretraining run: one flat set of keys for recipes, command line and Python."""
+"""The keys of a pretraining run, one flat set for recipes, command line and Python; `configure` is in
+`bincomm.configuration`."""
 
 import math
 import os
@@ -7,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bincomm.data.crops import Crops
-from bincomm.recipes import choose_recipe, read_recipe
 
-# Keys that change how a run is carried out but not what it computes: a run may be resumed with others.
-# The last row changes results by rounding, and which paths drop_path drops.
+# Keys that change how a run is carried out but not what it computes: a run may be resumed with other values.
+# Those in the last row change results by rounding, and change which paths drop_path drops.
 INCIDENTAL = (
     "output", "threads", "save_every", "max_unusable", "resume", "keep",
     "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp",
@@ -28,45 +28,45 @@ class PretrainConfig:
             paths, a standard set by name ("cifar10"), or "digits"; or several such with weights, the shares
             of an epoch's images from each: {"photos": 3, "cifar10": 1}.
         output: the run's directory; made if missing.
-        resume: auto goes on with the unfinished run in output where there is one; never refuses a directory
-            that holds a run; must refuses one that holds none.
-        init_from: weights that the backbone begins with: a run's directory, a .safetensors file, or a timm
-            model with pretrained weights, by name. The head is new.
-        method: what is trained: the paper's bits, or of its baselines SimDINO or DINO.
-        agreement: of the method bits: hard, the teacher's bits; soft, sigmoid(logit/tau) in their place;
-            cosine of the student's logits and the bits as ±1.
-        tau: temperature of soft agreement.
-        expa_type: of SimDINO: 1 takes the coding rate of the mean of student and teacher, 0 of the student.
-        prototypes: of DINO; its bottleneck has as many dimensions as bits says.
+        resume: auto resumes the unfinished run in output if there is one; never refuses a directory that
+            holds a run; must refuses one that holds none.
+        init_from: initial weights of the backbone: a run's directory, a .safetensors file, or the name of a
+            timm model with pretrained weights. The head is initialized randomly.
+        method: the objective: the paper's bits, or its baselines SimDINO or DINO.
+        agreement: the targets of the method bits: hard, the teacher's bits; soft, sigmoid(logit/tau); or
+            cosine, the cosine similarity of the student's logits and the bits as ±1.
+        tau: temperature of the soft agreement.
+        expa_type: of the method simdino: 1 takes the coding rate of the mean of student and teacher, 0 that
+            of the student.
+        prototypes: number of prototypes of the method dino; the bottleneck of its head has `bits` dimensions.
         seed: determines initialization, order of images and augmentations.
         epochs: passes over the data.
-        max_steps: end after so many steps, whatever epochs says; the schedules then span these.
-        batch_size: images a step, on all GPUs together.
+        max_steps: end after this many steps, even if epochs are more; the schedules then span these steps.
+        batch_size: images per step, over all GPUs.
         backbone: a timm model name.
         backbone_args: further arguments of timm.create_model, for example {"layers": [1, 1, 1, 1]}.
-        bits: K, the bits of a message.
+        bits: K, the number of bits of a message.
         hidden: width of the head's two hidden layers.
         head_std: standard deviation of the head's initial weights. Small logits strengthen the coding rate: a
             narrow or shallow backbone needs a larger one than the default.
-        reset_every: draw the head anew every so many epochs; 0 = never.
+        reset_every: reset the head to random weights every this many epochs; 0 = never.
         beta: β, weight of the coding rate. Bits dying: raise it; agreement stuck at ln 2: lower it.
         eps_squared: ε² of the coding rate.
         lr: peak learning rate for a batch of 256; scaled in proportion to batch_size.
         min_lr: learning rate at the end.
         warmup_epochs: epochs of linear warm-up, at most a quarter of the run.
-        weight_decay: at the start; none on biases and other one-dimensional parameters.
-        weight_decay_end: at the end, reached by cosine.
+        weight_decay: weight decay at the start; biases and other one-dimensional parameters have none.
+        weight_decay_end: weight decay at the end, reached by a cosine schedule.
         clip: largest gradient norm of a parameter tensor; 0 = no clipping.
         drop_path: stochastic depth rate of the student.
-        momentum: of the teacher's moving average at the start; 1 at the end, reached by cosine.
-        precision: of the networks' forward pass; the losses are always in fp32.
+        momentum: momentum of the teacher's moving average at the start; 1 at the end, by a cosine schedule.
+        precision: number format of the networks' forward pass; the losses are always in fp32.
         compile: torch.compile both networks; auto does so on a GPU.
         cuda_graph: replay a step's launches from a CUDA graph; for small networks on one GPU, whose steps are
             shorter than launching them.
-        accumulate: parts a step's images are cut into to need less memory, for one more forward pass; the
-            loss stays that of all images.
-        checkpoint_activations: compute the backbone's activations again in the backward pass to need less
-            memory.
+        accumulate: number of parts that a step's images are divided into, to need less memory at the cost of
+            one more forward pass; the loss stays that of all images.
+        checkpoint_activations: recompute the backbone's activations in the backward pass, to save memory.
         fsdp: split parameters and optimizer over the GPUs (FSDP2), for backbones that do not fit on one.
         global_size: side of the two global crops, pixels.
         global_scale: range of the area of a global crop, as a share of the image.
@@ -79,17 +79,17 @@ class PretrainConfig:
         gray: probability of a gray image.
         blur: probabilities of a blur for global 1, global 2 and the locals.
         solarize: probability of solarizing global 2.
-        mean: by which colors from 0 to 1 are normalized, with std; the defaults are ImageNet's, and weights
-            to begin with may want others.
-        std: as mean.
-        eval_crop: share of the resized image's side that evaluation looks at, in its center.
-        device: auto takes the GPU when there is one.
-        threads: CPU threads of the data pipeline.
+        mean: mean by which colors (from 0 to 1) are normalized; the default is ImageNet's. Weights given by
+            init_from may need another one.
+        std: standard deviation by which colors are normalized, see mean.
+        eval_crop: side of the center crop in evaluation, as a share of the resized image's side.
+        device: auto takes a GPU if there is one.
+        threads: number of CPU threads of the data pipeline.
         max_unusable: share of the images that may be unreadable or broken before the run stops.
-        channels_last: lay images and convolutions out in memory with the channels last.
-        log_every: steps between two lines of metrics.
+        channels_last: store images and convolutions in memory with the channels last.
+        log_every: steps between two records of metrics.
         save_every: steps between two checkpoints.
-        keep: checkpoints that are kept, the newest.
+        keep: number of checkpoints to keep, the newest ones.
     """
 
     data: dict[str, float] | str = "digits"
@@ -161,14 +161,16 @@ class PretrainConfig:
         for key, value in self.as_dict().items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key}: expected a finite number, got {value}")
-        for key in ("output", "init_from"):  # as from a variable that is not set
+        for key in ("output", "init_from"):  # empty where a variable of the shell is not set
             if getattr(self, key) == "":
                 raise ValueError(f"{key}: expected a path, got an empty string")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}"
             )
-        if self.cuda_graph and self.checkpoint_activations:  # it reads a random state, which no capture may
+        if (
+            self.cuda_graph and self.checkpoint_activations
+        ):  # it reads a random state, which a capture must not
             raise ValueError("cuda_graph: expected false with checkpoint_activations, got true")
         if not self.data:
             raise ValueError(f"data: expected a source of images, got {self.data!r}")
@@ -198,8 +200,8 @@ class PretrainConfig:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Keys that differ in another run's configuration, with (its value, this one's); incidental ones are
-        left out. A key that it lacks, as one of an earlier version does, had its default."""
+        """Keys that differ in another run's configuration, with (its value, this one's), without the
+        incidental ones. A key that it lacks, because it is of an earlier version, had its default."""
         from bincomm.data.standard import SETS
 
         values, other = self.as_dict(), PretrainConfig().as_dict() | other
@@ -213,10 +215,10 @@ class PretrainConfig:
 
 
 def read_config(run: Path, key: str) -> dict[str, Any]:
-    """What a run's config.yaml holds.
+    """The content of a run's config.yaml.
 
     Raises:
-        ValueError: it cannot be read; the message begins with `key`, which the run was named by.
+        ValueError: it cannot be read; the message begins with `key`, the argument that named the run.
     """
     import yaml
 
@@ -224,38 +226,3 @@ def read_config(run: Path, key: str) -> dict[str, Any]:
         return dict(yaml.safe_load((run / "config.yaml").read_text()))
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{key}: {run} holds no run whose config.yaml can be read: {error}") from error
-
-
-def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
-    """The configuration of a run: the keys given, before those of a recipe, before the defaults.
-
-    Args:
-        recipe: a name in `bincomm.recipes.recipe_names()`, or a YAML file; None: what fits the images.
-        keys: of `PretrainConfig`.
-
-    Raises:
-        ValueError: an unknown recipe or key, or a value that does not fit; the message names it.
-        OSError: the recipe cannot be read.
-    """
-    from bincomm.parsing import check_keys
-
-    keys = check_keys(keys)
-    recipe = recipe or choose_recipe(keys.get("data", "digits"))
-    values = check_keys(read_recipe(recipe), f"recipe {recipe}: ")
-    return PretrainConfig(**{"output": f"runs/{Path(recipe).stem}", **values, **keys})
-
-
-def configure_comparison(recipe: str | None = None, **keys: Any) -> PretrainConfig:
-    """As `configure`, for `bincomm.comparison.compare`: without an output among the keys it is
-    runs/compare-RECIPE, whatever the recipe says.
-
-    Raises:
-        ValueError: the key method is given, or as `configure`.
-    """
-    from bincomm.parsing import check_keys
-
-    keys = check_keys(keys)
-    if keys.get("method") is not None:
-        raise ValueError("method: compare takes --methods, for example --methods=bits-reset,dino")
-    recipe = recipe or choose_recipe(keys.get("data", "digits"))
-    return configure(recipe, **{"output": f"runs/compare-{Path(recipe).stem}", **keys})

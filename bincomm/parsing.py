@@ -39,21 +39,21 @@ def key_parser(**options: Any) -> "ArgumentParser":
 
 
 def add_recipe(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """The option --recipe; without a default the images decide."""
+    """Add the option --recipe; without a default the images decide."""
     names = ", ".join(recipe_names())
-    usual = "; default what fits the images" if default is None else ""
+    usual = "; default: the one that fits the images" if default is None else ""
     parser.add_argument("--recipe", default=default, help=f"one of {names}, or a YAML file{usual}")
 
 
 def add_keys(parser: "ArgumentParser", leave_out: Collection[str] = ()) -> None:
-    """Make all keys options, except those of which a command has a form of its own."""
+    """Make all keys options, except those that a command defines in its own way."""
     if "data" not in leave_out:
         parser.add_argument("--data", type=read_data, default=KEYS["data"], help=DATA_HELP)
     parser.add_class_arguments(PretrainConfig, skip={"data", *leave_out})
 
 
 def read_data(value: Any) -> Any:
-    """The key data from an option, which is text, or from a recipe or Python, which have mappings, too."""
+    """The key data from an option, which is text, or from a recipe or Python, where it may be a mapping."""
     try:
         return parse_data(value) if isinstance(value, str) else value
     except ValueError as error:
@@ -61,10 +61,10 @@ def read_data(value: Any) -> Any:
 
 
 def parse_data(text: str) -> str | dict[str, float]:
-    """The key data in text: a mapping of sources to weights in JSON, or one source, whatever its name.
+    """The key data from text: a mapping of sources to weights in JSON, or one source, whatever its name.
 
     Raises:
-        ValueError: it begins like a mapping and is none.
+        ValueError: it begins like a mapping but is not one.
     """
     if not text.startswith("{") or text.endswith(".tar") or os.path.exists(text):
         return text
@@ -78,9 +78,9 @@ def parse_data(text: str) -> str | dict[str, float]:
 
 
 def parse_options(parser: "ArgumentParser", arguments: list[str]) -> argparse.Namespace:
-    """What arguments say, and the defaults of what they do not say; but keys of a configuration are left to
-    the recipe where they do not say them, and those that they say are the dict `keys`. Where they name no
-    recipe, `recipe` is the one that fits the images.
+    """The options of a command line, with the defaults of those that are not given. The keys of a
+    configuration that are given are the dict `keys`; all others are left to the recipe. If no recipe is
+    given, `recipe` is the one that fits the images.
 
     Raises:
         ValueError: an unknown option, a value of another type, or no images.
@@ -103,7 +103,7 @@ def parse_options(parser: "ArgumentParser", arguments: list[str]) -> argparse.Na
 
 
 def check_keys(keys: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
-    """Values of keys as `PretrainConfig` takes them: of their types, tuples for lists, text for paths.
+    """Values of keys as `PretrainConfig` takes them: of the right types, tuples for lists, text for paths.
 
     Raises:
         ValueError: an unknown key, or a value of another type; the message begins with `origin`.
@@ -120,7 +120,7 @@ def check_keys(keys: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
 
 @cache
 def checking_parser() -> "ArgumentParser":
-    """A parser of all keys, for values that are no options."""
+    """A parser of all keys, for values that do not come from a command line."""
     parser = key_parser()
     add_keys(parser)
     return parser
@@ -132,8 +132,8 @@ def options_of(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def explain(error: str, options: Iterable[str] = ()) -> str:
-    """An error of argparse or jsonargparse in a line for whoever typed it: what came, what is expected, what
-    would do."""
+    """An error of argparse or jsonargparse as one line for the user: what was given, what is expected, and an
+    example."""
     if match := re.match(r'Parser key "(\w+)', error):
         key, values = match[1], re.findall(r"(?:Got|Given) value: (.*)", error)
         if key in KEYS and values:
@@ -158,7 +158,7 @@ def expected(key: str) -> str:
 def kind(hint: Any) -> str:
     """A type in words."""
     simple = {
-        int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"
+        int: "an integer", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"
     }  # fmt: skip
     arguments = typing.get_args(hint)
     if hint in simple:
@@ -181,5 +181,5 @@ def example(key: str, options: Iterable[str]) -> str:
 
 
 def in_json(value: Any) -> str:
-    """A value as it is typed and as it stands in a recipe."""
+    """A value as it is typed on a command line, and as it is written in a recipe."""
     return value if isinstance(value, str) else json.dumps(value)

@@ -15,7 +15,7 @@ from bincomm import cli
 from bincomm.adaptation import configure
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig
-from bincomm.config import configure as configure_run
+from bincomm.configuration import configure as configure_run
 from bincomm.data.digits import digits
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine import job

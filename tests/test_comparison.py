@@ -15,7 +15,8 @@ from bincomm import cli
 from bincomm.bits import bit_statistics
 from bincomm.building import create_networks
 from bincomm.comparison import BEFORE, FIGURES, METHODS, PIXELS, method_configs, prototypes_for
-from bincomm.config import PretrainConfig, configure
+from bincomm.config import PretrainConfig
+from bincomm.configuration import configure
 from bincomm.data.digits import digits
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.records import Records

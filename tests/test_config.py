@@ -9,7 +9,8 @@ import torch
 import yaml
 from PIL import Image
 
-from bincomm.config import PretrainConfig, configure, configure_comparison
+from bincomm.config import PretrainConfig
+from bincomm.configuration import configure, configure_comparison
 from bincomm.data.crops import Crops
 from bincomm.parsing import add_keys, add_recipe, key_parser, parse_options
 from bincomm.recipes import choose_recipe, recipe_names

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bincomm import cli
-from bincomm.config import configure
+from bincomm.configuration import configure
 from bincomm.engine.checkpoints import load_checkpoint
 from bincomm.files import read_json_lines
 from bincomm.pretraining import pretrain

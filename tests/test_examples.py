@@ -18,7 +18,8 @@ from PIL import Image
 
 import bincomm
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, configure
+from bincomm.config import PretrainConfig
+from bincomm.configuration import configure
 from bincomm.files import read_json_lines
 from bincomm.pretraining import pretrain
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from bincomm import cli
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, configure
+from bincomm.config import PretrainConfig
+from bincomm.configuration import configure
 from bincomm.data.loader import TooManyUnusableError
 from bincomm.engine.checkpoints import load_checkpoint
 from bincomm.engine.records import Records

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bincomm import cli
-from bincomm.config import configure
+from bincomm.configuration import configure
 from bincomm.networks import Head, Network, create_teacher
 from bincomm.profiling import PARTS, count_flops, measure_peak, profile
 

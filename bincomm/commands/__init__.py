@@ -1,1 +1,2 @@
-"""The commands of the command line, a file each: its arguments, and a call of what Python users call, too."""
+"""The commands of the command line, one file each: its arguments, and a call of the same Python function that
+users can call."""

@@ -1,4 +1,4 @@
-"""Train a pretrained backbone on, under a new head, on unlabeled images of another domain."""
+"""Continue to train a pretrained backbone, under a new head, on unlabeled images of another domain."""
 
 import argparse
 import logging
@@ -14,16 +14,16 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: "ArgumentParser") -> None:
-    """The source of the backbone, and the keys of a run."""
+    """The pretrained weights, and the keys of a run."""
     parser.epilog = (
-        "What neither the options nor the recipe say is as in the run that --from names. The backbone, its "
-        "mean and std are always as there."
+        "Keys that are neither options nor in the recipe are taken from the run that --from names; the "
+        "backbone and its mean and std always are."
     )
     parser.add_argument(
         "--from",
         required=True,
         metavar="WEIGHTS",
-        help="a run's directory, a .safetensors file, or a timm model with pretrained weights, by name",
+        help="a run's directory, a .safetensors file, or the name of a timm model with pretrained weights",
     )
     parser.add_argument("--data", required=True, type=read_data, help=DATA_HELP)
     add_recipe(parser, default="adapt")
@@ -39,7 +39,7 @@ def configuration(options: argparse.Namespace) -> PretrainConfig:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Adapt, and print what came of it."""
+    """Adapt, and print the result."""
     from bincomm.adaptation import adapt, summary
 
     config = options.config

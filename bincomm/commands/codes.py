@@ -1,13 +1,13 @@
-"""A page about the code: what its bits carry, and images that show it."""
+"""Write a page about a code: what its bits carry, with example images."""
 
 import argparse
 
-from bincomm.commands.arguments import add_weights, path_or_name, shown, two_names, whole_numbers
+from bincomm.commands.arguments import add_weights, integers, path_or_name, preprocessing, two_names
 from bincomm.parsing import parse_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Weights, images, and what the page is to show."""
+    """Weights, images, and the content of the page."""
     add_weights(parser)
     parser.add_argument("--data", required=True, type=path_or_name, help="images, as in `bincomm pretrain`")
     parser.add_argument(
@@ -15,16 +15,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=path_or_name,
         metavar="FOLDER",
-        help="for codes.html, which a browser opens, and codes.json",
+        help="for codes.html, to be opened in a browser, and codes.json",
     )
     parser.add_argument(
-        "--attributes", metavar="FILE", help="CSV: its first column names images, the others are attributes"
+        "--attributes",
+        metavar="FILE",
+        help="CSV file: its first column names images, the others are attributes",
     )
     parser.add_argument(
-        "--classes", type=two_names, metavar="A,B", help="to tell apart; without it the two most alike"
+        "--classes",
+        type=two_names,
+        metavar="A,B",
+        help="two classes to compare; default: the two most similar",
     )
     parser.add_argument(
-        "--bits", type=whole_numbers, metavar="N,N,...", help="shown with images; without it the most telling"
+        "--bits", type=integers, metavar="N,N,...", help="bits to illustrate; default: the most informative"
     )
     parser.add_argument(
         "--other", metavar="WEIGHTS", help="the same run before or after a reset of its head, to compare with"
@@ -44,6 +49,6 @@ def run(options: argparse.Namespace) -> None:
         bits=options.bits,
         other=options.other,
         device=options.device,
-        **shown(options),
+        **preprocessing(options),
     )
     print(f"in {options.output}: codes.html, codes.json")

@@ -1,12 +1,13 @@
-"""Train several methods on the same images, steps and seeds, and measure them alike. The same command goes on
-with what is unfinished."""
+"""Train several methods on the same images, steps and seeds, and evaluate all in the same way. Run the same
+command again to resume what is unfinished."""
 
 import argparse
 import logging
 from typing import TYPE_CHECKING
 
-from bincomm.commands.arguments import names, stem, whole_numbers
-from bincomm.config import PretrainConfig, configure_comparison
+from bincomm.commands.arguments import integers, names, stem
+from bincomm.config import PretrainConfig
+from bincomm.configuration import configure_comparison
 from bincomm.parsing import add_keys, add_recipe
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Written out, for importing bincomm.comparison takes seconds; tests/test_cli.py compares them.
+# Written out, because importing bincomm.comparison takes seconds; tests/test_cli.py compares them.
 METHODS = "bits-reset, bits-fixed, bits-soft, bits-cosine, simdino, simdino-expa0, dino"
 DEFAULT_METHODS = "bits-reset,bits-fixed,simdino,dino"
 
@@ -22,26 +23,30 @@ DEFAULT_METHODS = "bits-reset,bits-fixed,simdino,dino"
 def add_arguments(parser: "ArgumentParser") -> None:
     """Methods and seeds, and the keys that all runs share."""
     parser.epilog = (
-        "The keys hold for every run. Where --reset_every is 0, bits-reset takes 10. Finished runs of other "
-        "methods in the folder are in the table, too."
+        "The keys apply to every run. If --reset_every is 0, bits-reset takes 10. The table includes "
+        "finished runs of other methods in the folder."
     )
     parser.add_argument(
-        "--methods", type=names, metavar="NAMES", help=f"of {METHODS}; default {DEFAULT_METHODS}"
+        "--methods",
+        type=names,
+        metavar="NAMES",
+        help=f"methods to train, of {METHODS}; default {DEFAULT_METHODS}",
     )
     parser.add_argument(
         "--seeds",
-        type=whole_numbers,
+        type=integers,
         metavar="N,N,...",
-        help="a run of each method for each; default --seed",
+        help="each method has a run for each seed; default --seed",
     )
     parser.add_argument(
         "--prototypes",
         type=int,
         metavar="N",
-        help="of dino; default the power of two from a twentieth of the number of images on, at most 65536",
+        help="prototypes of dino; default: the smallest power of two of at least a twentieth of the number "
+        "of images, at most 65536",
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", help="of the runs and the table; default runs/compare-RECIPE"
+        "--output", metavar="FOLDER", help="folder for the runs and the table; default runs/compare-RECIPE"
     )
     parser.add_argument("--method", help=argparse.SUPPRESS)  # refused with a reason
     add_recipe(parser)
@@ -49,7 +54,7 @@ def add_arguments(parser: "ArgumentParser") -> None:
 
 
 def configuration(options: argparse.Namespace) -> PretrainConfig:
-    """What all runs share."""
+    """The configuration that all runs share."""
     return configure_comparison(options.recipe, **options.keys)
 
 

@@ -1,4 +1,4 @@
-"""A contact sheet of the crops of the images that a run begins with, a row for each image."""
+"""Draw the crops of the images that a run begins with into a contact sheet, one row per image."""
 
 import argparse
 from pathlib import Path
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: "ArgumentParser") -> None:
     """The sheet, and the keys of a run."""
-    parser.add_argument("--sheet", default="look.png", metavar="FILE", help="PNG to write")
-    parser.add_argument("--images", type=positive, default=8, metavar="N", help="rows")
+    parser.add_argument("--sheet", default="look.png", metavar="FILE", help="PNG file to write")
+    parser.add_argument("--images", type=positive, default=8, metavar="N", help="number of images")
     add_recipe(parser)
     add_keys(parser)
 

@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="a new folder for data-00000.tar, ..."
     )
-    parser.add_argument("--size", type=positive, default=256, metavar="MIB", help="of a shard, about")
+    parser.add_argument(
+        "--size", type=positive, default=256, metavar="MIB", help="approximate size of a shard"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

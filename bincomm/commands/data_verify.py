@@ -1,5 +1,5 @@
 """Read and decode every image, and list those that cannot be used, with the reason. The exit status is 1 if
-there are any, or files that were not taken."""
+there are such images, or files that were skipped."""
 
 import argparse
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The images, and the list."""
     add_source(parser)
-    parser.add_argument("--output", default="unusable.txt", metavar="FILE", help="list to write")
+    parser.add_argument("--output", default="unusable.txt", metavar="FILE", help="text file for the list")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Tell what is built, found and used on this machine."""
+"""Report what is built, detected and used on this machine."""
 
 import argparse
 import json

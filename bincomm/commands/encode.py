@@ -1,25 +1,25 @@
-"""Write the codes of images into a folder of Parquet files. The same command goes on with what is unfinished,
-also under torchrun."""
+"""Write the codes of images into a folder of Parquet files. Run the same command again to write the files
+that are missing, also under torchrun."""
 
 import argparse
 
-from bincomm.commands.arguments import add_weights, path_or_name, shown
+from bincomm.commands.arguments import add_weights, path_or_name, preprocessing
 from bincomm.parsing import parse_data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Weights, images, and what is written of them."""
+    """Weights, images, and what to write."""
     add_weights(parser, head=False)
     parser.add_argument("--data", required=True, type=path_or_name, help="images, as in `bincomm pretrain`")
     parser.add_argument(
         "--output", required=True, type=path_or_name, metavar="FOLDER", help="for part-00000.parquet, ..."
     )
-    parser.add_argument("--features", action="store_true", help="write the backbone's features, too")
-    parser.add_argument("--index", action="store_true", help="write index.faiss, a flat binary index, too")
+    parser.add_argument("--features", action="store_true", help="also write the backbone's features")
+    parser.add_argument("--index", action="store_true", help="also write index.faiss, a flat binary index")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Encode, and print how much there is."""
+    """Encode, and print the numbers of codes, bits and files."""
     from bincomm.api import encode
 
     result = encode(
@@ -29,7 +29,8 @@ def run(options: argparse.Namespace) -> None:
         features=options.features,
         index=options.index,
         device=options.device,
-        **shown(options),
+        backbone=options.backbone,
+        **preprocessing(options),
     )
     if result is None:
         return

@@ -1,32 +1,37 @@
-"""Measure what was pretrained: on labeled images k-NN, linear probes, retrieval by features and by codes,
-dimensions and bits in use; on DAVIS the following of objects; on masks segmentation."""
+"""Evaluate a pretrained backbone: on labeled images by k-NN, linear probes, retrieval by features and by
+codes, dimensions and bits in use; on DAVIS by tracking objects; on masks by segmentation."""
 
 import argparse
 from typing import Any
 
-from bincomm.commands.arguments import add_weights, names, path_or_name, shown
+from bincomm.commands.arguments import add_weights, names, path_or_name, preprocessing
 from bincomm.parsing import parse_data
 
-# Written out, for importing bincomm.evaluation takes seconds; tests/test_cli.py compares them.
+# Written out, because importing bincomm.evaluation takes seconds; tests/test_cli.py compares them.
 PROTOCOLS = "knn, linear, augmented, map, geometry, knn_codes, map_codes, lookup, bits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured, and on what."""
+    """Weights, and what to evaluate them on."""
     add_weights(parser, head=False)
     parser.add_argument("--data", type=path_or_name, help="labeled images, as in `bincomm pretrain`")
     parser.add_argument(
-        "--protocols", type=names, metavar="NAMES", help=f"on these, of {PROTOCOLS}; default all that apply"
+        "--protocols",
+        type=names,
+        metavar="NAMES",
+        help=f"protocols on --data, of {PROTOCOLS}; default: all that apply",
     )
-    parser.add_argument("--davis", metavar="FOLDER", help="DAVIS-2017, which ImageSets lies in")
+    parser.add_argument("--davis", metavar="FOLDER", help="folder of DAVIS-2017 that contains ImageSets")
     parser.add_argument(
-        "--segmentation", metavar="FOLDER", help="with train/images, train/masks, val/images and val/masks"
+        "--segmentation",
+        metavar="FOLDER",
+        help="folder with train/images, train/masks, val/images and val/masks",
     )
     parser.add_argument("--output", type=path_or_name, metavar="FILE", help="JSON file to write")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, and print each part once it is there."""
+    """Evaluate, and print each part as soon as it is ready."""
     from bincomm.api import evaluate
     from bincomm.evaluation.evaluate import describe
 
@@ -40,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
         davis=options.davis,
         segmentation=options.segmentation,
         device=options.device,
+        backbone=options.backbone,
         output=options.output,
         on_result=on_result,
-        **shown(options),
+        **preprocessing(options),
     )

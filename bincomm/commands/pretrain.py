@@ -1,4 +1,4 @@
-"""Pretrain a backbone on images without labels. The same command goes on with an unfinished run."""
+"""Pretrain a backbone on images without labels. Run the same command again to resume an unfinished run."""
 
 import argparse
 import logging
@@ -20,7 +20,7 @@ def add_arguments(parser: "ArgumentParser") -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Pretrain, and print what came of it."""
+    """Pretrain, and print the result."""
     from bincomm.evaluation.run import summary
     from bincomm.pretraining import pretrain
 

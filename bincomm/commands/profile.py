@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, and how much of the machine is used."""
+"""Show where the time of a training step goes, and how well the machine is used."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: "ArgumentParser") -> None:
-    """How long it is measured, and the keys of a run."""
-    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="steps measured")
+    """The number of steps, and the keys of a run."""
+    parser.add_argument("--steps", type=positive, default=20, metavar="N", help="number of steps to measure")
     add_recipe(parser)
     add_keys(parser)
 

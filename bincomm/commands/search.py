@@ -1,4 +1,4 @@
-"""The images of an encoded folder whose codes are nearest to that of an image."""
+"""Find the images of an encoded folder whose codes are nearest to that of an image."""
 
 import argparse
 
@@ -6,12 +6,12 @@ from bincomm.commands.arguments import positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The folder, the image, and what is shown."""
-    parser.add_argument("folder", metavar="FOLDER", help="of codes, as `bincomm encode` left it")
-    parser.add_argument("--query", required=True, metavar="IMAGE", help="file of an image")
-    parser.add_argument("--weights", help="that the codes are of; without it those that the folder names")
-    parser.add_argument("--k", type=positive, default=20, metavar="N", help="images")
-    parser.add_argument("--sheet", default="nearest.png", metavar="FILE", help="PNG to write")
+    """The folder, the image, and what to write."""
+    parser.add_argument("folder", metavar="FOLDER", help="folder of codes, written by `bincomm encode`")
+    parser.add_argument("--query", required=True, metavar="IMAGE", help="image file")
+    parser.add_argument("--weights", help="weights that gave the codes; default: those that the folder names")
+    parser.add_argument("--k", type=positive, default=20, metavar="N", help="number of images")
+    parser.add_argument("--sheet", default="nearest.png", metavar="FILE", help="PNG file to write")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,36 +1,36 @@
-"""One encoded image: whether it can be used, its size, and a form of it that DALI decodes."""
+"""Encoded images: reading one, checking it, its size, and a form of it that DALI decodes."""
 
 import io
 import os
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
-LARGEST_FILE = 1 << 30  # bytes that are read as an image
-LARGEST = 1 << 23  # pixels of an image that DALI decodes, 24 MiB as RGB; one of more is made smaller,
-REDUCED = 1 << 21  # to at most this many
-HUGE = 1 << 26  # pixels above which one image at a time is decoded here
+LARGEST_FILE = 1 << 30  # bytes; larger files are not read
+LARGEST = 1 << 23  # pixels, 24 MiB as RGB; DALI decodes no larger images, they are reduced here,
+REDUCED = 1 << 21  # to at most this many pixels
+HUGE = 1 << 26  # pixels; of larger images only one at a time is decoded
 
 # Formats and modes that DALI decodes as Pillow does, and survives when damaged; Pillow decodes all others.
 DECODED_BY_DALI = {
     "JPEG": {"L", "RGB", "CMYK"},
-    "MPO": {"L", "RGB", "CMYK"},  # a JPEG with more pictures behind it, as telephones take them
+    "MPO": {"L", "RGB", "CMYK"},  # a JPEG followed by more pictures, as telephones write them
     "PNG": {"1", "L", "LA", "I;16", "P", "RGB", "RGBA"},
     "WEBP": {"RGB", "RGBA"},
 }
-# Sixteen bits a pixel are scaled by 1/257; for these there is no range to scale from.
+# Modes whose pixels have no defined range. Pixels of 16 bits have one, and are scaled by 1/257.
 WITHOUT_RANGE = {"F": "floating-point", "I": "32-bit", "I;16B": "big-endian 16-bit"}
 
 _one_huge = threading.Lock()
-# Now, not in the first of several threads that needs it: the others would see half of the formats.
+# At import, because threads that start it at the same time would see only a part of the formats.
 Image.init()
-# Large images are made smaller, and colors under transparent pixels are shown; neither needs a warning.
+# Large images are reduced, and transparency is ignored; neither needs a warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
 
@@ -51,6 +51,13 @@ class Images(Protocol):
     def read(self, index: int) -> np.ndarray: ...
 
 
+@runtime_checkable
+class SelectableImages(Images, Protocol):
+    """Images of which a part can be taken, in any order."""
+
+    def select(self, indices: Sequence[int]) -> Images: ...
+
+
 def load(images: Images, index: int) -> tuple[np.ndarray, tuple[int, int]]:
     """Read an image and `examine` it.
 
@@ -61,7 +68,7 @@ def load(images: Images, index: int) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def read(images: Images, index: int) -> np.ndarray:
-    """An image as it is encoded, (bytes,) uint8.
+    """An encoded image, (bytes,) uint8.
 
     Raises:
         UnusableImageError: it cannot be read.
@@ -70,12 +77,12 @@ def read(images: Images, index: int) -> np.ndarray:
         return images.read(index)
     except OSError as error:
         raise UnusableImageError(error.strerror or str(error)) from None
-    except (ValueError, MemoryError) as error:  # a name with a zero byte, a file larger than memory
+    except (ValueError, MemoryError) as error:  # a name that contains a zero byte, a file larger than memory
         raise UnusableImageError(str(error) or type(error).__name__) from None
 
 
 def read_file(path: str, offset: int = 0, size: int | None = None) -> np.ndarray:
-    """A file, or `size` bytes of it from `offset` on: (bytes,) uint8, fewer where it ends before.
+    """A file, or `size` bytes of it from `offset` on: (bytes,) uint8, fewer if the file ends before.
 
     Raises:
         OSError: it cannot be read, is no regular file, or is larger than any image.
@@ -96,16 +103,16 @@ def read_file(path: str, offset: int = 0, size: int | None = None) -> np.ndarray
 
 
 def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """What to give to DALI for an encoded image, and the (height, width) it will decode to.
+    """The encoded image for DALI, and the (height, width) that it decodes to.
 
-    JPEG, PNG and WebP images that look complete are given as they are. All others are decoded here and given
-    as pixels, and so are those above `LARGEST` pixels, made smaller by an integer to at most `REDUCED`.
+    JPEG, PNG and WebP images that look complete stay as they are. All others are decoded here and become
+    uncompressed, and so are those above `LARGEST` pixels, reduced by an integer factor to at most `REDUCED`.
 
     Args:
         data: (bytes,) uint8.
 
     Raises:
-        UnusableImageError: no image, a truncated one, or one of a kind without a meaning in RGB.
+        UnusableImageError: not an image, a truncated one, or one whose pixels cannot be converted to RGB.
     """
     if not len(data):
         raise UnusableImageError("the file is empty")
@@ -133,7 +140,7 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def decoding_error(data: np.ndarray) -> str:
-    """Why Pillow cannot decode all of an encoded image; "" where it can."""
+    """The reason why Pillow cannot decode an encoded image completely; "" if it can."""
     try:
         with Image.open(io.BytesIO(data.data)) as image:
             image.load()
@@ -143,16 +150,16 @@ def decoding_error(data: np.ndarray) -> str:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """One of 16 bits a pixel scaled to eight, to which Pillow would clip it; others as they are."""
+    """An image of 16 bits per pixel scaled to 8, to which Pillow would clip it; others unchanged."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     return image
 
 
 def _looks_complete(data: np.ndarray, format: str | None) -> bool:
-    """Whether an image ends as a complete one of its format does, and is a still one."""
+    """Whether an image ends as a complete image of its format does, and is not animated."""
     if format == "PNG":
-        # DALI trusts the lengths of its chunks, however wrong, and crashes on some damaged animations.
+        # DALI trusts the lengths of chunks even if they are wrong, and crashes on some damaged animations.
         offset, name = 8, b""
         while offset + 12 <= len(data) and name not in (b"acTL", b"IEND"):
             length = int.from_bytes(data[offset : offset + 4], "big")
@@ -170,7 +177,7 @@ def _decoded(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
     if image.width * image.height > LARGEST:
         limit = REDUCED
         factor = _factor(image)
-        # A JPEG is made smaller while it is decoded, by a power of two.
+        # A JPEG is reduced during decoding, by a power of two.
         image.draft("RGB", (image.width // factor, image.height // factor))
     pixels = eight_bits(image).convert("RGB")
     if pixels.width * pixels.height > limit:
@@ -180,7 +187,7 @@ def _decoded(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
 
 
 def _factor(image: Image.Image) -> int:
-    """The smallest integer by which both sides are to be divided for `REDUCED` pixels at most."""
+    """The smallest integer by which to divide both sides for at most `REDUCED` pixels."""
     factor = 1
     while -(-image.width // factor) * -(-image.height // factor) > REDUCED:
         factor += 1

@@ -12,18 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from bincomm.data.digits import digits
-from bincomm.data.images import EXTENSIONS, Images
+from bincomm.data.images import EXTENSIONS, Images, SelectableImages
 from bincomm.data.listing import Files, list_images
-from bincomm.data.shards import Shards, expand_braces, open_shards
+from bincomm.data.shards import expand_braces, open_shards
 from bincomm.data.standard import SETS, open_standard
 
-QUERY_EVERY = 5  # without a test folder, every fifth image of a class is a query, the others the gallery
+QUERY_EVERY = 5  # without a test folder, every fifth image of a class is a query; the others are the gallery
 OTHER_PICTURES = (".gif", ".avif", ".heic", ".jp2", ".ppm", ".pgm")
-CHECKED_FILES = 1000  # files of a list whose presence is checked at the start
+CHECKED_FILES = 1000  # number of files of a list whose existence is checked at the start
 
 
 class Mix:
-    """The images of several sources, one after another, to be read as `Files` are."""
+    """The images of several sources, one after another, as `Images`."""
 
     def __init__(self, parts: Sequence[Images]) -> None:
         self.parts = list(parts)
@@ -42,7 +42,7 @@ class Mix:
         return itertools.chain.from_iterable(part.names() for part in self.parts)
 
     def read(self, index: int) -> np.ndarray:
-        """The encoded image (bytes,) uint8; OSError where it cannot be read."""
+        """The encoded image, (bytes,) uint8; OSError if it cannot be read."""
         part, inside = self._find(index)
         return part.read(inside)
 
@@ -53,22 +53,24 @@ class Mix:
 
 @dataclass(frozen=True)
 class Source:
-    """Encoded images in a fixed order; labels (N,) index `classes`, and are None where the data has none.
-
-    `weights` are those of a mix's parts, and None where every image comes once an epoch; `notes` say what of
-    the data is not among the images.
-    """
+    """Encoded images in a fixed order, with their labels if the data has any."""
 
     images: Images
-    labels: np.ndarray | None = None
+    labels: np.ndarray | None = None  # (N,) int64, indices into `classes`
     classes: list[str] = field(default_factory=list)
-    weights: tuple[float, ...] | None = None
-    notes: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None  # of a mix's parts; None: every image appears once per epoch
+    notes: tuple[str, ...] = ()  # what part of the data is not among the images, and why
 
     def select(self, indices: Sequence[int]) -> "Source":
-        """The images of these indices, of a source that is not a mix."""
-        if not isinstance(self.images, (Files, Shards)):
-            raise TypeError("source: only images of files and shards can be selected")
+        """The images with these indices, in this order, without weights and notes.
+
+        Raises:
+            TypeError: the source is a mix.
+        """
+        if not isinstance(self.images, SelectableImages):
+            raise TypeError(
+                "source: expected images of one source, got a mix, from which none can be selected"
+            )
         labels = None if self.labels is None else self.labels[np.asarray(indices, np.int64)]
         return Source(self.images.select(indices), labels, self.classes)
 
@@ -77,25 +79,25 @@ def open_source(data: str | Mapping[str, float]) -> Source:
     """The images to pretrain on.
 
     Args:
-        data: what to open, or a mapping of several such to their weights, the shares of an epoch's images
-            that come from each.
+        data: one of the following, or a mapping of several of them to their weights, the shares of an epoch's
+            images that come from each.
 
-            - a folder, nested to any depth or flat, whose subfolder `train` is taken where it has one beside
-              `val` or `test`; one that holds no images but .tar files is a folder of shards;
+            - a folder, nested to any depth or flat; if it has a subfolder `train` and also `val` or `test`,
+              only `train` is taken; if it holds .tar files instead of images, these are shards;
             - tar shards in WebDataset's layout, as a path with braces or wildcards: data-{000..127}.tar;
-            - a .txt file with a path a line, relative to the file, blank lines and lines starting with # left
-              out;
-            - a standard set by its name (`bincomm.data.standard.SETS`), fetched once;
+            - a .txt file with one path per line, relative to the file; blank lines and lines starting with #
+              are ignored;
+            - a standard set by its name (`bincomm.data.standard.SETS`), downloaded once;
             - "digits", scikit-learn's scans of handwritten digits, written into a cache once.
 
     Returns:
         Files are sorted by folder and name. The label of an image is the first folder below `data`, if every
-        image lies in one of at least two; in shards, without such folders, what its sample's .cls file says.
-        A mix has none.
+        image lies in one of at least two folders; in shards without folders, the content of its sample's .cls
+        file. A mix has no labels.
 
     Raises:
-        ValueError: there is nothing there, no image among it, or a listed file is missing; the message says
-            which.
+        ValueError: the data does not exist or has no images, or a listed file is missing; the message names
+            it.
     """
     if isinstance(data, str):
         return _open_one(data)
@@ -117,8 +119,8 @@ def open_source(data: str | Mapping[str, float]) -> Source:
 def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple[Source, Source, bool] | None:
     """Labeled images for k-NN: (gallery, queries, whether the queries were held out from pretraining).
 
-    The folders `train` and `val` or `test` where `data` has both with labels, the parts of a standard set;
-    otherwise a split of `source`, the pretraining images of `data`. None where there are no labels.
+    These are the folders `train` and `val` or `test` if `data` has both with labels, or the parts of a
+    standard set; otherwise a split of `source`, the pretraining images of `data`. None without labels.
 
     Raises:
         ValueError: the second folder holds a class that the first lacks.
@@ -132,16 +134,17 @@ def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple
     if source.labels is None:
         return None
     split = _split_folders(digits() if data == "digits" else Path(os.path.expanduser(data)))
-    # A single folder among the queries is a class where it is one of those pretrained on.
+    # A single folder of queries is a class only if the pretraining images have that class.
     queries = _open_folder(split[1], min_classes=1) if split else None
     if split and queries and (len(queries.classes) > 1 or set(queries.classes) & set(source.classes)):
         unknown = sorted(set(queries.classes) - set(source.classes))
         if unknown:
             raise ValueError(
-                f"data: expected in {split[1]} the classes of {split[0]} or some of them, got also "
-                f"{', '.join(unknown[:5])}"
+                f"data: expected only classes of {split[0]} in {split[1]}, got also {', '.join(unknown[:5])}"
             )
-        numbers = np.array([source.classes.index(name) for name in queries.classes])  # not all classes may be
+        numbers = np.array(
+            [source.classes.index(name) for name in queries.classes]
+        )  # which may lack some of the classes
         return source, replace(queries, labels=numbers[queries.labels], classes=source.classes), True
     counts: Counter[int] = Counter()
     gallery_indices: list[int] = []
@@ -205,9 +208,9 @@ def _open_folder(folder: Path, min_classes: int = 2) -> Source:
             f"{content or 'nothing, it is empty'}"
         )
     start = len(os.path.join(root, ""))
-    # Pillow reads some of them, but files of such kinds may not be meant for training.
+    # Pillow can read some of these, but they may not be meant for training.
     pictures = {kind: count for kind, count in others.items() if kind in OTHER_PICTURES}
-    notes = tuple(f"{count} × {kind} in {folder} were not taken" for kind, count in sorted(pictures.items()))
+    notes = tuple(f"{count} × {kind} in {folder} were skipped" for kind, count in sorted(pictures.items()))
     return Source(files, *_labels((name[start:] for name in files.names()), min_classes), notes=notes)
 
 
@@ -220,14 +223,14 @@ def _open_shards(paths: Sequence[str]) -> Source:
 
 
 def _labels(names: Iterable[str], min_classes: int = 2) -> tuple[np.ndarray | None, list[str]]:
-    """Labels by the first folder of each name; none unless all have one, and there are `min_classes`."""
-    # One at a time: there may be a hundred million.
+    """Labels by the first folder of each name; none unless all have one and `min_classes` of them differ."""
+    # An iterator, because there may be a hundred million.
     words = (first if inside else "" for first, inside, _ in (name.partition("/") for name in names))
     return _numbered(words, min_classes)
 
 
 def _numbered(words: Iterable[str], min_classes: int = 2) -> tuple[np.ndarray | None, list[str]]:
-    """Words as numbers in their sorted order, and the words; none if one is empty, or there are too few."""
+    """Words as indices into the sorted different words, and these; none if one is empty or too few differ."""
     numbers: dict[str, int] = {}
     unsorted = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64)
     classes = sorted(numbers)
@@ -239,7 +242,7 @@ def _numbered(words: Iterable[str], min_classes: int = 2) -> tuple[np.ndarray | 
 
 
 def _open_list(path: Path) -> Source:
-    # A name may hold any byte but a line feed, and some editors begin a file with a byte order mark.
+    # A name may contain any byte but a line feed, and some editors write a byte order mark.
     text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     lines = [line.strip() for line in text.split("\n")]
     files = [
@@ -247,8 +250,8 @@ def _open_list(path: Path) -> Source:
     ]
     if not files:
         raise ValueError(f"data: {path} lists no files")
-    # All of a short list; of a long one enough to notice that its files are elsewhere. Any other missing file
-    # is an unusable image.
+    # All files of a short list, and enough of a long one to notice that they are elsewhere. Any other missing
+    # file is an unusable image.
     checked = files[:: max(1, len(files) // CHECKED_FILES)]
     missing = [file for file in checked if not os.path.isfile(file)]
     if missing:

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Pixels(nn.Module):
     """Raw pixels as features: images (n, 3, S, S) -> (n, 3·s·s), averaged down to s = min(16, S) a side."""
 
-    SIDE = 16  # those of a million larger images would not fit in memory, and k-NN gains nothing from it
+    SIDE = 16  # larger features of a million images would not fit in memory, and k-NN gains nothing from them
 
     def forward(self, images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(images, min(self.SIDE, images.shape[-1])).flatten(1)
@@ -32,31 +32,30 @@ class Pixels(nn.Module):
 class Pretrained:
     """A backbone, images (n, 3, S, S) -> features (n, D), and its head, features -> logits of the code.
 
-    Of `config` only the keys count by which images are read and preprocessed: `global_size`, `eval_crop`,
-    `mean`, `std`, `threads` and `batch_size`.
+    Of `config` only the keys that say how images are read and preprocessed matter: `global_size`,
+    `eval_crop`, `mean`, `std`, `threads` and `batch_size`.
     """
 
     name: str
-    backbone: nn.Module  # both in evaluation mode, on the device
+    backbone: nn.Module  # in evaluation mode and on the device, as is the head
     head: Head | PrototypeHead | None
     config: PretrainConfig
     device: torch.device
 
     @classmethod
     def of(cls, network: Network, config: PretrainConfig, device: torch.device) -> "Pretrained":
-        """A network as it is now; it is put into evaluation mode."""
+        """A network in its present state; it is put into evaluation mode."""
         network.eval()
         return cls(config.output, network.backbone, network.head, config, device)
 
     @classmethod
     def of_pixels(cls, config: PretrainConfig, device: torch.device) -> "Pretrained":
-        """No network: features are the pixels that a network of this configuration is given."""
+        """No network: the features are the pixels that a network of this configuration would be given."""
         return cls("raw pixels", Pixels(), None, config, device)
 
 
 def evaluation_device(config: PretrainConfig) -> torch.device:
-    """The device that a run of this configuration is evaluated on: the one it is trained on, on this
-    machine."""
+    """The device to evaluate a run of this configuration on: the one that it is trained on here."""
     gpu = config.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if gpu else "cpu")
 
@@ -64,15 +63,15 @@ def evaluation_device(config: PretrainConfig) -> torch.device:
 def load_pretrained(
     weights: str | Path, device: torch.device | str, *, backbone: str | None = None, **preprocessing: Any
 ) -> Pretrained:
-    """Load what was pretrained.
+    """Load a pretrained backbone, and its head if it has one.
 
     Args:
-        weights: a run's directory (its newest checkpoint, else its backbone alone), a checkpoint, a
-            .safetensors file or a timm model with pretrained weights, by name; the last two have no head.
-        device: of the networks.
-        backbone: timm's name of it, for a .safetensors file that does not say.
-        preprocessing: keys of `PretrainConfig` by which images are read and preprocessed, where not as in
-            training.
+        weights: a run's directory (its newest checkpoint, or without one its backbone), a checkpoint, a
+            .safetensors file or the name of a timm model with pretrained weights; the last two have no head.
+        device: device of the networks.
+        backbone: timm's name of the backbone, for a .safetensors file that does not name it.
+        preprocessing: preprocessing keys that replace those of training: global_size, eval_crop, batch_size,
+            threads; see `PretrainConfig`.
 
     Raises:
         ValueError: there are no such weights, or they do not fit.
@@ -99,8 +98,8 @@ def _load(
         keys = read_config(path, "weights")
     keys = {**read_metadata(weights, "weights"), **keys}
     if not keys.setdefault("backbone", backbone):
-        raise ValueError(f"weights: {weights} does not say of which backbone it is; say --backbone")
-    # Made for the size of the crops: position embeddings are then resampled to it, and once.
+        raise ValueError(f"weights: {weights} does not name its backbone; give its timm name as backbone")
+    # Built for the size of the crops, so that position embeddings are resampled to it, and only once.
     config = _config({**keys, **preprocessing}, weights)
     network, _ = create_backbone(config.backbone, config.global_size, **config.backbone_args)
     load_weights(network, weights, "weights")
@@ -127,7 +126,7 @@ def _from_state(state: Any, weights: str, device: torch.device, preprocessing: d
 
 
 def _config(keys: dict[str, Any], weights: str) -> PretrainConfig:
-    """A configuration from keys as YAML and JSON give them, without those that matter in training only and
+    """A configuration from keys as YAML and JSON give them, without those that matter only in training and
     could contradict others."""
     training = {"init_from": None, "fsdp": False, "accumulate": 1}
     keys = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}

@@ -1,4 +1,4 @@
-"""Recipes: one YAML file for each kind of run that is known to be good, and the choice among them."""
+"""Recipes: one YAML file for each kind of run that is known to work well, and the choice among them."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 from bincomm.logs import did_you_mean
 
-SMALL = 64  # pixels of an image's shorter side
+SMALL = 64  # pixels: images up to this length of the shorter side are small
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with bincomm."""
+    """Names of the recipes that come with bincomm."""
     return sorted(
         f.name.removesuffix(".yaml") for f in files("bincomm.recipes").iterdir() if f.name.endswith(".yaml")
     )
@@ -25,13 +25,13 @@ def recipe_path(recipe: str) -> Path:
     names = recipe_names()
     if recipe not in names:
         raise ValueError(
-            f"recipe: there is none named {recipe!r}{did_you_mean(recipe, names)} Recipes: {', '.join(names)}"
+            f"recipe: there is no recipe {recipe!r}{did_you_mean(recipe, names)} Recipes: {', '.join(names)}"
         )
     return Path(str(files("bincomm.recipes") / f"{recipe}.yaml"))
 
 
 def read_recipe(recipe: str) -> dict[str, Any]:
-    """The keys of a recipe, given its name or the path of a YAML file, as they stand there.
+    """The keys of a recipe, given its name or the path of a YAML file, unchecked.
 
     Raises:
         ValueError: there is no such recipe, or it holds no keys.
@@ -52,9 +52,9 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 
 
 def choose_recipe(data: str | dict[str, float]) -> str:
-    """The recipe that fits some data: digits for the digits, else by the size of a few of its images.
+    """Name of the recipe that fits images: digits for the digits, else by the size of a few of the images.
 
-    Images above 64 pixels get a small ViT, or where there is no GPU a recipe that runs without one.
+    Images above 64 pixels get a small ViT, or without a GPU a recipe for the CPU.
     """
     if data == "digits":
         return "digits"
@@ -69,7 +69,7 @@ def choose_recipe(data: str | dict[str, float]) -> str:
         try:
             sizes.append(min(load(images, index)[1]))
         except UnusableImageError:
-            continue  # the loader names what it cannot use
+            continue  # the loader reports it
     if sizes and sorted(sizes)[len(sizes) // 2] <= SMALL:
         return "small_images"
     return "vit_small_in1k" if torch.cuda.is_available() else "resnet18_cpu"

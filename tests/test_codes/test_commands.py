@@ -10,7 +10,7 @@ from PIL import Image
 from bincomm import cli
 from bincomm.codes import encode as encode_module
 from bincomm.codes.storage import open_parts, read_codes, write_part
-from bincomm.config import configure
+from bincomm.configuration import configure
 from bincomm.data.digits import digits
 from bincomm.pretraining import pretrain
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from bincomm import cli
-from bincomm.config import configure
+from bincomm.configuration import configure
 from bincomm.data.contact_sheet import GAP, MIN_WIDTH, TITLE, contact_sheet
 from bincomm.data.crops import Crops
 from bincomm.data.loader import Loader

@@ -43,7 +43,7 @@ def messages(caplog, monkeypatch):
 
 
 def configuration(**options):
-    from bincomm.config import configure
+    from bincomm.configuration import configure
 
     return configure(**(OPTIONS | options))
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from bincomm import cli
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, configure
+from bincomm.config import PretrainConfig
+from bincomm.configuration import configure
 from bincomm.evaluation import dense
 from bincomm.evaluation.dense import confusion, evaluate_segmentation, mean_iou, patch_features
 from bincomm.evaluation.pretrained import Pretrained, load_pretrained

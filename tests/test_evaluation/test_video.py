@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bincomm import cli
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, configure
+from bincomm.config import PretrainConfig
+from bincomm.configuration import configure
 from bincomm.evaluation import video
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.video import contour_accuracy, evaluate_davis, propagate, region_similarity

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bincomm.config import configure
+from bincomm.configuration import configure
 from bincomm.data.crops import Crops
 from bincomm.data.loader import Loader
 from bincomm.data.sources import open_source
