@@ -47,11 +47,12 @@ SPREAD = {"test_distributed.py", "test_pretraining.py", "test_packaging.py"}
 SHARED_RUNS = {"alone", "finished"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Group the tests for `--dist loadgroup`."""
     for item in items:
         if item.path.name not in SPREAD or SHARED_RUNS & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(Path(__file__).parent).as_posix()))
 
 
 @pytest.fixture(scope="session", autouse=True)

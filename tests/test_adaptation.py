@@ -246,7 +246,10 @@ def test_a_directory_of_an_adaptation_from_elsewhere_is_refused(source, target, 
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("nowhere/at-all", "from: expected a run's directory, a .safetensors file or a timm model, got 'no"),
+        (
+            "nowhere/at-all",
+            "weights: expected a run's directory, a .safetensors file or a timm model, got",
+        ),
         ("resnet81", "did you mean resnet"),
         ("empty folder", "holds no finished run (there is no backbone.safetensors)"),
         ("unfinished run", "holds no finished run (there is no backbone.safetensors)"),
@@ -281,4 +284,4 @@ def test_weights_of_another_backbone_are_refused(source, target, tmp_path, capsy
 
 def test_init_from_is_not_an_option(source, target, tmp_path, capsys):
     assert cli.main(arguments(source, target, tmp_path / "run", init_from="resnet18")) == 2
-    assert "init_from: adapt begins with the backbone that --from names" in capsys.readouterr().err
+    assert "init_from: adapt sets it to its weights" in capsys.readouterr().err

@@ -120,9 +120,9 @@ def test_what_was_pretrained_is_loaded(pretrained):
     ("call", "words"),
     [
         (lambda: bincomm.pretrain("digits", epoch=3), "there is no key 'epoch'; did you mean epochs?"),
-        (lambda: bincomm.compare("digits", method="dino"), "method: compare takes --methods"),
-        (lambda: bincomm.adapt("nowhere", "digits"), "from: expected a run's directory"),
-        (lambda: bincomm.evaluate("nowhere"), "evaluate: expected at least one of --data, --davis"),
+        (lambda: bincomm.compare("digits", method="dino"), "method: compare trains several methods"),
+        (lambda: bincomm.adapt("nowhere", "digits"), "weights: expected a run's directory"),
+        (lambda: bincomm.evaluate("nowhere"), "evaluate: expected at least one of data, davis"),
         (lambda: bincomm.evaluate("nowhere", "digits"), "weights: expected a run's directory"),
         (lambda: api.search("nowhere", "x.png", sheet="no/x.png"), "sheet: expected a file in a folder"),
     ],

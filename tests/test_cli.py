@@ -45,14 +45,18 @@ def test_every_command_has_help(name, capsys):
     assert text.startswith(f"usage: bincomm {name} ")
     assert "--quiet" in text
     assert "--verbose" in text
-    assert ("--reset_every" in text) == cli.COMMANDS[name].keys
+    assert ("--reset_every" in text) == cli.COMMANDS[name].takes_run_keys
 
 
 def test_help_explains_every_key_and_what_is_the_commands_own(capsys):
     with pytest.raises(SystemExit):
         cli.main(["compare", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--reset_every RESET_EVERY draw the head anew every so many epochs; 0 = never; default 10" in text
+    assert (
+    help_of_key = "reset the head to random weights every this many epochs; 0 = never; default 10"
+    assert f"--reset_every RESET_EVERY {help_of_key}" in text
+        in text
+    )
     assert "--seeds N,N,..." in text
     assert "--method METHOD" not in text
     assert "<class" not in text
@@ -96,8 +100,8 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["search", "codes", "--query=a", "--k=1.5"], "k: expected a whole number of at least 1, got '1.5'"),
-        (["evaluate", "runs/x", "--threads=0"], "threads: expected a whole number of at least 1, got '0'"),
+        (["search", "codes", "--query=a", "--k=1.5"], "k: expected an integer of at least 1, got '1.5'"),
+        (["evaluate", "runs/x", "--threads=0"], "threads: expected an integer of at least 1, got '0'"),
         (["evaluate", "", "--data=digits"], "expected a path or a name, got an empty string"),
         (["search", "codes"], "expected also --query"),
         (["codes"], "expected also WEIGHTS, --data, --output"),
@@ -118,15 +122,15 @@ def test_options_that_are_wrong_end_a_command_without_keys(arguments, words, cap
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compare", "--method=dino"], "method: compare takes --methods"),
-        (["compare", "--seeds=a"], "seeds: expected whole numbers with commas between them, such as 0,1,2"),
+        (["compare", "--method=dino"], "method: compare trains several methods"),
+        (["compare", "--seeds=a"], "seeds: expected integers separated by commas, such as 0,1,2"),
         (["compare", "--seed"], "seed: expected one argument"),
-        (["profile", "--steps=0"], "steps: expected a whole number of at least 1, got '0'"),
+        (["profile", "--steps=0"], "steps: expected an integer of at least 1, got '0'"),
         (["data", "look", "--sheets=x"], "there is no option --sheets; did you mean --sheet?"),
         (["adapt", "--data=x"], "expected also --from"),
         (
             ["adapt", "--from=x", "--data=digits", "--init_from=y"],
-            "init_from: adapt begins with the backbone",
+            "init_from: adapt sets it to its weights",
         ),
         (["pretrain", "--jitter", "0.1"], "for example --jitter='[0.4, 0.4, 0.2, 0.1]'"),
         (["pretrain", "--quiet", "--verbose"], "not allowed with"),
@@ -193,13 +197,16 @@ def test_every_error_of_training_has_its_status(ends, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert ends(Interrupted(signal.SIGTERM), "--quiet") == cli.SAVED == 75
     text = capsys.readouterr().err
-    assert text == f"\nSIGTERM: saved in {tmp_path / 'run'}; the same command goes on from here\n"
+    assert text == f"\nSIGTERM: saved in {tmp_path / 'run'}; run the same command again to resume\n"
     assert ends(KeyboardInterrupt(), "--quiet") == 130
     assert capsys.readouterr().err == "\ninterrupted; nothing was saved\n"
     (tmp_path / "run" / "dino" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "dino" / "checkpoints" / "step-000000001.ckpt").touch()
     assert ends(KeyboardInterrupt(), "--quiet") == 130
-    assert "interrupted; the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert (
+        "interrupted; run the same command again to resume from the last checkpoint"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_is_not_expected_keeps_its_traceback(ends, monkeypatch, capsys):

@@ -239,11 +239,11 @@ def test_an_interrupted_comparison_goes_on(compared, tmp_path, monkeypatch, caps
     [
         (
             {"methods": "bits-reset,simdinno"},
-            "methods: there is none named 'simdinno'; did you mean simdino?",
+            "methods: there is no method 'simdinno'; did you mean simdino?",
         ),
-        ({"methods": "dino,dino"}, "methods: expected at least one and each once"),
-        ({"seeds": "1,1"}, "seeds: expected at least one and each once"),
-        ({"method": "dino"}, "method: compare takes --methods"),
+        ({"methods": "dino,dino"}, "methods: expected at least one, and each only once"),
+        ({"seeds": "1,1"}, "seeds: expected at least one, and each only once"),
+        ({"method": "dino"}, "method: compare trains several methods"),
         ({"agreement": "soft"}, "agreement: compare takes it from the method's name: bits-reset, bits-fixed"),
         ({"expa_type": 0}, "expa_type: compare takes it from the method's name"),
         ({"reset_every": 2}, "reset_every: expected fewer epochs than a run of bits-reset has, 1.2, got 2"),

@@ -71,7 +71,7 @@ def test_a_recipe_names_its_output(tmp_path):
     ("text", "words"),
     [
         ("epoch: 3\n", "mine.yaml: there is no key 'epoch'; did you mean epochs"),
-        ("epochs: many\n", "mine.yaml: epochs: expected a whole number, got many"),
+        ("epochs: many\n", "mine.yaml: epochs: expected an integer, got many"),
         ("", "empty"),
         ("[epochs, 3]", "expected keys and values"),
         ("epochs: [3\n", "is no YAML file"),
@@ -91,10 +91,10 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
         (["--recipe", "none.yaml"], "recipe: there is no file none.yaml"),
         (["--epoch", "3"], "did you mean --epochs"),
         (["--batchsize=3"], "did you mean --batch_size"),
-        (["--epochs", "many"], "epochs: expected a whole number, got many; for example --epochs=100"),
+        (["--epochs", "many"], "epochs: expected an integer, got many; for example --epochs=100"),
         (
             ["--max_steps", "many"],
-            "max_steps: expected a whole number or null, got many; .* --max_steps=1000",
+            "max_steps: expected an integer or null, got many; .* --max_steps=1000",
         ),
         (["--precision", "fp8"], "precision: expected one of bf16, fp32, got fp8"),
         (
@@ -146,7 +146,7 @@ def test_python_says_keys_as_the_command_line_does(tmp_path):
     ("keys", "words"),
     [
         ({"epoch": 3}, "there is no key 'epoch'; did you mean epochs?"),
-        ({"epochs": "many"}, "epochs: expected a whole number, got many; for example epochs: 100"),
+        ({"epochs": "many"}, "epochs: expected an integer, got many; for example epochs: 100"),
         ({"jitter": (1, 2)}, "jitter: expected 4 numbers, got [1, 2]"),
         ({"epochs": 0}, "epochs: expected at least 1, got 0"),
         ({"recipe": "digit"}, "did you mean digits?"),
@@ -165,7 +165,7 @@ def test_a_comparison_has_an_output_of_its_own(tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
     config = configure_comparison(data=tmp_path)  # a path from Python, for which the images choose
     assert (config.data, config.output) == (str(tmp_path), "runs/compare-small_images")
-    with pytest.raises(ValueError, match="method: compare takes --methods"):
+    with pytest.raises(ValueError, match="method: compare trains several methods"):
         configure_comparison("digits", method="dino")
 
 

@@ -395,7 +395,7 @@ def test_what_an_interruption_promises_is_there(tmp_path, capsys, monkeypatch, s
 
     monkeypatch.setattr("bincomm.pretraining.pretrain", interrupted)
     assert cli.main(["pretrain", *arguments(tmp_path / "run")]) == 130
-    words = "goes on from the last checkpoint" if saved else "nothing was saved"
+    words = "resume from the last checkpoint" if saved else "nothing was saved"
     assert words in capsys.readouterr().err
 
 

@@ -142,9 +142,7 @@ def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple
             raise ValueError(
                 f"data: expected only classes of {split[0]} in {split[1]}, got also {', '.join(unknown[:5])}"
             )
-        numbers = np.array(
-            [source.classes.index(name) for name in queries.classes]
-        )  # which may lack some of the classes
+        numbers = np.array([source.classes.index(name) for name in queries.classes])
         return source, replace(queries, labels=numbers[queries.labels], classes=source.classes), True
     counts: Counter[int] = Counter()
     gallery_indices: list[int] = []

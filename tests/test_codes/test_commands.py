@@ -154,7 +154,7 @@ def test_an_error_is_one_line(run, tmp_path, monkeypatch, capsys, command, optio
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options, words", [(["--classes=3"], "two names"), (["--bits=a"], "whole numbers")])
+@pytest.mark.parametrize("options, words", [(["--classes=3"], "two names"), (["--bits=a"], "integers")])
 def test_options_that_cannot_be_read(run, capsys, options, words):
     with pytest.raises(SystemExit):
         cli.main(["codes", str(run), "--data=digits", "--output=out", *options])

@@ -160,4 +160,4 @@ def test_bad_options_and_help(capsys):
         assert ended.value.code == 2
     assert cli.main(["data"]) == 2
     assert cli.main(["data", "--help"]) == 0
-    assert "contact sheet" in capsys.readouterr().out
+    assert "draw the crops" in capsys.readouterr().out
