@@ -52,11 +52,8 @@ def test_help_explains_every_key_and_what_is_the_commands_own(capsys):
     with pytest.raises(SystemExit):
         cli.main(["compare", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert (
     help_of_key = "reset the head to random weights every this many epochs; 0 = never; default 10"
     assert f"--reset_every RESET_EVERY {help_of_key}" in text
-        in text
-    )
     assert "--seeds N,N,..." in text
     assert "--method METHOD" not in text
     assert "<class" not in text
