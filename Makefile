@@ -26,7 +26,7 @@ pretrain: setup
 	$(BIN)/bincomm pretrain --recipe digits $(ARGS)
 
 # Threads that wait for one another do not spin: several tests run at a time.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --dist loadgroup
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 # In under a minute: what every change should pass before it is committed.
 check: lint types

@@ -41,18 +41,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Files of long tests, which are spread over the workers one by one; all other files stay together, so that
-# what their fixtures make is made once. Tests that share a run stay together, too.
+# Files of long tests, which several workers share; all other files stay together, so that what their fixtures
+# make is made once.
 SPREAD = {"test_distributed.py", "test_pretraining.py", "test_packaging.py"}
-SHARED_RUNS = {"alone", "finished"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Group the tests for `--dist loadgroup`."""
-    for item in items:
-        if item.path.name not in SPREAD or SHARED_RUNS & set(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(Path(__file__).parent).as_posix()))
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Hands out whole files, those with the most tests first, and at the end the long tests one by one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if Path(file).name in SPREAD else file
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
