@@ -25,8 +25,8 @@ $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 pretrain: setup
 	$(BIN)/bincomm pretrain --recipe digits $(ARGS)
 
-# Threads that wait for one another do not spin: several tests run at a time.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+# Several tests run at a time, so each has one thread; tests of operations take two, which do not spin while they wait.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 # In under a minute: what every change should pass before it is committed.
 check: lint types

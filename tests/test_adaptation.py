@@ -254,7 +254,7 @@ def test_a_directory_of_an_adaptation_from_elsewhere_is_refused(source, target, 
         ("empty folder", "holds no finished run (there is no backbone.safetensors)"),
         ("unfinished run", "holds no finished run (there is no backbone.safetensors)"),
         ("garbage file", "cannot be read as safetensors"),
-        ("unknown file", "does not say of which backbone it is; say --backbone"),
+        ("unknown file", "does not name its backbone; give its timm name as backbone"),
     ],
 )
 def test_a_wrong_source_takes_one_line(source, target, tmp_path, capsys, kind, words):

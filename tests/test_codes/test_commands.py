@@ -83,7 +83,7 @@ def test_searching_a_folder_that_is_not_finished_says_so(run, encoded, images, t
     rows = [f"{number}.png" for number in range(len(codes))], [None] * len(codes), codes
     write_part(tmp_path / part.path.name, *rows, {**part.metadata, "rows": 30})
     assert cli.main(["search", str(tmp_path), *options]) == 0
-    assert "note: 1 of 3 files are there" in "".join(capsys.readouterr())
+    assert "note: 1 of 3 files exist" in "".join(capsys.readouterr())
     assert cli.main(["search", str(encoded), *options]) == 0
     assert "note" not in "".join(capsys.readouterr())
     other = tmp_path / "moved"
@@ -118,7 +118,7 @@ def test_incomplete_data_and_an_interruption_are_reported(run, images, tmp_path,
 
     monkeypatch.setattr(encode_module, "write_part", interrupted)
     assert cli.main(["encode", str(run), f"--data={images}", f"--output={tmp_path}/other"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to write the files that are missing" in capsys.readouterr().err
 
 
 def test_a_page_about_the_code(run, images, tmp_path, capsys):

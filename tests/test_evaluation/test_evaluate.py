@@ -66,7 +66,7 @@ def test_a_run_whose_checkpoints_are_gone_has_a_backbone_alone(run, sources, tmp
     [
         ("nowhere", "weights: expected a run's directory, .* got 'nowhere'"),
         ("garbage.safetensors", "weights: .* cannot be read as safetensors"),
-        ("unknown.safetensors", "does not say of which backbone it is; say --backbone"),
+        ("unknown.safetensors", "does not name its backbone; give its timm name as backbone"),
         ("garbage.ckpt", "cannot be read as a checkpoint"),
         ("empty", "weights: .* holds no run whose config.yaml can be read"),
         ("gone.ckpt", "weights: expected a checkpoint, got .*gone.ckpt, which does not exist"),
@@ -393,7 +393,7 @@ def test_a_result_is_shown_though_what_follows_fails(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (["--davis=unlabeled", "--protocols=knn"], "protocols: they measure on --data, got none"),
+        (["--davis=unlabeled", "--protocols=knn"], "protocols: expected data to evaluate them on, got none"),
         (["--output=nowhere/result.json"], "output: expected a file in a folder that exists"),
         (["--output=unlabeled"], "output: expected a file in a folder that exists"),
         (["--protocols=knn, mpa"], "protocols: there is none named 'mpa'"),
