@@ -303,7 +303,7 @@ def search(
         if not os.path.exists(weights):
             raise ValueError(
                 f"weights: those of the codes in {folder} were {weights or 'not noted'}, which does not "
-                "exist; expected their present path"
+                "exist; give their present path (weights)"
             )
     model = load_pretrained(weights, torch.device("cpu"))
     (neighbors,) = nearest(model, folder, [query], k)

@@ -90,7 +90,7 @@ def test_searching_a_folder_that_is_not_finished_says_so(run, encoded, images, t
     other.mkdir()
     write_part(other / part.path.name, *rows, {**part.metadata, "weights": "runs/x"})
     assert cli.main(["search", str(other), *options]) == 2
-    assert "were runs/x, which is not there; expected --weights" in capsys.readouterr().err
+    assert "were runs/x, which does not exist; give their present path" in capsys.readouterr().err
     assert cli.main(["search", str(other), *options, f"--weights={run}"]) == 0
     for sheet in (tmp_path / "none" / "sheet.png", tmp_path):
         assert cli.main(["search", str(encoded), options[0], f"--sheet={sheet}"]) == 2
