@@ -30,10 +30,10 @@ PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 # In under a minute: what every change should pass before it is committed.
 check: lint types
-	$(PYTEST) -n 2 -q -m "not slow and not kernels and not gpu and not long" $(ARGS)
+	$(PYTEST) -n 2 --dist worksteal -q -m "not slow and not kernels and not gpu and not long" $(ARGS)
 
 test: setup
-	$(PYTEST) -n 3 -m "not long" $(ARGS)
+	$(PYTEST) -n 3 --dist loadfile -m "not long" $(ARGS)
 
 test-long: setup
 	$(PYTEST) -n 2 -m long --timeout 3600 $(ARGS)

@@ -50,7 +50,10 @@ SPREAD = {"test_distributed.py", "test_pretraining.py", "test_packaging.py"}
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
-    """Hands out whole files, those with the most tests first, and at the end the long tests one by one."""
+    """With `--dist loadfile`, hands out files, those with the most tests first, and at the end the long tests
+    one by one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
