@@ -148,15 +148,17 @@ def test_a_recipe_that_cannot_be_read_is_told_without_a_traceback(tmp_path, caps
     assert capsys.readouterr().err == "bincomm: error: [Errno 5] Input/output error\n"
 
 
-@pytest.mark.parametrize("name", ["compare", "search", "codes", "profile"])
+@pytest.mark.parametrize(
+    "name", ["compare", "search", "codes", "profile", "data look", "data verify", "data shard"]
+)
 def test_commands_for_one_process_refuse_several(name, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     statuses = []
     monkeypatch.setattr(os, "_exit", statuses.append)
-    assert cli.main([name]) == 2
+    assert cli.main(name.split()) == 2
     assert f"{name}: expected one process; start it without torchrun" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    assert cli.main([name]) == 2
+    assert cli.main(name.split()) == 2
     assert capsys.readouterr().err == ""  # it is told once
     assert statuses == [2, 2]
 

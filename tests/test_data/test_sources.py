@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from bincomm.data.digits import digits
-from bincomm.data.sources import evaluation_sources, open_source
+from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.distributed.ranks import ALONE
 from bincomm.engine.lock import open_run
 
@@ -169,3 +169,34 @@ def test_digits_are_written_once_and_completely(tmp_path, monkeypatch):
     first = os.stat(source.images.name(0)).st_mtime_ns
     digits()
     assert os.stat(source.images.name(0)).st_mtime_ns == first
+
+
+def test_images_are_selected_from_whatever_can_select_but_not_from_a_mix(tmp_path):
+    class Letters:
+        """Images of a class that the package does not know."""
+
+        def __init__(self, letters):
+            self.letters = letters
+
+        def __len__(self):
+            return len(self.letters)
+
+        def name(self, index):
+            return self.letters[index]
+
+        def names(self):
+            return iter(self.letters)
+
+        def read(self, index):
+            raise NotImplementedError
+
+        def select(self, indices):
+            return Letters([self.letters[index] for index in indices])
+
+    assert list(Source(Letters("abcd")).select([2, 0]).images.names()) == ["c", "a"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    mix = open_source({str(tmp_path / "a"): 1, str(tmp_path / "b"): 1})
+    with pytest.raises(TypeError, match="source: expected images of one source, got a mix"):
+        mix.select([0])
