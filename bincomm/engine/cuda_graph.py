@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from bincomm.engine.accumulation import AccumulatedStep
-from bincomm.engine.guard import Guard
 from bincomm.engine.step import Step, StepOutput
 
 
@@ -47,11 +46,6 @@ class CapturedStep:
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.output, self.skip = step.gradient(global_copy, local_copy)
         step.guard.counts.copy_(counts)
-
-    @property
-    def guard(self) -> Guard:
-        """The guard of the step."""
-        return self.step.guard
 
     def __call__(
         self,

@@ -17,7 +17,7 @@ class UnusableImages:
     Args:
         loader: of this rank.
         run: the run's directory, in which rank 0 keeps the list of all that it knows: those of all ranks as
-            of that checkpoint, and its own since.
+            of the checkpoint that was resumed, and its own since.
     """
 
     def __init__(self, loader: Loader, run: Path, ranks: Ranks):
