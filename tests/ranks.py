@@ -4,12 +4,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import forked  # noqa: F401  # which chooses what is imported before a process is forked
 import torch
 
 
 def run_on_ranks(function: Callable, world: int, folder: Path) -> None:
     """Call `function(rank, world, folder)` on `world` processes joined by gloo; an error there shows here."""
-    torch.multiprocessing.spawn(_on_rank, (function, world, str(folder)), nprocs=world)
+    arguments = function, world, str(folder)
+    torch.multiprocessing.start_processes(_on_rank, arguments, nprocs=world, start_method="forkserver")
 
 
 def _on_rank(rank: int, function: Callable, world: int, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Whole runs on two processes joined by gloo, as torchrun starts them."""
+"""Whole runs on two processes joined by gloo, started by torchrun or without a launcher."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import COMMAND, ForkedProcess
 
 from bincomm import cli
 from bincomm.configuration import configure
@@ -54,11 +55,11 @@ def launch(output, *launcher, **options):
     return subprocess.Popen(command, env=environment(), start_new_session=True, **PIPES)
 
 
-def start_ranks(number, command):
+def start_ranks(number, program, words=()):
     """Processes that have the variables of a launcher, which looks after them no more."""
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number)}
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **meeting} for rank in range(number)]
-    return [subprocess.Popen([sys.executable, *command], env=environment(place), **PIPES) for place in places]
+    return [ForkedProcess(program, words, environment(place)) for place in places]
 
 
 def environment(more=()):
@@ -77,10 +78,14 @@ def kill(processes):
         process.communicate()
 
 
-def finish(process):
-    text = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, text
-    return text
+def train_on_two(output, **options):
+    """Exit statuses of two ranks, and all that they print."""
+    processes = start_ranks(2, COMMAND, ["pretrain", *arguments(output, **options)])
+    try:
+        text = "".join(process.communicate(timeout=240)[0] for process in processes)
+    finally:
+        kill(processes)
+    return [process.returncode for process in processes], text
 
 
 def curve(run):
@@ -109,7 +114,8 @@ def alone(tmp_path_factory):
 )
 def test_a_batch_shared_by_two_ranks_is_the_same_batch(alone, tmp_path, options):
     """1 × 32 and 2 × 16 images: the same curve, also with parameters split and activations computed anew."""
-    text = finish(launch(tmp_path / "run", **options))
+    statuses, text = train_on_two(tmp_path / "run", **options)
+    assert statuses == [0, 0], text
     assert "on 2 ranks (cpu)" in text
     assert ("torch.compile: both networks" in text) == ("compile" in options)
     assert text.count("step 20/20") == 1  # one rank logs
@@ -171,9 +177,9 @@ def test_a_rank_that_is_killed_ends_the_job_which_goes_on_later(alone, tmp_path)
 )
 def test_without_torchrun_the_ranks_watch_each_other(tmp_path, frozen, reason):
     """As under a launcher that starts processes and does not look after them; rank 0 holds the store."""
-    program = f"{IMPATIENT}\nimport sys; from bincomm.cli import main; sys.exit(main())"
-    command = ["-c", program, "pretrain", *arguments(tmp_path / "run", max_steps=4000)]
-    processes = start_ranks(2, command)
+    processes = start_ranks(
+        2, f"{IMPATIENT}\n{COMMAND}", ["pretrain", *arguments(tmp_path / "run", max_steps=4000)]
+    )
     try:
         for line in processes[0].stdout:
             if line.startswith("step 10/"):
@@ -203,7 +209,7 @@ def together(ranks, steps=1000):
 
 def run_ranks(number, body, before=""):
     """Statuses and texts of processes without torchrun that share a body of `with join_ranks(...)`."""
-    processes = start_ranks(number, ["-c", with_ranks(body, before)])
+    processes = start_ranks(number, with_ranks(body, before))
     try:
         texts = [process.communicate(timeout=60)[0] for process in processes]
     finally:
@@ -235,8 +241,8 @@ def test_a_rank_that_leaves_in_order_harms_none(late):
 
 def test_what_follows_leaving_is_the_business_of_one_rank(tmp_path):
     """Ranks after the first end at once, and rank 0 goes on for longer than it would be given up."""
-    body = "together(ranks, 5); ranks.leave(); time.sleep(8 * (ranks.rank == 0)); print('ended')"
-    processes = start_ranks(2, ["-u", "-c", with_ranks(body)])
+    body = "together(ranks, 5); ranks.leave(); time.sleep(8 * (ranks.rank == 0)); print('ended', flush=True)"
+    processes = start_ranks(2, with_ranks(body))
     try:
         assert processes[1].wait(timeout=60) == 0
         assert processes[0].poll() is None
@@ -290,7 +296,7 @@ if os.environ["RANK"] == "{absent}":
 
 def test_a_job_that_is_suspended_goes_on():
     """Stopped for longer than a rank may be silent, and continued one after the other."""
-    processes = start_ranks(2, ["-c", with_ranks("together(ranks, 100)")])
+    processes = start_ranks(2, with_ranks("together(ranks, 100)"))
     try:
         for process in processes:
             assert any(line == "joined\n" for line in process.stdout)
@@ -369,16 +375,14 @@ def test_two_machines_begin_again_at_once(tmp_path, killed):
 
 
 def test_an_error_of_the_first_rank_is_told_once(tmp_path):
-    process = launch(tmp_path / "run", resume="must")
-    text = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
+    statuses, text = train_on_two(tmp_path / "run", resume="must")
+    assert statuses == [2, 1]  # rank 1 ends because rank 0 did
     assert text.count("resume: expected a run in") == 1
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(tmp_path):
-    process = launch(tmp_path / "run", batch_size=33)
-    text = process.communicate(timeout=120)[0]
-    assert process.returncode != 0
+    statuses, text = train_on_two(tmp_path / "run", batch_size=33)
+    assert statuses == [2, 1]
     assert "batch_size: expected a multiple of 2 (2 ranks × accumulate 1), got 33" in text
 
 

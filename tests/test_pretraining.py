@@ -6,8 +6,6 @@ import math
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from forked import COMMAND, ForkedProcess
 from PIL import Image
 
 from bincomm import cli
@@ -70,8 +69,7 @@ def configuration(output, **options):
 
 
 def start(output, **options):
-    command = [sys.executable, "-m", "bincomm.cli", "pretrain", *arguments(output, **options)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return ForkedProcess(COMMAND, ["pretrain", *arguments(output, **options)], os.environ)
 
 
 @pytest.fixture(scope="module")
