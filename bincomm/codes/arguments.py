@@ -1,6 +1,6 @@
 """Signs and labels, as the measures of a code take them: a row for each image, checked.
 
-Signs are (n, K), bool or numbers of which those above 0 are ones; labels are (n,) whole numbers.
+Signs are (n, K), bool or numbers of which those above 0 are ones; labels are (n,) integers.
 """
 
 import torch
@@ -22,11 +22,11 @@ def as_labels(labels: Tensor, n: int, *, unknown: bool = False) -> Tensor:
     """Labels (n,) as int64; those below 0 are allowed only if they may be `unknown`.
 
     Raises:
-        ValueError: there is not one whole number for each image, or one is below 0.
+        ValueError: there is not one integer for each image, or one is below 0.
     """
     if labels.shape != (n,) or labels.is_floating_point():
         raise ValueError(
-            f"labels: expected {n} whole numbers, one an image, got {labels.dtype} {tuple(labels.shape)}"
+            f"labels: expected {n} integers, one per image, got {labels.dtype} {tuple(labels.shape)}"
         )
     if not unknown and int(labels.min()) < 0:
         raise ValueError(f"labels: expected class indices from 0 on, got {int(labels.min())}")

@@ -26,7 +26,7 @@ from bincomm.logs import progress_bar
 from bincomm.ops.messages import pack_signs
 
 FORMAT = 1  # of the files
-METADATA = "encode.json"  # the weights and images of the codes, and how the images are shown to the network
+METADATA = "encode.json"  # the weights and images of the codes, and the preprocessing of the images
 POLL_SECONDS = 0.2  # between two checks for the parts of other ranks
 READ_ERRORS = set(map(os.strerror, errno.errorcode))  # reasons for which an image may be readable later
 
@@ -142,7 +142,7 @@ class ImageRange:
 
 @torch.no_grad()
 def _metadata(model: Pretrained, source: Source, features: bool, rows: int) -> dict[str, Any]:
-    """All on which codes depend."""
+    """Everything that the codes depend on."""
     config, width = model.config, None
     if features:
         side = config.global_size
@@ -189,7 +189,7 @@ def _write_or_compare_metadata(folder: Path, metadata: dict[str, Any]) -> dict[s
 
 
 def _can_be_completed(part: Part, images: ImageRange) -> bool:
-    """Whether a file lacks an image that could not be read then, and now can be."""
+    """Whether a file lacks an image that could not be read at that time and can be read now."""
     unread = {name for name, why in part.unusable if why in READ_ERRORS}
     for number in range(len(images)) if unread else ():
         if images.name(number) in unread:

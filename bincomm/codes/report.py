@@ -35,7 +35,7 @@ from bincomm.files import write_json, write_text
 from bincomm.ops.hamming import hamming_distance
 from bincomm.ops.messages import pack_signs
 
-CHOSEN = 6  # bits shown with images where none are named
+CHOSEN = 6  # number of bits shown with images if none are named
 MAPPED = 2000  # images on the map at most
 MIN_MAPPED = 10
 NEIGHBORS = 10

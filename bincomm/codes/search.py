@@ -96,7 +96,7 @@ def nearest(
     that the rounding in a batch of another size, or on another device, decides them.
 
     Args:
-        model: the one that the folder was encoded with. The queries are shown to it as those images were.
+        model: the one that the folder was encoded with. The queries are preprocessed as those images were.
         queries: files of images.
         k: at least 1.
 
@@ -106,7 +106,7 @@ def nearest(
     """
     from bincomm.evaluation.features import forward_batches  # which needs timm and DALI; `search` does not
 
-    parts = open_parts(folder)  # once: what is encoded meanwhile would number the rows anew
+    parts = open_parts(folder)  # only once, because files encoded meanwhile would renumber the rows
     metadata = parts[0].metadata
     if model.head is None:
         raise ValueError(

@@ -3,7 +3,7 @@
 A row is an image: its `path` (string), its `label` (string, null where the data has none), its `code` and
 optionally the backbone's `features` (D numbers, fp32: as the network gave them, in a type all readers have).
 The code of K bits is ⌈K/8⌉ bytes: bit j is bit j % 8 of byte j // 8, unused bits are 0. That is the message
-of `pack_signs`, whose bit j of word w is bit 32w + j, low bytes of the words first, cut to whole bytes.
+of `pack_signs`, whose bit j of word w is bit 32w + j, low bytes of the words first, cut to ⌈K/8⌉ bytes.
 The schema of a file has two keys, both JSON: `bincomm` describes the codes as encode.json does, and
 `bincomm.unusable` lists the images of the file's range that have no row, and why. Whatever reads Parquet
 reads FOLDER/part-*.parquet; in a name that is not UTF-8 the odd bytes are written as \\udcXX.

@@ -1,4 +1,4 @@
-"""Where bincomm keeps what it makes only once: digits, listings, indices, downloaded data sets."""
+"""The folder of files that bincomm creates only once: digits, listings, indices, downloaded data sets."""
 
 import os
 from pathlib import Path

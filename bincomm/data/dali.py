@@ -1,4 +1,4 @@
-"""What all DALI graphs share: decoding, resizing, normalizing, running, and finding the images that fail."""
+"""Functions that all DALI graphs share: decoding, resizing, normalizing, running, and finding bad images."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +18,12 @@ try:
 except ImportError as error:
     raise ImportError("the data pipeline needs NVIDIA DALI: pip install 'bincomm[train]'") from error
 
-# What DALI is fed with for a batch: encoded images, and for each the numbers that its graph goes by.
+# Returns the input of DALI for a batch: encoded images, and for each the numbers that its graph needs.
 Feed = Callable[[], tuple[list[np.ndarray], list[np.ndarray]]]
 
 
 def decode(encoded: Any, gpu: bool) -> Any:
-    """RGB images; they are not turned by EXIF, as torchvision does not turn them."""
+    """RGB images; like torchvision, it does not rotate them by their EXIF orientation."""
     device = "mixed" if gpu else "cpu"
     return fn.decoders.image(encoded, device=device, output_type=DALIImageType.RGB, adjust_orientation=False)
 
@@ -44,7 +44,7 @@ def normalize(images: Any, crops: Crops, **arguments: Any) -> Any:
 def decoding_pipeline(
     feed: Callable[[], list[np.ndarray]], *, batch_size: int, threads: int, device_id: int | None
 ) -> Pipeline:
-    """The graph from encoded images to the shapes (n, 3) of what they decode to: it shows whether they do."""
+    """The graph from encoded images to the shapes (n, 3) of the decoded ones; it shows if they decode."""
 
     @pipeline_def
     def graph() -> Any:
@@ -54,14 +54,14 @@ def decoding_pipeline(
 
 
 def device_number(device: torch.device) -> int | None:
-    """The number by which DALI knows a device; None is the CPU."""
+    """DALI's number of a device; None is the CPU."""
     if device.type == "cpu":
         return None
     return torch.cuda.current_device() if device.index is None else device.index
 
 
 def run_pipeline(pipeline: Pipeline, device: torch.device) -> list[Tensor]:
-    """DALI's next outputs as tensors, without a copy: DALI reuses their memory only when they are gone."""
+    """DALI's next outputs as tensors, without a copy: DALI reuses their memory only after they are freed."""
     if device.type == "cuda":  # the outputs are then ordered with the work on this stream
         outputs = pipeline.run(torch.cuda.current_stream(device).cuda_stream)
     else:
@@ -73,7 +73,7 @@ def find_undecodable(
     encoded: Sequence[np.ndarray], device: torch.device, readers: ThreadPoolExecutor
 ) -> dict[int, str]:
     """Indices of the encoded images that DALI cannot decode on a device, and why."""
-    # Pillow is asked first: it is quick, and its messages say what is wrong. DALI decides.
+    # Pillow comes first, because it is fast and its messages say what is wrong. DALI decides.
     reasons = dict(enumerate(readers.map(decoding_error, encoded)))
     suspects = [index for index, reason in reasons.items() if reason]
     refused = _refused(suspects, encoded, device) or _refused(reasons, encoded, device)
@@ -81,7 +81,7 @@ def find_undecodable(
 
 
 def _refused(indices: Iterable[int], encoded: Sequence[np.ndarray], device: torch.device) -> list[int]:
-    """Those of some images that DALI refuses when it is given one at a time."""
+    """Indices of the images that DALI cannot decode, given one at a time."""
     batch: list[np.ndarray] = []
     refused, pipeline = [], None
     for index in indices:
@@ -93,5 +93,5 @@ def _refused(indices: Iterable[int], encoded: Sequence[np.ndarray], device: torc
             pipeline.run()
         except RuntimeError:
             refused.append(index)
-            pipeline = None  # DALI cannot go on after an error
+            pipeline = None  # DALI cannot continue after an error
     return refused

@@ -25,7 +25,7 @@ def digits() -> Path:
     scans, labels = load_digits(return_X_y=True)
     _, test = train_test_split(range(len(scans)), test_size=0.2, stratify=labels, random_state=0)
     test = set(test)
-    # Written beside it and put in place by one rename: a second process sees all of it or nothing.
+    # Written beside it and renamed at the end, so that other processes see a complete folder or none.
     unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=".digits."))
     try:
         for index, (scan, label) in enumerate(zip(scans, labels, strict=True)):

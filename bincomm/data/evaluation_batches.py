@@ -1,4 +1,4 @@
-"""All usable images of a source once, in order: center crops for evaluation, or any other pipeline."""
+"""All usable images of a source once, in order: as center crops for evaluation, or by any other pipeline."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from bincomm.data.dali import (
 from bincomm.data.images import UnusableImageError, load
 from bincomm.data.sources import Source
 
-LONGEST = 64  # times its width that an image's height may be, or the reverse, before its ends are cut off
+LONGEST = 64  # ratio of an image's sides above which the ends of the longer side are cut off
 
 
 def eval_batches(
@@ -68,8 +68,8 @@ def usable_batches(
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """All images of a source, in order, through a pipeline: the indices of a batch's images, and its outputs.
 
-    `build` makes the pipeline from a function that returns encoded images and their `center_regions`. Images
-    that cannot be used are left out, and `report` is called with the index of each and the reason.
+    `build` creates the pipeline from a function that returns encoded images and their `center_regions`.
+    Images that cannot be used are left out, and `report` is called with the index of each and the reason.
     """
     batch: tuple[list[np.ndarray], list[np.ndarray]] = [], []
     pipeline = None
@@ -96,7 +96,7 @@ def usable_batches(
                 try:
                     outputs = run_pipeline(pipeline, device)
                 except RuntimeError as error:
-                    pipeline = None  # DALI cannot go on after an error
+                    pipeline = None  # DALI cannot continue after an error
                     undecodable = find_undecodable(encoded, device, readers)
                     if not undecodable:
                         raise error
@@ -110,10 +110,10 @@ def usable_batches(
 
 
 def center_regions(sizes: np.ndarray) -> np.ndarray:
-    """The part of each image that can be in a center crop, (n, 4) fp32: its upper left corner and its lower
-    right one, (y, x) each, as shares of the sides.
+    """The part of each image that can be in a center crop, (n, 4) fp32: its upper left and its lower right
+    corner, (y, x) each, as shares of the sides.
 
-    That is all of an image, except for one `LONGEST` times as long as wide: resized, it would not fit into
+    That is the complete image, unless its sides have a ratio above `LONGEST`: resized, it would not fit into
     memory.
 
     Args:

@@ -1,4 +1,4 @@
-"""Lists of image files: those below a folder, from a cache where its folders have not changed."""
+"""Lists of image files: those below a folder, from a cache for folders that have not changed."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ RECENT = 2_000_000_000  # ns; a folder changed since then may change again witho
 
 
 class Files:
-    """Image files, in a compact form: a million take some 40 MB."""
+    """Image files in a compact form: a million take about 40 MB."""
 
     def __init__(self, paths: Iterable[str]) -> None:
         folders: dict[str, int] = {}
@@ -47,7 +47,7 @@ class Files:
         return map(self.name, range(len(self)))
 
     def read(self, index: int) -> np.ndarray:
-        """The encoded image (bytes,) uint8; OSError where it cannot be read."""
+        """The encoded image, (bytes,) uint8; OSError if it cannot be read."""
         return read_file(self.name(index))
 
     def select(self, indices: Sequence[int]) -> "Files":
@@ -149,7 +149,7 @@ def _load(path: Path) -> dict[str, list[Any]]:
 
 
 def _save(path: Path, listing: dict[str, list[Any]]) -> None:
-    """Keep a listing; where that is not possible the next start reads all folders again."""
+    """Write a listing into the cache; if that fails the next start reads all folders again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(listing))

@@ -19,8 +19,8 @@ from bincomm.data.multicrop import DRAWS, draw_crops, training_pipeline
 from bincomm.data.order import SUBSTITUTES, Order
 from bincomm.data.sources import Mix, Source
 
-NAMED = 5  # unusable images that an error names
-READ_AHEAD = 2  # batches read and examined before DALI asks for them
+NAMED = 5  # number of unusable images that an error names
+READ_AHEAD = 2  # number of batches read and examined before DALI needs them
 
 
 class TooManyUnusableError(RuntimeError):
@@ -28,7 +28,7 @@ class TooManyUnusableError(RuntimeError):
 
 
 class Batch(NamedTuple):
-    """What DALI is fed with for a batch, its step, and the images it consists of."""
+    """The input of DALI for a batch, its step, and the images it consists of."""
 
     step: int
     images: list[int]  # indices in the source
@@ -40,24 +40,24 @@ class Loader:
     """Endless batches of augmented crops, each epoch in a new order.
 
     The images of an epoch are a function of (seed, epoch), the crops of an image one of (seed, epoch, its
-    slot in the epoch): the state is the number of batches handed out, and a loader that takes it up goes on
-    exactly as the first would have. Neither threads nor ranks play a part: with several ranks, batch b of all
-    of them together is batch b of one process with as large a batch.
+    slot in the epoch). The state is the number of batches handed out, and a loader that loads it continues
+    exactly as the first would have. Threads and ranks change nothing: with several ranks, batch b of all of
+    them together is batch b of one process with a batch of that size.
 
-    An image that cannot be read or decoded costs no batch: another image of its source, which (seed, epoch,
-    slot) determine, takes its slot. It is then left out for good, and `unusable` has its name and the reason.
+    The slot of an image that cannot be read or decoded is given to another image of its source, which (seed,
+    epoch, slot) determine. The image is not tried again, and `unusable` has its name and the reason.
 
     Args:
         source: images.
         crops: the recipe.
-        batch_size: n, images a batch on this rank; what is left at an epoch's end that does not fill a batch
-            on every rank is left out.
+        batch_size: n, images per batch on this rank; images at an epoch's end that do not fill a batch on
+            every rank are left out.
         seed: determines everything random.
-        device: where the batches lie; images are decoded and augmented there as well.
-        threads: CPU threads of the pipeline, and as many that read files.
-        max_unusable: share of the source's images that may be unusable, as far as this rank knows.
-        dtype: of the batches, float32, float16 or bfloat16.
-        channels_last: lay the crops out in memory with the channels last.
+        device: device of the batches; images are decoded and augmented there, too.
+        threads: number of CPU threads of the pipeline, and of those that read files.
+        max_unusable: share of the source's images that may be unusable; each rank counts those it knows of.
+        dtype: dtype of the batches, float32, float16 or bfloat16.
+        channels_last: store the crops in memory with the channels last.
         rank, world: this process among those that share the epochs.
 
     Raises:
@@ -131,7 +131,7 @@ class Loader:
                 self._reset()
                 raise
             except RuntimeError as error:
-                # DALI cannot go on after an error. The batches it was fed with are examined, image by image.
+                # DALI cannot continue after an error. The images that it was given are examined one by one.
                 batches = list(self._fed)
                 self._reset()
                 if not self._reject_undecodable(batches):
@@ -144,20 +144,20 @@ class Loader:
                 if step == self.step
             ]
         self.step += 1
-        while self._fed and self._fed[0].step < self.step:  # DALI has made all of it
+        while self._fed and self._fed[0].step < self.step:  # DALI has finished it
             self._fed.popleft()
-        if self.dtype == torch.bfloat16:  # which DALI does not have
+        if self.dtype == torch.bfloat16:  # a dtype that DALI lacks
             groups = [group.to(torch.bfloat16) for group in groups]
         if self.channels_last:
             groups = [group.movedim(-1, 2) for group in groups]
         return groups[0], groups[1] if len(groups) > 1 else None
 
     def all_unusable(self) -> list[tuple[str, str]]:
-        """(name, reason) of all unusable images so far, also of those in batches that are being made."""
+        """(name, reason) of all unusable images so far, including those of batches in preparation."""
         return [(self.images.name(image), reason) for _, image, reason in self._sorted_rejections()]
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's state; `merge_states` makes one of those of all ranks. JSON can hold it."""
+        """This rank's state, which can be written as JSON; `merge_states` merges those of all ranks."""
         return {
             "step": self.step,
             "global_batch": self.global_batch,
@@ -169,11 +169,11 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from another loader's state; `changed` then says whether it had other images.
+        """Continue from another loader's state; `changed` then says whether it had other images.
 
         Raises:
-            ValueError: the batches of all ranks together were of another size, and the state is not that of
-                an epoch's end.
+            ValueError: the batches of all ranks together had another size, and the state is not that of an
+                epoch's end.
         """
         epoch, inside = divmod(state["step"], state["images"] // state["global_batch"])
         if state["global_batch"] == self.global_batch:
@@ -195,7 +195,7 @@ class Loader:
         self._reset()
 
     def _reset(self) -> None:
-        """Drop the pipeline and what was prepared for it; the next batch is `step` all the same."""
+        """Drop the pipeline and the batches prepared for it; the next batch is still that of `step`."""
         self._pipeline = None  # first, because it reads the images of the batches it was fed with
         self._prepared.clear()
         self._fed.clear()
@@ -231,7 +231,7 @@ class Loader:
         first = position * self.global_batch + self.rank * self.batch_size
         slots = np.arange(first, first + self.batch_size)
         images = self.order.epoch(epoch)[slots].tolist()
-        # In a few large portions: handing single images to threads would cost as much as examining them.
+        # In a few large portions, because handing over single images would take as long as examining them.
         size = -(-len(slots) // (2 * self.threads))
         portions = [range(start, min(start + size, len(slots))) for start in range(0, len(slots), size)]
 
@@ -298,12 +298,12 @@ class Loader:
 
     def _sorted_rejections(self) -> list[tuple[int, int, str]]:
         """(step, image, reason) of all unusable images so far, in this order."""
-        # A list first: the threads that read ahead may add to it meanwhile.
+        # A list first, because the threads that read ahead may add to the dict meanwhile.
         return sorted((step, image, reason) for image, (step, reason) in list(self._rejected.items()))
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks' loaders as one, for any of them: it knows the unusable images of all."""
+    """The states of all ranks' loaders as one, which each can load: it has the unusable images of all."""
     first: dict[int, list] = {}
     for image, step, reason in itertools.chain.from_iterable(state["unusable"] for state in states):
         if image not in first or step < first[image][1]:

@@ -17,14 +17,14 @@ from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.files import write_text
 
 FORMAT = f"4 {EXTENSIONS}"  # of an index; one of another format is ignored
-PARALLEL = 4  # shards without an index from which on several processes are worth their start
+PARALLEL = 4  # number of shards without an index from which starting several processes pays off
 MAX_PADDING = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
-MAX_LINKS = 40  # that are followed one after another
+MAX_LINKS = 40  # length of a chain of links that is followed
 Span = tuple[int, int]  # offset and size in a shard, bytes
 
 
 class Shards:
-    """Images in tar files, each known by its shard, its offset and its size, to be read as `Files` are."""
+    """Images in tar files as `Images`, each given by its shard, its offset and its size."""
 
     def __init__(
         self, shards: list[str], shard: np.ndarray, offset: np.ndarray, size: np.ndarray, members: list[str]
@@ -44,7 +44,7 @@ class Shards:
         return (self.name(index) for index in range(len(self)))
 
     def read(self, index: int) -> np.ndarray:
-        """The encoded image (bytes,) uint8; OSError where it cannot be read."""
+        """The encoded image, (bytes,) uint8; OSError if it cannot be read."""
         # Opened for every image: a shard that was removed is noticed, and no limit on open files is reached.
         size = int(self.size[index])
         data = read_file(self.shards[self.shard[index]], int(self.offset[index]), size)
@@ -75,7 +75,7 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
     """The images of tar files, in order; for each the word in its sample's .cls file, "" without one; and
     notes on what could not be read of damaged shards.
 
-    Indices are made on first use, by several processes where there are many shards, and kept in the cache.
+    Indices are built on first use, by several processes if there are many shards, and stored in the cache.
 
     Raises:
         ValueError: a shard does not exist, cannot be read or is no tar file; there is no image in any.
@@ -102,14 +102,14 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
 
 
 def _index_path(path: str) -> Path:
-    """Where a shard's index is kept: another path for another file, or another state of the same."""
+    """The path of a shard's index, which is different for each file and for each state of it."""
     status = os.stat(path)
     key = f"{FORMAT} {path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     return cache_folder() / "indices" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.tsv"
 
 
 def _index_in_parallel(paths: list[str]) -> None:
-    """Make the indices of many shards in other processes; what they leave undone is done later."""
+    """Build the indices of many shards in other processes; those that fail are built later."""
     # Not by multiprocessing, whose children begin with the caller's program or with this process's threads.
     workers = min(len(paths), len(os.sched_getaffinity(0)))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -126,7 +126,7 @@ def _index_in_parallel(paths: list[str]) -> None:
 
 
 def _index(path: str) -> tuple[str, list[list[str]]]:
-    """A note on a shard's damage, and offset, size, class and name of each of its images; kept once made."""
+    """A note on a shard's damage, and offset, size, class and name of each of its images, from its index."""
     index = _index_path(path)
     try:
         first, *lines = os.fsdecode(index.read_bytes()).split("\n")[:-1]
@@ -143,12 +143,12 @@ def _index(path: str) -> tuple[str, list[list[str]]]:
         index.parent.mkdir(parents=True, exist_ok=True)
         write_text(index, "".join("\t".join(row) + "\n" for row in [[str(len(rows)), note], *rows]))
     except OSError:
-        pass  # made again next time
+        pass  # it is built again the next time
     return note, rows
 
 
 def _read_tar(path: str) -> tuple[str, list[list[str]]]:
-    """What `_index` returns, from the shard itself."""
+    """The result of `_index`, read from the shard itself."""
     contents = Contents([], {}, {}, {})
     note = ""
     try:
@@ -197,7 +197,7 @@ class Contents(NamedTuple):
     classes: dict[str, str]
 
     def follow(self, name: str) -> str:
-        """The name that links lead to; of a circle any."""
+        """The name at the end of a chain of links; any name of a circle."""
         for _ in range(MAX_LINKS):
             if name not in self.links:
                 break
@@ -210,7 +210,7 @@ def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, contents: Contents) -> N
     name = os.path.normpath(member.name)
     folder, base = os.path.split(name)
     if member.isreg():
-        # A sparse member is stored in pieces, which are no image.
+        # A sparse member is stored in pieces, and cannot be an image.
         contents.spans[name] = (member.offset_data, 0 if member.issparse() else member.size)
         contents.links.pop(name, None)
     elif member.islnk():

@@ -37,7 +37,7 @@ def augmented_probe(
 
     Otherwise as `linear_probe` (SGD with momentum 0.9, no weight decay, cosine to 0, the learning rate
     swept), but for one thing: the classifier is the one that chose its learning rate, trained on nine tenths
-    of the gallery, because training it anew would take another pass over all crops. An image gives two crops
+    of the gallery, because training it again would take another pass over all crops. An image gives two crops
     at a time.
 
     Args:

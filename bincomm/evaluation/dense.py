@@ -108,17 +108,17 @@ def evaluate_segmentation(
     254 at every pixel or 255, which counts neither in training nor in the figure.
 
     Args:
-        model: what was pretrained; its mean and deviation are those of the images' colors.
+        model: a pretrained network; its mean and std normalize the images' colors.
         folder: the images and masks.
-        size: the shorter side in pixels to which images are resized (bicubic), their shape kept up to the
-            backbone's stride. Masks are not resized: the figure counts their own pixels.
-        memory: patches of training images that are kept, drawn with a fixed seed, from every image alike. A
-            patch takes 20·D + 2040 bytes on the model's device at most.
+        size: the shorter side in pixels to which images are resized (bicubic), in proportion but to multiples
+            of the backbone's stride. Masks are not resized: the figure counts their own pixels.
+        memory: number of patches of training images to store, drawn with a fixed seed, as many from each
+            image. A patch takes at most 20·D + 2040 bytes on the model's device.
 
     Returns:
         "knn" and "linear", each {"miou", "iou": {class: IoU}} from 0 to 1, see `mean_iou`; the latter with
-        its "learning_rate"; and the numbers "train_images", "val_images", "patches" (kept), "classes" (of
-        these).
+        its "learning_rate"; and the numbers "train_images", "val_images", "patches" (stored) and "classes"
+        (of these).
 
     Raises:
         ValueError: no images; masks that are missing, unreadable, of another size or with no class; fewer

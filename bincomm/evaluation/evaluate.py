@@ -1,4 +1,4 @@
-"""What a pretrained network is worth on labeled images: every protocol, and one schema for its result."""
+"""Evaluation of a pretrained network on labeled images: all protocols, and one schema for their results."""
 
 import logging
 import time
@@ -44,13 +44,13 @@ def evaluate(
     """Evaluate a network on labeled images, one center crop each.
 
     Args:
-        model: what was pretrained.
+        model: a pretrained network.
         gallery, queries: labeled sources.
-        protocols: of `PROTOCOLS`; None: all of them, without those of codes where the model has no head.
-        ranks: each computes the features of a share of the images; all call, rank 0 evaluates, and the others
-            get {}.
-        cache: take features from bincomm's cache where they are there, and keep them there.
-        report_unusable: of "gallery" and "queries", those of which images that cannot be used are logged.
+        protocols: names in `PROTOCOLS`; None: all, or without a head all but those of codes.
+        ranks: all call, and each computes the features of a share of the images; rank 0 evaluates, and the
+            others get {}.
+        cache: read features from bincomm's cache, and write new ones there.
+        report_unusable: "gallery", "queries" or both: those whose unusable images are logged.
 
     Returns:
         "gallery_images", "query_images" (those that can be used) and "classes": numbers; "preprocessing":
@@ -58,7 +58,7 @@ def evaluate(
         from 0 to 1 and entropies in bits:
 
         - "knn" by cosine and "knn_codes" by Hamming distance: accuracy by k, {"10", "20", "100", "200"}; the
-          number of the gallery's images stands for every k above it;
+          number of the gallery's images stands for every k above it, see `figure`;
         - "linear", the probe on features, and "augmented" on random crops: {"accuracy", "learning_rate"};
         - "map" and "map_codes": mAP@ALL;
         - "lookup": {"precision", "answered"} within Hamming radius 2;
@@ -91,7 +91,7 @@ def evaluate(
     for name, source in sources.items():
         if len(values[name]["indices"]) == 0:
             raise NoUsableImagesError(f"{name}: none of the {len(source.images)} images can be used")
-    # Their order is that of the sources, and features and codes are on the CPU.
+    # In the order of the sources; features and codes are on the CPU.
     labels = [torch.from_numpy(source.labels)[values[name]["indices"]] for name, source in sources.items()]
     result["gallery_images"], result["query_images"] = map(len, labels)
     result["classes"] = len(torch.cat(labels).unique())
@@ -136,10 +136,10 @@ def evaluate(
 
 
 def check_protocols(model: Pretrained, protocols: Sequence[str] | None) -> list[str]:
-    """The given protocols, or all that the model allows where that is None.
+    """The given protocols; None: all that the model allows.
 
     Raises:
-        ValueError: there is none of a name, or it needs a head.
+        ValueError: an unknown protocol, or one that needs a head.
     """
     if protocols is None:
         return [name for name in PROTOCOLS if model.head is not None or name not in CODE_PROTOCOLS]
@@ -155,8 +155,11 @@ def check_protocols(model: Pretrained, protocols: Sequence[str] | None) -> list[
 
 
 def figure(result: dict[str, Any], *path: str) -> float:
-    """A figure of a result by its keys, as in `figure(result, "knn", "20")`; of a gallery with fewer images
-    than k, k-NN of all of them."""
+    """A figure of a result of `evaluate` by its keys, as in `figure(result, "knn", "20")`.
+
+    A gallery of fewer than k images has no k-NN of that k: `evaluate` uses all of its images instead, and
+    notes their number as k. The figure of k is then that of the largest k in the result that is at most k.
+    """
     *outer, last = path
     for key in outer:
         result = result[key]
@@ -166,8 +169,8 @@ def figure(result: dict[str, Any], *path: str) -> float:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """A result of `evaluate`, of `evaluate_davis` as "davis" and of `evaluate_segmentation` as
-    "segmentation", for a terminal."""
+    """Results in words, for a terminal: those of `evaluate`, and under "davis" and "segmentation" those of
+    `evaluate_davis` and `evaluate_segmentation`."""
     lines = []
     if "classes" in result:
         sizes = f"{result['query_images']} queries in {result['gallery_images']} images"

@@ -108,9 +108,9 @@ def extract_features_cached(
     *,
     ranks: Ranks = ALONE,
 ) -> Features:
-    """`extract_features`, from bincomm's cache where the same weights were given the same files in the same
-    way before; rank 0 alone gets them, and the others {}."""
-    path, cached = Path(), None  # known to rank 0 alone
+    """`extract_features`, from bincomm's cache if it has them for the same weights, files and preprocessing.
+    Rank 0 gets them, and the others {}."""
+    path, cached = Path(), None  # set on rank 0 only
 
     def look_up() -> bool:
         nonlocal path, cached
@@ -135,8 +135,8 @@ def extract_features_cached(
 
 
 def identity(model: Pretrained, source: Source) -> str:
-    """A name for the features of images: of the network's weights, of how images are preprocessed, of the
-    files, and of the software that all of this goes through."""
+    """A key for the features of images, from the network's weights, the preprocessing, the files, and the
+    versions of the software."""
     config = model.config
     preprocessing = (config.global_size, config.eval_crop, config.mean, config.std, model.device.type)
     images = images_identity(source, closely=True)
@@ -145,7 +145,7 @@ def identity(model: Pretrained, source: Source) -> str:
 
 
 def _read(path: Path) -> tuple[Features, Unusable] | None:
-    """What a cached file holds, or None where it is not whole."""
+    """The content of a cached file; None if it is missing or damaged."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             unusable = json.loads(file.metadata()["unusable"])
@@ -159,7 +159,7 @@ def _read(path: Path) -> tuple[Features, Unusable] | None:
 
 
 def _write(path: Path, values: Features, unusable: Unusable) -> None:
-    """Keep features; where that is not possible they are computed again the next time."""
+    """Write features into the cache; if that fails they are computed again the next time."""
     stored = {
         name: (value.char() if name == "signs" else value).contiguous() for name, value in values.items()
     }

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 24  # fp64 entries held at once; the features themselves are never copied as a whole
+BLOCK = 1 << 24  # fp64 entries in memory at a time, so that the features are never copied all at once
 
 
 class Dimensions(NamedTuple):
@@ -47,7 +47,7 @@ def effective_dimensions(features: Tensor) -> Dimensions:
 def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and covariance (D, D) of features (N, D), in fp64."""
     blocks = features.split(max(1, BLOCK // features.shape[1]))
-    # Relative to the first image first: features that do not vary are then exactly 0, whatever their mean.
+    # Minus the first image, so that features that do not vary are exactly 0, whatever their mean.
     first = features[0].double()
     mean = sum((block.double() - first).sum(0) for block in blocks) / len(features)
     covariance = torch.zeros(len(first), len(first), dtype=torch.float64, device=features.device)

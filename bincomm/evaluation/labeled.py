@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-# Cosines are told apart to 2⁻³⁰: coarser than fp64's rounding, which depends on where an item stands among
-# the others and must not order what is equally near.
+# Cosines are rounded to 2⁻³⁰, which is coarser than the rounding of fp64: that depends on the position of an
+# item among the others, and must not order items that are equally near.
 RESOLUTION = 1 << 30
 
 
@@ -19,7 +19,7 @@ def check_labeled(name: str, features: Tensor, labels: Tensor) -> None:
 
 
 def check_alike(gallery: Tensor, queries: Tensor) -> None:
-    """Raise ValueError unless queries have as many columns as what they are compared with."""
+    """Raise ValueError unless queries have as many columns as the gallery."""
     if queries.shape[1:] != gallery.shape[1:]:
         raise ValueError(f"queries: expected {gallery.shape[1]} columns each, got {queries.shape[1]}")
 

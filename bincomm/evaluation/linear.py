@@ -43,8 +43,8 @@ def linear_probe(
     rate swept; on features computed once, so without augmentation. The learning rate taken is the one whose
     classifier, trained on nine tenths of the gallery, has the lowest cross-entropy on the other tenth, drawn
     by class; accuracy would be too coarse where that tenth is small. Where it has fewer than 100 images,
-    further tenths are held out in turn until so many have chosen. The classifier is then trained anew on all
-    of the gallery. Choosing by the queries instead would flatter.
+    further tenths are held out in turn until so many have chosen. The classifier is then trained again on the
+    complete gallery. Choosing by the queries would make the figure too high.
 
     The gallery's mean is first subtracted from all features, and they are divided by one number, the largest
     standard deviation of the gallery in any direction, so that one grid of rates fits every backbone. That

@@ -1,4 +1,4 @@
-"""Retrieval: mean average precision over the whole ranking (mAP@ALL), of features and of codes."""
+"""Retrieval: mean average precision over the complete ranking (mAP@ALL), of features and of codes."""
 
 from typing import NamedTuple
 
@@ -59,20 +59,20 @@ def mean_average_precision(
     total, counted = 0.0, 0
     for label in query_labels.unique():
         (relevant,) = (database_labels == label).nonzero(as_tuple=True)
-        # Of a single item of its class, left out of its own ranking, nothing is relevant.
+        # If the query is the only item of its class, no other item is relevant.
         if len(relevant) <= same:
             continue
-        (asking,) = (query_labels == label).nonzero(as_tuple=True)
-        for block in asking.split(max(1, PAIRS // len(database))):
+        (class_queries,) = (query_labels == label).nonzero(as_tuple=True)
+        for block in class_queries.split(max(1, PAIRS // len(database))):
             if messages:
                 distances = hamming_distance(queries[block], database)
             else:
                 distances = (queries[block] @ database.T).mul_(-RESOLUTION).round_().to(torch.int32)
             if same:
-                # Last of all, where it counts for nothing.
+                # Ranked last, where it does not count.
                 distances[torch.arange(len(block), device=block.device), block] = LAST
             total += float(_average_precision(distances, relevant, len(relevant) - same).sum())
-        counted += len(asking)
+        counted += len(class_queries)
     if counted == 0:
         raise ValueError(
             "query_labels: expected at least one query with an item of its class in the database"
@@ -81,7 +81,7 @@ def mean_average_precision(
 
 
 class Lookup(NamedTuple):
-    """Precision of what lies within a Hamming radius, and the share of queries that find anything there."""
+    """Precision of the items within a Hamming radius, and the share of queries with any item there."""
 
     precision: float
     answered: float
@@ -91,7 +91,7 @@ def precision_within(
     database: Tensor, database_labels: Tensor, queries: Tensor, query_labels: Tensor, radius: int = 2
 ) -> Lookup:
     """Precision of hash lookup: of the items within a Hamming radius of a query, the share that has its
-    class, averaged over the queries; one that finds nothing counts as 0, as is usual (Norouzi and Fleet, ICML
+    class, averaged over the queries; a query without any counts as 0, as is usual (Norouzi and Fleet, ICML
     2011).
 
     Args:

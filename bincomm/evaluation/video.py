@@ -41,7 +41,7 @@ TOLERANCE = 0.008  # of the diagonal
 def evaluate_davis(
     model: Pretrained, folder: str | os.PathLike[str], *, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """J, F and J&F of DAVIS-2017's validation set, its objects followed from the first frame's masks alone.
+    """J, F and J&F on DAVIS-2017's validation set, its objects tracked from the masks of the first frame.
 
     The protocol of DINO (arXiv 2104.14294, after Jabri et al., arXiv 2006.14613): the shorter side is resized
     (bicubic; by DINO bilinear) to 480 pixels, the longer in proportion and down to a multiple of 64, either
@@ -52,10 +52,10 @@ def evaluate_davis(
     Pixels whose annotation is 255 are background.
 
     Args:
-        model: what was pretrained; its mean and deviation are those of the frames' colors.
-        folder: of DAVIS-2017, with ImageSets/2017/val.txt, JPEGImages/480p/<sequence>/*.jpg and
+        model: a pretrained network; its mean and std normalize the frames' colors.
+        folder: the folder of DAVIS-2017, with ImageSets/2017/val.txt, JPEGImages/480p/<sequence>/*.jpg and
             Annotations/480p/<sequence>/*.png.
-        ranks: follow a share of the sequences each; all call, and all get the figures.
+        ranks: all call, each tracks a share of the sequences, and all get the figures.
 
     Returns:
         "j", "f", "jf" (their mean), from 0 to 1, and "objects", their number; and "sequences", these four of
@@ -74,7 +74,7 @@ def evaluate_davis(
     with progress_bar(
         total=frames, desc="tracking objects", unit="frame", leave=False, disable=ranks.rank > 0
     ) as bar:
-        shares = ranks.gather({name: _follow(model, pairs, bar) for name, pairs in own.items()})
+        shares = ranks.gather({name: _track(model, pairs, bar) for name, pairs in own.items()})
     by_name = {name: objects for share in shares for name, objects in share.items()}
     objects = [by_name[name] for name in names]
     return {
@@ -85,7 +85,7 @@ def evaluate_davis(
 
 @torch.no_grad()
 def propagate(features: Iterable[Tensor], first: Tensor | np.ndarray) -> Iterator[Tensor]:
-    """Carry the mask of a video's first frame through the frames that follow, by their features alone.
+    """Propagate the mask of a video's first frame through the following frames, by their features alone.
 
     A patch takes its labels from the first frame and the 7 before it: of their patches that are at most 12
     rows and columns away, the 5 nearest by cosine c, weighted by exp(c/0.1); those as near as the fifth are
@@ -146,7 +146,7 @@ def contour_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
         return float(len(contours[0]) == len(contours[1]))
     radius = math.ceil(TOLERANCE * math.hypot(*mask.shape))
     precision, recall = (
-        # Distances are roots of whole numbers; beyond the bound they come as infinity.
+        # Distances are roots of integers; those beyond the bound are returned as infinity.
         np.mean(KDTree(other).query(own, distance_upper_bound=radius + 0.5)[0] <= radius)
         for own, other in (contours, contours[::-1])
     )
@@ -189,7 +189,7 @@ def _sequence(folder: Path, name: str) -> list[tuple[Path, Path]]:
     return pairs
 
 
-def _follow(model: Pretrained, pairs: list[tuple[Path, Path]], bar: "tqdm") -> np.ndarray:
+def _track(model: Pretrained, pairs: list[tuple[Path, Path]], bar: "tqdm") -> np.ndarray:
     """J and F of every object of a sequence, means over its frames: (objects, 2)."""
     first = _annotation(pairs[0][1])
     if not first.any():

@@ -60,7 +60,7 @@ def label_bit_counts(axes: Axes) -> None:
 
 
 def use_integer_ticks(axis: Axis) -> None:
-    """The axis counts, so its ticks are whole numbers."""
+    """The axis counts, so its ticks are integers."""
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
