@@ -222,13 +222,12 @@ def encode(
     features: bool = False,
     index: bool = False,
     device: str = "auto",
-    backbone: str | None = None,
     **preprocessing: Any,
 ) -> "Encoded | None":
     """Write the codes of images into a folder of Parquet files, or the files that are missing there.
 
     Args:
-        weights, device, backbone, preprocessing: as in `load_pretrained`; the weights need a head.
+        weights, device, preprocessing: as in `load_pretrained`; the weights need a head.
         data: images, as in `pretrain`.
         output: the folder; see `bincomm.codes.encode.encode` for its content.
         features: also write the backbone's features.
@@ -255,7 +254,7 @@ def encode(
     if os.path.exists(weights):  # so that `search` finds them from any working directory
         weights = os.path.abspath(weights)
     with join_ranks(device) as ranks:
-        model = load_pretrained(weights, ranks.device, backbone=backbone, **preprocessing)
+        model = load_pretrained(weights, ranks.device, **preprocessing)
         source = ranks.leaders_first(lambda: open_source(data))
         for note in source.notes:
             logger.info("note: %s", note)

@@ -9,7 +9,7 @@ from bincomm.parsing import parse_data
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Weights, images, and what to write."""
-    add_weights(parser, head=False)
+    add_weights(parser)
     parser.add_argument("--data", required=True, type=path_or_name, help="images, as in `bincomm pretrain`")
     parser.add_argument(
         "--output", required=True, type=path_or_name, metavar="FOLDER", help="for part-00000.parquet, ..."
@@ -29,7 +29,6 @@ def run(options: argparse.Namespace) -> None:
         features=options.features,
         index=options.index,
         device=options.device,
-        backbone=options.backbone,
         **preprocessing(options),
     )
     if result is None:

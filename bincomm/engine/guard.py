@@ -78,7 +78,7 @@ class Guard:
         return Verdict(int(counts[TOTAL]), int(counts[IN_ROW]), bool(counts[STOP]))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts that a resumed run goes on with."""
+        """The counts that a resumed run continues from."""
         return {"skipped": self.counts[:2]}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

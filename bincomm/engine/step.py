@@ -26,7 +26,7 @@ class Step:
     """Trains a student and its teacher on one batch after another, without waiting for the device.
 
     A step whose loss or gradient is not finite on any rank moves neither the student nor any buffer, on all
-    ranks alike; see `Guard`. The teacher's moving average goes on as always.
+    ranks alike; see `Guard`. The teacher's moving average is updated as always.
 
     Args:
         student, teacher: equal networks; the teacher becomes the student's moving average.

@@ -107,7 +107,7 @@ def summary(result: dict[str, Any], output: str) -> str:
         ):
             lines.append(f"  {title:20} {figure(evaluation[part], protocol, '20'):7.2%}")
         if not evaluation["queries_held_out"]:
-            lines.append("  (the queries' images, not their labels, were seen in training)")
+            lines.append("  (the queries' images, not their labels, were used in training)")
     else:
         lines.append("\nno k-NN: the data has no usable images with labels (folders named after classes)")
     if "bit_entropy" in metrics:

@@ -69,7 +69,7 @@ def test_what_a_finished_run_prints(run):
     assert text.endswith("config.yaml, checkpoints")
     assert "in runs/a: backbone.safetensors" in text
     split = {**result, "evaluation": {**evaluation, "queries_held_out": False}}
-    assert "(the queries' images, not their labels, were seen in training)" in summary(split, "runs/a")
+    assert "(the queries' images, not their labels, were used in training)" in summary(split, "runs/a")
     nothing = summary({**result, "evaluation": None, "last_metrics": {}}, "runs/a")
     assert "no k-NN: the data has no usable images with labels" in nothing
     assert "channel" not in nothing
