@@ -250,7 +250,7 @@ def plain(case: Case, crops: list[Tensor], fused: bool, compiled: bool = False) 
         plain_loop.create_optimizer(student),
         clip=config.clip,
         precision=config.precision,
-        beta=config.beta,
+        beta=float(config.beta),
         eps_squared=config.eps_squared,
         mark=marks,
     )

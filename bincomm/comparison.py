@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import math
 import os
 import platform
 import textwrap
@@ -58,7 +59,11 @@ FIGURES: dict[tuple[str, ...], tuple[str, int, int]] = {
     ("bits", "bit_entropy"): ("bit entropy", 1, 2),
     ("bits", "dead_bits"): ("dead bits %", 100, 1),
 }
-COLUMNS = {**FIGURES, ("training_seconds",): ("seconds", 1, 0)}
+COLUMNS = {
+    **FIGURES,
+    ("transmitted_bits",): ("transmitted bits", 1, 1),
+    ("training_seconds",): ("seconds", 1, 0),
+}
 
 
 def compare(
@@ -86,7 +91,8 @@ def compare(
         for each method; "seeds", "config" (the keys that all runs share), "differences" (for each method, its
         other keys), "failed" (for each directory of a failed run, the reason), "queries_held_out", "versions"
         and "machine". A row has "name"; "runs", a result of `bincomm.evaluation.evaluate.evaluate` for each
-        seed, for trained networks with their "training_seconds"; and "mean" and "std" (None for a single run)
+        seed, for trained networks with their "training_seconds" and, where their objective predicts bits,
+        the "transmitted_bits" of their last steps; and "mean" and "std" (None for a single run)
         of the figures of `COLUMNS`, under the same keys.
 
     Raises:
@@ -146,7 +152,11 @@ def compare(
     ]
     for method, runs in configs.items():
         results = [
-            {**evaluate_network(trained_teacher(run, device)), "training_seconds": training_seconds(run)}
+            {
+                **evaluate_network(trained_teacher(run, device)),
+                **last_transmitted_bits(run),
+                "training_seconds": training_seconds(run),
+            }
             for run in runs
             if run.output not in failed
         ]
@@ -208,6 +218,7 @@ def check_resets(run: PretrainConfig, images: int) -> None:
     """Raise ValueError if a run ends before the first reset of its head."""
     epoch_steps = images // run.batch_size
     steps = min(run.epochs * epoch_steps, run.max_steps or run.epochs * epoch_steps)
+    assert run.reset_every != "auto"  # `method_configs` sets it
     if run.reset_every * epoch_steps >= steps:
         raise ValueError(
             f"reset_every: expected fewer epochs than a run of bits-reset has, {steps / epoch_steps:g}, "
@@ -236,7 +247,13 @@ def prototypes_for(images: int) -> int:
 
 def method_configs(shared: PretrainConfig, method: str, seeds: Sequence[int] | None) -> list[PretrainConfig]:
     """The configurations of a method's runs, one per seed."""
-    keys = {"reset_every": shared.reset_every or RESET_EVERY, **METHODS[method]}
+    if (
+        shared.reset_every == "auto"
+    ):  # as the paper's run, but also in runs that are too short for it by default
+        reset_every = math.ceil(shared.epochs / 10)
+    else:
+        reset_every = shared.reset_every or RESET_EVERY
+    keys = {"reset_every": reset_every, **METHODS[method]}
     path = os.path.join(shared.output, method)
     if seeds is None:
         return [replace(shared, **keys, output=path)]
@@ -257,6 +274,12 @@ def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
             f"output: {run} holds no checkpoint of its last step, {last}; remove it to train it again"
         )
     return create_trained_teacher(config, checkpoint["teacher"], device)
+
+
+def last_transmitted_bits(config: PretrainConfig) -> dict[str, float]:
+    """The metric of that name in a run's last record, under its name; nothing where there is none."""
+    last = read_json_lines(Path(config.output) / "metrics.jsonl")[-1]
+    return {key: last[key] for key in ("transmitted_bits",) if key in last}
 
 
 def training_seconds(config: PretrainConfig) -> float:
@@ -311,7 +334,9 @@ def as_markdown(table: dict[str, Any]) -> str:
         f"{pixels['gallery_images']} images and {pixels['query_images']} queries{overlap}. k-NN with k = 20; "
         "mAP@ALL by the cosine of features and the Hamming distance of codes; d_eff, r_eff and use of bits "
         "are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
-        "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Seconds are those "
+        "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Transmitted "
+        "bits are those of a message that the student predicts, Σ max(0, entropy - cross-entropy), in the last "
+        "steps of training. Seconds are those "
         "of a run's training steps. All methods have the hyperparameters above, and DINO none of its own: "
         "its last layer learns from the first epoch on.",
         *(f"{run}: {reason}" for run, reason in failed.items()),

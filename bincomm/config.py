@@ -110,17 +110,17 @@ class PretrainConfig:
     bits: int = 256
     hidden: int = 2048
     head_std: float = 0.02
-    reset_every: int = 10
-    beta: float = 0.1
+    reset_every: int | Literal["auto"] = "auto"
+    beta: float | Literal["auto"] = "auto"
     eps_squared: float = 0.05
-    lr: float = 5e-4
+    lr: float | Literal["auto"] = "auto"
     min_lr: float = 5e-5
-    warmup_epochs: int = 10
+    warmup_epochs: int | Literal["auto"] = "auto"
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4
     clip: float = 1.0
     drop_path: float = 0.1
-    momentum: float = 0.996
+    momentum: float | Literal["auto"] = "auto"
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: Literal["auto", "on", "off"] = "auto"
     cuda_graph: bool = False
@@ -156,8 +156,9 @@ class PretrainConfig:
             "threads": 1, "log_every": 1, "save_every": 1, "keep": 1, "accumulate": 1, "prototypes": 1,
         }  # fmt: skip
         for key, smallest in at_least.items():
-            if not getattr(self, key) >= smallest:
-                raise ValueError(f"{key}: expected at least {smallest}, got {getattr(self, key)}")
+            value = getattr(self, key)
+            if value != "auto" and not value >= smallest:
+                raise ValueError(f"{key}: expected at least {smallest}, got {value}")
         for key, value in self.as_dict().items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key}: expected a finite number, got {value}")
@@ -182,8 +183,9 @@ class PretrainConfig:
             if not getattr(self, key) > 0:
                 raise ValueError(f"{key}: expected a number > 0, got {getattr(self, key)}")
         for key in ("drop_path", "momentum"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"{key}: expected a number from 0 to 1, got {getattr(self, key)}")
+            value = getattr(self, key)
+            if value != "auto" and not 0 <= value <= 1:
+                raise ValueError(f"{key}: expected a number from 0 to 1, got {value}")
         if not 0 <= self.max_unusable <= 1:
             raise ValueError(f"max_unusable: expected a share from 0 to 1, got {self.max_unusable}")
         if not 0 < self.eval_crop <= 1:

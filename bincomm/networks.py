@@ -1,6 +1,7 @@
 """Networks: a timm backbone under a three-layer head; the teacher is the student's moving average."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -72,12 +73,14 @@ def feature_width(backbone: nn.Module, sizes: list[int]) -> int:
 class Head(nn.Module):
     """Projection head D → hidden → GELU → hidden → GELU → K, with biases and no norm: features -> raw logits.
 
-    Weights are drawn from a normal of standard deviation `std` truncated at ±2, biases are 0, as in DINO's
-    code, where it is 0.02.
+    Weights are drawn from a normal truncated at ±2, biases are 0, as in DINO's code. There the standard
+    deviation is 0.02 in all layers, of 768 features and a width of 2048 in the paper; elsewhere it is
+    `std·√(768/features)` and `std·√(2048/hidden)`, so that the initial logits do not depend on the widths.
     """
 
     def __init__(self, features: int, hidden: int, bits: int, std: float = 0.02):
         super().__init__()
+        self.features = features
         self.std = std
         self.layers = nn.Sequential(
             nn.Linear(features, hidden),
@@ -90,14 +93,15 @@ class Head(nn.Module):
 
     def reset(self, generator: torch.Generator | None = None) -> None:
         """Re-initialize the head from its initial distribution."""
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                # Drawn on the CPU, so that every rank and every kind of device gets the same head.
-                weight = torch.empty(layer.weight.shape)
-                nn.init.trunc_normal_(weight, std=self.std, generator=generator)
-                with torch.no_grad():
-                    layer.weight.copy_(shard_like(weight, layer.weight))
-                    layer.bias.zero_()
+        linear = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        for layer, width in zip(linear, (768, 2048, 2048), strict=True):
+            # Drawn on the CPU, so that every rank and every kind of device gets the same head.
+            weight = torch.empty(layer.weight.shape)
+            std = self.std * math.sqrt(width / layer.in_features)
+            nn.init.trunc_normal_(weight, std=std, generator=generator)
+            with torch.no_grad():
+                layer.weight.copy_(shard_like(weight, layer.weight))
+                layer.bias.zero_()
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
@@ -119,6 +123,7 @@ class PrototypeHead(nn.Module):
 
     def __init__(self, features: int, hidden: int, bits: int, prototypes: int, std: float = 0.02):
         super().__init__()
+        self.features = features
         self.bottleneck = Head(features, hidden, bits, std)
         self.prototypes = nn.Parameter(torch.empty(prototypes, bits))
         self._draw_prototypes(None)

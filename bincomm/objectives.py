@@ -3,7 +3,8 @@
 Outputs are views first, (V, n, K) and (U, n, K), and the teacher's views are the student's first U: a pair
 (u, v) is a teacher's view and another view of the student, u ≠ v, and there are `U·(V-1)` of them. The dict
 has the keys of the objective's `scalars`, in their order: "loss", which alone has a gradient, and its parts.
-`outputs_are_bits` says whether the signs of the K outputs are a code that is worth monitoring.
+`outputs_are_bits` says whether the signs of the K outputs are a code that is worth monitoring, and
+`predicts_bits` whether the sigmoid of a student's output is its probability of the teacher's bit.
 
 Arithmetic is fp32 (fp64 for fp64 outputs) for every dtype and under autocast; no gradient reaches the
 teacher. If torch.distributed is initialized, every rank must call with the same number of images, and
@@ -12,18 +13,70 @@ ranks' images and does not depend on the number of ranks.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bincomm.bits import binary_entropy
 from bincomm.ops import reference
-from bincomm.ops.coding_rate import coding_rate
+from bincomm.ops.coding_rate import coding_rate, rate_bounds
 from bincomm.ops.messages import check_logits
 from bincomm.ops.sign_bce import sign_bce
 
 AGREEMENTS = ("hard", "soft", "cosine")
+
+
+class BetaControl(nn.Module):
+    """Finds β, the weight of the coding rate, while training: as small as keeps the channel in use.
+
+    The right β depends on the batch, the number of bits, the size of the logits and the stage of the
+    training. Two quantities say whether the channel is in use: the coding rate as a share of its range, from
+    that of equal rows to its ceiling, and the mean entropy of the bits in a batch. Neither alone does:
+    balanced bits may all be the same one, and rows may be spread around a common mean that makes every bit
+    nearly constant. Each, averaged over some ten steps, is compared with its target; the worse one counts:
+
+        e = (target - x)/target where x is below it, (target - x)/(1 - target) above, so from -1 to 1
+        log β₀ ← log β₀ + 0.15·e where e > 0, + 0.03·e else, because bits die sooner than they are revived
+        β = β₀·exp(e)·√max(1, 0.1/share)
+
+    The root acts near collapse only, where the gradient of the rate vanishes with the spread of the rows and
+    the share with its square: the product does not vanish. The limits of β₀ hold however long a target is
+    out of reach.
+
+    Everything happens on the device, without a sync. The buffers are part of the state of training, and the
+    same on all ranks, because both quantities are those of the images of all ranks.
+    """
+
+    SHARE, ENTROPY = 0.6, 0.9  # targets
+    START, LEAST, LARGEST = 0.1, 1e-4, 1e3  # β₀
+    log_beta: Tensor
+    averages: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("log_beta", torch.tensor(math.log(self.START)))
+        self.register_buffer("averages", torch.tensor([self.SHARE, self.ENTROPY]))
+
+    @torch.no_grad()
+    def forward(self, share: Tensor, entropy: Tensor) -> Tensor:
+        """Share and entropy of a batch, scalars from 0 to 1 -> β for this batch; in training mode the state
+        follows. What is not finite is passed over."""
+        averages = self.averages.lerp(torch.stack([share, entropy]).to(self.averages), 0.1)
+        averages = torch.where(averages.isfinite(), averages, self.averages)
+        errors = []
+        for average, target in zip(averages, (self.SHARE, self.ENTROPY), strict=True):
+            short = target - average
+            errors.append(short / torch.where(short > 0, target, 1 - target))
+        error = torch.maximum(*errors)
+        log_beta = self.log_beta + torch.where(error > 0, 0.15, 0.03) * error
+        log_beta = log_beta.clamp(math.log(self.LEAST), math.log(self.LARGEST))
+        if self.training:
+            self.averages.copy_(averages)
+            self.log_beta.copy_(log_beta)
+        return (log_beta + error).exp() * (0.1 / averages[0].clamp(min=1e-6)).clamp(min=1).sqrt()
 
 
 class DiscreteCommunication(nn.Module):
@@ -35,7 +88,8 @@ class DiscreteCommunication(nn.Module):
     and ε² as in SimDINO, arXiv 2502.10385).
 
     Args:
-        beta: β. Too small and every bit becomes constant, too large and nothing is transmitted.
+        beta: β. Too small and every bit becomes constant, too large and nothing is transmitted. "auto": by
+            `BetaControl`; the objective then has a state, and its gradient is that of L with β held.
         eps_squared: ε² of the coding rate.
         agreement: what the student predicts; the last two are the paper's ablations:
             "hard", the teacher's bits `m = 1[a > 0]`: binary cross-entropy, in nats per bit;
@@ -45,26 +99,33 @@ class DiscreteCommunication(nn.Module):
         tau: τ of the soft targets; the others do not use it.
     """
 
-    scalars = ("loss", "agreement", "rate")
+    scalars = ("loss", "agreement", "rate", "beta")
     outputs_are_bits = True
 
     def __init__(
-        self, beta: float = 0.1, eps_squared: float = 0.05, *, agreement: str = "hard", tau: float = 0.1
+        self,
+        beta: float | Literal["auto"] = "auto",
+        eps_squared: float = 0.05,
+        *,
+        agreement: str = "hard",
+        tau: float = 0.1,
     ):
         super().__init__()
-        if not beta >= 0:
-            raise ValueError(f"beta: expected a number ≥ 0, got {beta}")
+        if beta != "auto" and (isinstance(beta, str) or not beta >= 0):
+            raise ValueError(f"beta: expected a number ≥ 0 or 'auto', got {beta!r}")
         if agreement not in AGREEMENTS:
             raise ValueError(f"agreement: expected one of {', '.join(AGREEMENTS)}, got {agreement!r}")
         check_positive("eps_squared", eps_squared)
         check_positive("tau", tau)
         self.beta = beta
+        self.control = BetaControl() if beta == "auto" else None
         self.eps_squared = eps_squared
         self.agreement = agreement
         self.tau = tau
+        self.predicts_bits = agreement != "cosine"
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        """Student (V, n, K) and teacher (U, n, K) logits -> loss, agreement, rate (nats)."""
+        """Student (V, n, K) and teacher (U, n, K) logits -> loss, agreement, rate (nats), beta."""
         if self.agreement == "hard":
             agreement = cost = sign_bce(student, teacher)
         elif self.agreement == "soft":
@@ -73,12 +134,22 @@ class DiscreteCommunication(nn.Module):
             agreement = cosine_to_signs(student, teacher)
             cost = -agreement
         group = all_ranks()
-        rate = coding_rate(student[: len(teacher)], eps_squared=self.eps_squared, group=group).mean()
+        views = student[: len(teacher)]
+        rate = coding_rate(views, eps_squared=self.eps_squared, group=group).mean()
+        beta = self.beta_of(views, rate.detach(), group)
         return {
-            "loss": cost - self.beta * balance(student, group) * rate,
+            "loss": cost - beta * balance(student, group) * rate,
             "agreement": agreement.detach(),
             "rate": rate.detach(),
+            "beta": beta if isinstance(beta, Tensor) else rate.detach().new_full((), beta),
         }
+
+    def beta_of(self, views: Tensor, rate: Tensor, group: "dist.ProcessGroup | None") -> Tensor | float:
+        """β for a batch."""
+        if self.control is None:
+            return float(self.beta)
+        least, largest = rate_bounds(number_of_images(views, group), views.shape[-1], self.eps_squared)
+        return self.control((rate - least) / (largest - least), mean_bit_entropy(views, group))
 
 
 class SimDINO(nn.Module):
@@ -98,6 +169,7 @@ class SimDINO(nn.Module):
 
     scalars = ("loss", "agreement", "rate")
     outputs_are_bits = True
+    predicts_bits = False
 
     def __init__(self, eps_squared: float = 0.05, *, expa_type: int = 1):
         super().__init__()
@@ -144,6 +216,7 @@ class DINO(nn.Module):
 
     scalars = ("loss",)
     outputs_are_bits = False
+    predicts_bits = False
     center: Tensor
 
     def __init__(
@@ -240,9 +313,28 @@ def unit_rows(outputs: Tensor) -> Tensor:
 
 def balance(student: Tensor, group: "dist.ProcessGroup | None") -> float:
     """γ = (K + N)/(K·N), the weight that makes the coding rates of different sizes comparable."""
-    n, bits = student.shape[1:]
-    n *= 1 if group is None else group.size()
+    bits, n = student.shape[-1], number_of_images(student, group)
     return (bits + n) / (bits * n)
+
+
+def number_of_images(views: Tensor, group: "dist.ProcessGroup | None") -> int:
+    """N, of all ranks."""
+    return views.shape[1] * (1 if group is None else group.size())
+
+
+@torch.no_grad()
+def mean_bit_entropy(views: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """Mean over the bits of the entropy of their values in the images of all ranks: logits (V, n, K) -> bits,
+    from 0 to 1.
+
+    The entropy of N samples is too small by 1/(2N ln 2) on average (Miller and Madow), which is added.
+    """
+    ones = (views > 0).float().sum((0, 1))
+    if group is not None:
+        dist.all_reduce(ones, group=group)
+    images = number_of_images(views, group)
+    entropy = binary_entropy(ones / (len(views) * images)).mean()
+    return (entropy + 1 / (2 * images * math.log(2))).clamp(max=1)
 
 
 def all_ranks() -> "dist.ProcessGroup | None":

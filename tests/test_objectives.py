@@ -65,9 +65,30 @@ def communication_by_hand(objective, student, teacher):
     }[objective.agreement]
     agreement = agreement_by_hand(term, student, teacher)
     rate = rate_by_hand(unit(student[: len(teacher)]), objective.eps_squared)
+    beta = objective.beta
+    if beta == "auto":
+        beta = first_beta_by_hand(student[: len(teacher)], rate.item(), objective.eps_squared)
     sign = -1 if objective.agreement == "cosine" else 1
-    loss = sign * agreement - objective.beta * gamma(student) * rate
-    return {"loss": loss, "agreement": agreement, "rate": rate}
+    loss = sign * agreement - beta * gamma(student) * rate
+    return {"loss": loss, "agreement": agreement, "rate": rate, "beta": torch.tensor(beta)}
+
+
+def first_beta_by_hand(views, rate, eps_squared):
+    """Of a new `BetaControl`, whose averages begin at their targets."""
+    count, n, bits = views.shape
+    k = min(n, bits)
+    floor, ceiling = math.log(1 + bits / eps_squared) / 2, k / 2 * math.log(1 + bits / (eps_squared * k))
+    entropies = []
+    for bit in range(bits):
+        p = sum(int(views[v, i, bit] > 0) for v in range(count) for i in range(n)) / (count * n)
+        entropies.append(0 if p in (0, 1) else -p * math.log2(p) - (1 - p) * math.log2(1 - p))
+    entropy = min(1, sum(entropies) / bits + 1 / (2 * n * math.log(2)))
+    errors = []
+    for value, target in (((rate - floor) / (ceiling - floor), 0.6), (entropy, 0.9)):
+        short = target - (0.9 * target + 0.1 * value)
+        errors.append(short / target if short > 0 else short / (1 - target))
+    error = max(errors)
+    return math.exp(math.log(0.1) + (0.15 if error > 0 else 0.03) * error + error)
 
 
 def simdino_by_hand(objective, student, teacher):
@@ -108,6 +129,7 @@ def dino(outputs, **arguments):
 
 # Weights, temperatures and ε² that are no defaults, so that the tests notice an ignored one; K -> objective.
 OBJECTIVES = {
+    "auto": lambda k: DiscreteCommunication(eps_squared=0.1),
     "hard": lambda k: DiscreteCommunication(0.3, 0.1),
     "soft": lambda k: DiscreteCommunication(0.3, 0.1, agreement="soft", tau=0.5),
     "cosine": lambda k: DiscreteCommunication(0.3, 0.1, agreement="cosine"),
@@ -299,12 +321,12 @@ def test_messages_are_no_soft_targets():
 def test_the_default_is_the_papers_objective():
     """Bit for bit the fused operations, also for a teacher's packed messages."""
     student, teacher = outputs(6, 2, 12, 40)
-    losses = bincomm.DiscreteCommunication()(student, teacher)
+    losses = bincomm.DiscreteCommunication(0.1)(student, teacher)
     rate = bincomm.coding_rate(student[:2]).mean()
     assert torch.equal(losses["agreement"], bincomm.sign_bce(student, teacher))
     assert torch.equal(losses["rate"], rate)
     assert torch.equal(losses["loss"], losses["agreement"] - 0.1 * ((40 + 12) / (40 * 12)) * rate)
-    packed = bincomm.DiscreteCommunication()(student, bincomm.pack_signs(teacher))
+    packed = bincomm.DiscreteCommunication(0.1)(student, bincomm.pack_signs(teacher))
     assert torch.equal(losses["loss"], packed["loss"])
 
 

@@ -23,8 +23,8 @@ DEFAULT_METHODS = "bits-reset,bits-fixed,simdino,dino"
 def add_arguments(parser: "ArgumentParser") -> None:
     """Methods and seeds, and the keys that all runs share."""
     parser.epilog = (
-        "The keys apply to every run. If --reset_every is 0, bits-reset takes 10. The table includes "
-        "finished runs of other methods in the folder."
+        "The keys apply to every run. If --reset_every is 0, bits-reset takes 10, if auto a tenth of the "
+        "epochs. The table includes finished runs of other methods in the folder."
     )
     parser.add_argument(
         "--methods",

@@ -14,14 +14,16 @@ def plot_curves(run: Path) -> None:
     steps = [record["step"] for record in records]
     panels = [
         ("loss", ["loss"], "nats"),
-        ("agreement (ln 2: nothing transmitted)", ["agreement"], "nats per bit"),
+        ("agreement (ln 2: nothing transmitted)", ["agreement", "agreement_global"], "nats per bit"),
+        ("transmitted bits of a message", ["transmitted_bits"], "bits"),
         ("coding rate", ["rate"], "nats"),
+        ("weight of the coding rate", ["beta"], ""),
         ("use of the bits", ["bit_entropy", "bit_entropy_min", "dead_bits"], "bits; share"),
         ("bits predicted right", ["bit_accuracy", "bit_majority"], "share of bits"),
         ("learning rate", ["lr"], ""),
     ]
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (title, keys, unit) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    for axes, (title, keys, unit) in zip(figure.subplots(2, 4).flat, panels, strict=True):
         for key in keys:
             axes.plot(steps, [record.get(key, math.nan) for record in records], label=key)
         axes.set(title=title, xlabel="step", ylabel=unit)

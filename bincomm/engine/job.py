@@ -54,12 +54,12 @@ class Job:
         ranks.first(lambda: check_ranks(config, ranks))
         self.config, self.source, self.run, self.ranks, self.signals = config, source, run, ranks, signals
         self.loader = create_loader(config, source, ranks)
-        self.schedule = Schedule(config, self.loader.steps_per_epoch)
-        self.steps = self.schedule.steps
         # With FSDP the complete networks may not fit on one GPU, so they are built on the CPU.
         student, teacher = create_networks(config, torch.device("cpu") if config.fsdp else ranks.device)
         if ranks.world > 1 and ranks.device.type == "cuda":  # there is no such batch norm for CPUs
             student, teacher = convert_sync_batchnorm(student), convert_sync_batchnorm(teacher)
+        self.schedule = Schedule(config, self.loader.steps_per_epoch, student.head.features)
+        self.steps = self.schedule.steps
         objective = create_objective(config).to(ranks.device)
         if config.fsdp:
             shard(student, ranks)
@@ -71,7 +71,9 @@ class Job:
         self.train_step: Step | CapturedStep = step  # what a step of the loop calls
         self.batches = Batches(self.loader, UnusableImages(self.loader, run, ranks), self.guard.lag + 1)
         bits = config.bits if objective.outputs_are_bits else None
-        window = MetricsWindow(config.log_every, objective.scalars, bits, ranks.device)
+        window = MetricsWindow(
+            config.log_every, objective.scalars, bits, ranks.device, objective.predicts_bits
+        )
         monitor = create_monitor(config)
         self.records = Records(config, run, self.schedule, window, monitor, ranks)
         parts: dict[str, Part] = {
@@ -249,6 +251,7 @@ def announce(job: Job, steps_done: int) -> None:
         f"{config.bits} bits, {len(job.source.images)} images, {job.steps} steps of {config.batch_size} "
         f"({loader.steps_per_epoch} an epoch), on {where}, in {config.output}"
     )
+    logger.info(job.schedule.describe())
     for note in job.source.notes:
         logger.info("note: %s", note)
     if loader.changed:

@@ -26,6 +26,8 @@ LINE = {  # formats of the progress line
     "loss": "loss {:.4f}",
     "agreement": "agreement {:.4f}",
     "rate": "rate {:.1f}",
+    "beta": "beta {:.2g}",
+    "transmitted_bits": "hears {:.1f} of {bits} bits",
     "bit_entropy": "entropy {:.2f}",
     "dead_bits": "dead {:.0%}",
     "images_per_second": "{:.0f} img/s",
@@ -120,7 +122,9 @@ class Records:
                 logger.warning("metrics could not be written (%s); they are kept until there is room", error)
             self.has_warned = True
         values = metrics | speed
-        text = "  ".join(words.format(values[key]) for key, words in LINE.items() if key in values)
+        text = "  ".join(
+            words.format(values[key], bits=self.config.bits) for key, words in LINE.items() if key in values
+        )
         if self.bar.disable:
             logger.info("step %d/%d  %s", steps_done, self.schedule.steps, text)
         else:

@@ -20,6 +20,7 @@ class StepOutput(NamedTuple):
     gradient_norm: Tensor  # of all gradients together, before clipping
     student: Tensor  # (V, n, K) logits
     teacher: Tensor  # (U, n, K) logits
+    skipped: Tensor  # 0 or 1: whether it was not finite on some rank, and changed nothing
 
 
 class Step:
@@ -98,7 +99,7 @@ class Step:
         for buffer, old in zip(self.buffers, before, strict=True):
             buffer.copy_(torch.where(skip > 0, old, buffer))
         self.mark("clip")
-        return StepOutput(losses, norm, logits.detach(), teacher_logits), skip
+        return StepOutput(losses, norm, logits.detach(), teacher_logits, skip), skip
 
     def update(self, skip: Tensor, *, lr: float, weight_decay: float, momentum: float) -> None:
         """Move the student by AdamW, unless the step is to be skipped, and the teacher after it."""

@@ -17,7 +17,7 @@ from bincomm.evaluation.evaluate import NoUsableImagesError, evaluate, figure
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.files import read_json_lines
 from bincomm.networks import Network
-from bincomm.ops.coding_rate import rate_ceiling
+from bincomm.ops.coding_rate import rate_bounds
 
 
 def evaluate_run(
@@ -42,10 +42,9 @@ def evaluate_run(
         `evaluate` returns them but for the seconds; None where there are no usable images with labels.
     """
     metrics = read_json_lines(run / "metrics.jsonl")
-    batch_size = torch.tensor(config.batch_size, dtype=torch.float64)
     return {
         "last_metrics": metrics[-1] if metrics else {},
-        "rate_ceiling": rate_ceiling(batch_size, config.bits, config.eps_squared).item(),
+        "rate_ceiling": rate_bounds(config.batch_size, config.bits, config.eps_squared)[1],
         "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "machine": {"device": device.type, "python": platform.python_version()},
         "evaluation": None if sources is None else _evaluate_teacher(teacher, sources, config, device),
@@ -116,6 +115,8 @@ def summary(result: dict[str, Any], output: str) -> str:
         lines.append(
             f"channel: bit entropy {entropy:.3f} (least {least:.3f}), {metrics['dead_bits']:.1%} dead bits,"
         )
+        if "transmitted_bits" in metrics:
+            lines.append(f"  {metrics['transmitted_bits']:.1f} bits of a message transmitted,")
         lines.append(
             f"  {metrics['bit_accuracy']:.1%} of bits predicted right, {100 * gain:+.1f} points over always "
             "guessing the more frequent value"

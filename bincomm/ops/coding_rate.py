@@ -133,6 +133,12 @@ def rate_ceiling(images: Tensor, bits: int, eps_squared: float) -> Tensor:
     return k / 2 * torch.log1p(bits / eps_squared / k)
 
 
+def rate_bounds(images: int, bits: int, eps_squared: float) -> tuple[float, float]:
+    """The coding rate of equal unit rows, `½·log(1 + K/ε²)`, and the largest of that many, in nats."""
+    k = min(images, bits)
+    return math.log1p(bits / eps_squared) / 2, k / 2 * math.log1p(bits / eps_squared / k)
+
+
 class Widen(torch.autograd.Function):
     """To fp64; a gradient too large for the original dtype becomes the largest number of that dtype."""
 
