@@ -36,8 +36,8 @@ class Schedule:
 
     - warm-up: a tenth of the steps;
     - teacher's momentum: 1 - 20/S, so that it averages a twentieth of the run, from 0.9 to 0.996;
-    - learning rate: 5e-4·max(1, 768/D)·√(batch/256), D the width of the features, for narrow backbones
-      take larger steps;
+    - learning rate: 5e-4·(768/D)²·√(batch/256), the square from 1 to 8, D the width of the features: narrow
+      backbones learn with larger steps;
     - resets of the head: every tenth of the run if that is at least `MIN_RESET_STEPS`, else none.
 
     Args:
@@ -59,7 +59,7 @@ class Schedule:
         else:
             self.momentum = config.momentum
         if config.lr == "auto":
-            self.peak = 5e-4 * max(1, 768 / features) * math.sqrt(config.batch_size / 256)
+            self.peak = 5e-4 * min(max((768 / features) ** 2, 1), 8) * math.sqrt(config.batch_size / 256)
         else:
             self.peak = config.lr * config.batch_size / 256
         if config.reset_every == "auto":
