@@ -335,8 +335,8 @@ def as_markdown(table: dict[str, Any]) -> str:
         "mAP@ALL by the cosine of features and the Hamming distance of codes; d_eff, r_eff and use of bits "
         "are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
         "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Transmitted "
-        "bits are those of a message that the student predicts, Σ max(0, entropy - cross-entropy), in the last "
-        "steps of training. Seconds are those "
+        "bits are those of a message that the student predicts, Σ max(0, entropy - cross-entropy), in the "
+        "last steps of training. Seconds are those "
         "of a run's training steps. All methods have the hyperparameters above, and DINO none of its own: "
         "its last layer learns from the first epoch on.",
         *(f"{run}: {reason}" for run, reason in failed.items()),

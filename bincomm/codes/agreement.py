@@ -5,6 +5,7 @@ fp64, and what is drawn at random has a seed of its own. For neighbors in common
 `bincomm.codes.distances.neighbor_overlap`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from sklearn.linear_model import RidgeCV
 from torch import Tensor
 
+from bincomm.bits import binary_entropy
 from bincomm.codes.arguments import as_bits
 from bincomm.codes.usage import cross_correlations, share_of_ones
 
@@ -22,6 +24,7 @@ class Stability(NamedTuple):
     agreement: Tensor  # share of the images, from 0 to 1
     chance: Tensor  # agreement of views of two different images
     kappa: Tensor  # 0 chance, 1 always: (agreement - chance)/(1 - chance)
+    information: Tensor  # of one view's bit about the other's, in bits, from 0 to 1
 
 
 def stability(signs: Tensor, others: Tensor) -> Stability:
@@ -29,7 +32,9 @@ def stability(signs: Tensor, others: Tensor) -> Stability:
 
     Chance is `p q + (1-p)(1-q)`, with the shares of ones of both views: a bit that is nearly always 1 agrees
     nearly always, and has a kappa near 0 all the same. A constant bit's kappa is 0. The agreement's standard
-    error is at most 1/(2√n).
+    error is at most 1/(2√n). The mutual information is that of the four shares of pairs of bits, less its
+    mean for independent bits, 1/(2n ln 2), and at least 0; its sum over the bits counts those that repeat
+    each other, too.
 
     Args:
         signs, others: (n, K) of one view and of the other, row by row of the same image.
@@ -44,7 +49,11 @@ def stability(signs: Tensor, others: Tensor) -> Stability:
     chance = p * q + (1 - p) * (1 - q)
     room = 1 - chance
     kappa = torch.where(room > 1e-12, (agreement - chance) / room.clamp(min=1e-12), 0.0)
-    return Stability(agreement, chance, kappa)
+    both = share_of_ones(bits & other)
+    joint = torch.stack([both, p - both, q - both, 1 - p - q + both]).clamp(min=0)
+    entropy_of_pairs = -torch.xlogy(joint, joint).sum(0) / math.log(2)
+    information = binary_entropy(p) + binary_entropy(q) - entropy_of_pairs - 1 / (2 * len(bits) * math.log(2))
+    return Stability(agreement, chance, kappa, information.clamp(min=0))
 
 
 class Prediction(NamedTuple):

@@ -69,6 +69,7 @@ def _summary(result: dict[str, Any]) -> str:
             f"{np.mean(stability['agreement']):.1%}",
             f"of bits are the same in another crop; chance {np.mean(stability['chance']):.1%}",
         ),
+        (f"{np.sum(stability['information']):.1f}", f"bits transmitted from crop to crop, of {size}"),
     ]
     if "retrieval" in result:
         retrieval = result["retrieval"]

@@ -26,7 +26,9 @@ def stability_section(result: dict[str, Any]) -> str:
         f"{np.mean(stability['chance']):.1%}. The figure counts each bit between the two: 0 is chance, 1 is "
         "always. <b>Good:</b> well above 0 for all bits. <b>Bad:</b> near 0: the bit is noise, and nothing "
         "is transmitted. Near 1 for all bits with little entropy is no good either: what never changes says "
-        "nothing. No published figure.</p>",
+        "nothing. Summed over the bits, a crop's bits hold "
+        f"{np.sum(stability['information']):.1f} bits of information about those of another crop; bits that "
+        "repeat each other are all counted. No published figure.</p>",
         plot(draw, f"Histogram of the bits' stability, mean {kappa.mean():.2f}"),
     )
 
