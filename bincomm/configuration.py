@@ -23,6 +23,8 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
     keys = check_keys(keys)
     recipe = recipe or choose_recipe(keys.get("data", "digits"))
     values = check_keys(read_recipe(recipe), f"recipe {recipe}: ")
+    if keys.get("backbone", values.get("backbone")) != values.get("backbone"):
+        values.pop("backbone_args", None)  # those of the recipe's own
     return PretrainConfig(**{"output": f"runs/{Path(recipe).stem}", **values, **keys})
 
 

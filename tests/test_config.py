@@ -52,8 +52,9 @@ def test_a_file_is_a_recipe_too(tmp_path):
 
 def test_without_a_recipe_the_images_decide(tmp_path):
     assert choose_recipe("digits") == "digits"
-    full_size = "vit_small_in1k" if torch.cuda.is_available() else "resnet18_cpu"
-    for size, expected in ((32, "small_images"), (300, full_size)):
+    gpu = torch.cuda.is_available()
+    recipes = ("small_images", "vit_small_in1k") if gpu else ("small_images_cpu", "photos_cpu")
+    for size, expected in zip((32, 300), recipes, strict=True):
         folder = tmp_path / str(size)
         folder.mkdir()
         Image.new("RGB", (size, size)).save(folder / "1.png")
@@ -164,9 +165,17 @@ def test_a_comparison_has_an_output_of_its_own(tmp_path):
     assert configure_comparison("digits", output="runs/y").output == "runs/y"
     Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
     config = configure_comparison(data=tmp_path)  # a path from Python, for which the images choose
-    assert (config.data, config.output) == (str(tmp_path), "runs/compare-small_images")
+    assert (config.data, config.output) == (str(tmp_path), f"runs/compare-{choose_recipe(str(tmp_path))}")
     with pytest.raises(ValueError, match="method: compare trains several methods"):
         configure_comparison("digits", method="dino")
+
+
+def test_another_backbone_does_not_get_the_arguments_of_the_recipes():
+    own = {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256], "stem_chs": 32}
+    assert configure("photos_cpu").backbone_args == own
+    assert configure("photos_cpu", backbone="resnetv2_18").backbone_args == own
+    assert configure("photos_cpu", backbone="resnet18").backbone_args == {}
+    assert configure("photos_cpu", backbone="resnet18", backbone_args={"base_width": 32}).backbone_args
 
 
 @pytest.mark.slow
@@ -192,7 +201,7 @@ def test_a_mix_of_sources(tmp_path, monkeypatch):
         Image.new("RGB", (40, 40)).save(tmp_path / name / "1.png")
     data = {str(tmp_path / "a"): 3, str(tmp_path / "b"): 0.5}
     config, recipe = parse(["--data", json.dumps(data)])
-    assert recipe == "small_images"
+    assert recipe == choose_recipe(data)
     assert config.data == data
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(yaml.safe_dump(config.as_dict()))
