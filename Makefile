@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: setup pretrain check test test-long lint types bench bench-codes bench-data bench-factors bench-step \
-  gpu-test gpu-sanitize gpu-bench gpu-bench-data gpu-bench-step clean
+  bench-small-step gpu-test gpu-sanitize gpu-bench gpu-bench-data gpu-bench-step clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -81,6 +81,10 @@ bench-factors: setup
 
 bench-step: setup
 	$(BIN)/python -m benchmarks.step benchmarks/results/step-cpu
+
+# What layout, precision and torch.compile do for a small network's step.
+bench-small-step: setup
+	$(BIN)/python -m benchmarks.small_step benchmarks/results/small-step
 
 gpu-bench-step:
 	$(PYTHON) setup.py --quiet build_ext --inplace

@@ -56,7 +56,7 @@ class Case(NamedTuple):
     arguments: dict[str, Any] = {}  # noqa: RUF012  (of the backbone; never changed)
 
     def config(self) -> PretrainConfig:
-        """As a run has it; no path is dropped, as the draws would differ."""
+        """As a run has it, with the paper's β; no path is dropped, as the draws would differ."""
         return PretrainConfig(
             backbone=self.backbone,
             backbone_args=self.arguments,
@@ -65,6 +65,7 @@ class Case(NamedTuple):
             local_size=self.local_size,
             precision=self.precision,
             drop_path=0.0,
+            beta=0.1,
         )
 
     def title(self) -> str:

@@ -54,8 +54,8 @@ def read_recipe(recipe: str) -> dict[str, Any]:
 def choose_recipe(data: str | dict[str, float]) -> str:
     """Name of the recipe that fits images: digits for the digits, else by the size of a few of the images.
 
-    Images of up to 64 pixels get a ResNet, larger ones a small ViT; without a GPU, both get a small network that
-    learns something in minutes.
+    Images of up to 64 pixels get a ResNet, larger ones a small ViT; without a GPU, both get a small network
+    that learns something in minutes.
     """
     if data == "digits":
         return "digits"
