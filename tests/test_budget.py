@@ -9,10 +9,12 @@ import pytest
 import safetensors.torch
 import yaml
 from forked import COMMAND
+from test_comparison import OPTIONS as COMPARED
 from test_distributed import arguments, kill, start_ranks
 from test_pretraining import OPTIONS, same_end
 
 from bincomm.adaptation import configure as configure_adaptation
+from bincomm.comparison import as_markdown, compare
 from bincomm.config import PretrainConfig
 from bincomm.configuration import configure, configure_comparison
 from bincomm.engine import budget, records
@@ -210,3 +212,20 @@ def test_ranks_take_the_steps_of_rank_0(tmp_path):
     assert text.count("1 minute at 16 images/s: 30 steps of 32") == 1
     assert stored(tmp_path / "run")[2] == 30
     assert "step 30/30" in text
+
+
+@pytest.mark.slow
+def test_methods_that_are_compared_get_the_same_steps(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, seconds=0.5)
+    monkeypatch.setattr("bincomm.pretraining.plot_curves", lambda run: None)
+    keys = {key: value for key, value in COMPARED.items() if key not in ("max_steps", "data")}
+    config = configure_comparison(**keys, output=tmp_path, minutes=0.2)
+    table = compare(config, ["bits-reset", "simdino"])
+    for method in ("bits-reset", "simdino"):
+        assert stored(tmp_path / method) == [0.2, 2, 24]
+        assert read_json_lines(tmp_path / method / "metrics.jsonl")[-1]["step"] == 24
+    assert "2 epochs, at most 24 steps, chosen for 0.2 minutes" in " ".join(as_markdown(table).split())
+    measured, clock.seconds = clock.steps, 0.05
+    compare(config, ["dino"])  # with what the others had
+    assert stored(tmp_path / "dino") == [0.2, 2, 24]
+    assert clock.steps == measured
