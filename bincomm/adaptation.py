@@ -19,7 +19,7 @@ from bincomm.recipes import read_recipe
 from bincomm.weights import read_metadata
 
 # Keys that are not taken over from the run that the weights come from.
-TARGET_KEYS = ("data", "output", "resume", "init_from", "device")
+TARGET_KEYS = ("data", "output", "resume", "init_from", "device", "minutes")
 # Keys that belong to the weights, whatever the recipe says.
 WEIGHTS_KEYS = ("backbone", "backbone_args", "mean", "std")
 
@@ -45,16 +45,20 @@ def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> Pretra
         raise ValueError(f"weights: {weights} does not name its backbone; give its timm name as backbone")
     recipe_keys = read_recipe(recipe)
     taken = {key: value for key, value in inherited.items() if key not in recipe_keys or key in WEIGHTS_KEYS}
+    if keys.get("minutes") is not None or recipe_keys.get("minutes") is not None:
+        for key in ("epochs", "max_steps"):  # which would count as given, in place of the minutes
+            taken.pop(key, None)
     return configure_run(recipe, **{**taken, **keys, "init_from": weights})
 
 
 def inherited_keys(weights: str) -> dict[str, Any]:
-    """The keys that an adaptation takes over: of a run all but `TARGET_KEYS`, of other weights
-    `WEIGHTS_KEYS`."""
+    """The keys that an adaptation takes over: of a run all but `TARGET_KEYS`, and but the max_steps that came
+    from minutes; of other weights `WEIGHTS_KEYS`."""
     keys, names = read_metadata(weights, "weights"), list(WEIGHTS_KEYS)
     if os.path.isdir(os.path.expanduser(weights)):
         keys |= read_config(Path(weights).expanduser(), "weights")
-        names = [field.name for field in fields(PretrainConfig) if field.name not in TARGET_KEYS]
+        left_out = {*TARGET_KEYS, *(["max_steps"] if keys.get("minutes") is not None else [])}
+        names = [field.name for field in fields(PretrainConfig) if field.name not in left_out]
     return {name: keys[name] for name in names if name in keys}
 
 

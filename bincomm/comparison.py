@@ -18,9 +18,12 @@ from matplotlib.figure import Figure
 
 from bincomm import __version__
 from bincomm.building import create_networks, create_trained_teacher
-from bincomm.config import PretrainConfig
-from bincomm.data.sources import evaluation_sources, open_source
+from bincomm.config import PretrainConfig, read_config
+from bincomm.data.sources import Source, evaluation_sources, open_source
+from bincomm.distributed.ranks import join_ranks
+from bincomm.engine.budget import choose_steps
 from bincomm.engine.checkpoints import Checkpoints
+from bincomm.engine.run import has_begun, is_finished, take_steps
 from bincomm.evaluation.evaluate import figure
 from bincomm.evaluation.pretrained import Pretrained, evaluation_device
 from bincomm.evaluation.run import evaluate_reproducibly
@@ -80,7 +83,8 @@ def compare(
 
     Args:
         config: the configuration that all runs share, except for the keys that `METHODS` sets: method,
-            agreement, expa_type and, for all but bits-reset, reset_every.
+            agreement, expa_type and, for all but bits-reset, reset_every. Its minutes are those of the first
+            method; the others have as many steps.
         methods: names in `METHODS`.
         seeds: every method has a run for each seed; None: only that of the configuration.
         prototypes: number of prototypes of DINO; None: that of the configuration, or if that is the default
@@ -120,6 +124,7 @@ def compare(
     if prototypes is None and config.prototypes == PretrainConfig.prototypes:
         prototypes = prototypes_for(len(source.images))
     shared = replace(config, prototypes=prototypes or config.prototypes)
+    shared = settle_common_steps(shared, methods[0], source)
     configs = {method: method_configs(shared, method, seeds) for method in METHODS}
     named = [*methods, *(m for m, runs in configs.items() if m not in methods and all(map(finished, runs)))]
     configs = {method: configs[method] for method in named}
@@ -211,7 +216,23 @@ def insert(tree: dict[str, Any], path: tuple[str, ...], value: float) -> None:
 
 def finished(run: PretrainConfig) -> bool:
     """Whether a run's directory holds a finished run."""
-    return Path(run.output, "result.json").exists()
+    return is_finished(Path(run.output))
+
+
+def settle_common_steps(shared: PretrainConfig, first: str, source: Source) -> PretrainConfig:
+    """The configuration with one number of steps for the minutes of all methods: that of the runs that have
+    begun in its output, or else as many as the first method does in that time."""
+    if not shared.steps_are_open:
+        return shared
+    for note in sorted(Path(shared.output).glob("*/config.yaml")):
+        if has_begun(note.parent):
+            shared = take_steps(shared, read_config(note.parent, "output"))
+    if shared.steps_are_open:
+        run = method_configs(shared, first, None)[0]
+        with join_ranks(run.device) as ranks:
+            chosen = choose_steps(run, source, Path(run.output), ranks)
+        shared = replace(shared, epochs=chosen.epochs, max_steps=chosen.max_steps)
+    return shared
 
 
 def check_resets(run: PretrainConfig, images: int) -> None:
@@ -323,6 +344,8 @@ def as_markdown(table: dict[str, Any]) -> str:
     budget = f"{config['epochs']} epochs"
     if config["max_steps"]:
         budget += f", at most {config['max_steps']} steps"
+    if config["minutes"]:
+        budget += f", chosen for {config['minutes']:g} minutes"
     spread = f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
     overlap = (
         "" if table["queries_held_out"] else ", whose images, but not their labels, were used in training"

@@ -42,6 +42,8 @@ class PretrainConfig:
         seed: determines initialization, order of images and augmentations.
         epochs: passes over the data.
         max_steps: end after this many steps, even if epochs are more; the schedules then span these steps.
+        minutes: train for about this many minutes: the number of steps is chosen from the speed of the first
+            ones, in place of epochs and max_steps.
         batch_size: images per step, over all GPUs.
         backbone: a timm model name.
         backbone_args: further arguments of timm.create_model, for example {"layers": [1, 1, 1, 1]}.
@@ -104,6 +106,7 @@ class PretrainConfig:
     seed: int = 0
     epochs: int = 100
     max_steps: int | None = None
+    minutes: float | None = None
     batch_size: int = 256
     backbone: str = "vit_base_patch16_224"
     backbone_args: dict[str, Any] = field(default_factory=dict)
@@ -177,6 +180,8 @@ class PretrainConfig:
             raise ValueError(f"data: expected a source of images, got {self.data!r}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"minutes: expected a number > 0, got {self.minutes}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected from 0 to 2⁶³ - 1, got {self.seed}")
         for key in ("eps_squared", "head_std", "tau"):
@@ -197,6 +202,12 @@ class PretrainConfig:
         """The part of the configuration that describes the crops."""
         return Crops(**{f.name: getattr(self, f.name) for f in fields(Crops)})
 
+    @property
+    def steps_are_open(self) -> bool:
+        """Whether the number of steps is still to be chosen from `minutes`. The choice is noted as epochs and
+        max_steps, beside the minutes."""
+        return self.minutes is not None and self.max_steps is None
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to a run's config.yaml (tuples as lists)."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
@@ -208,6 +219,8 @@ class PretrainConfig:
 
         values, other = self.as_dict(), PretrainConfig().as_dict() | other
         keys = [key for key in values if key not in INCIDENTAL]
+        if self.steps_are_open:
+            keys = [key for key in keys if key not in ("epochs", "max_steps")]
         named = {"digits", *SETS}
         for key in ("data", "init_from"):
             paths = [v for v in (values[key], other.get(key)) if isinstance(v, str) and v not in named]

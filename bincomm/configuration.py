@@ -17,7 +17,8 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
         keys: of `PretrainConfig`.
 
     Raises:
-        ValueError: an unknown recipe or key, or a value that does not fit; the message names it.
+        ValueError: an unknown recipe or key, or a value that does not fit; the message names it. Also for
+            minutes along with epochs or max_steps.
         OSError: the recipe cannot be read.
     """
     keys = check_keys(keys)
@@ -25,7 +26,20 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
     values = check_keys(read_recipe(recipe), f"recipe {recipe}: ")
     if keys.get("backbone", values.get("backbone")) != values.get("backbone"):
         values.pop("backbone_args", None)  # those of the recipe's own
+    values = without_other_lengths(values, keys)
     return PretrainConfig(**{"output": f"runs/{Path(recipe).stem}", **values, **keys})
+
+
+def without_other_lengths(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values, of which those that determine the length of a run give way to the keys given."""
+    given = [key for key in ("epochs", "max_steps") if keys.get(key) is not None]
+    by_minutes = keys.get("minutes") is not None
+    if by_minutes and given:
+        raise ValueError(f"minutes: expected without epochs and max_steps, got also {' and '.join(given)}")
+    if by_minutes or (given and values.get("minutes") is not None):
+        # With minutes in a recipe, such as a run's config.yaml, its max_steps is what they came to.
+        return {key: value for key, value in values.items() if key not in ("minutes", "max_steps")}
+    return values
 
 
 def configure_comparison(recipe: str | None = None, **keys: Any) -> PretrainConfig:

@@ -27,7 +27,9 @@ DATA_HELP = (
     "images: a folder, tar shards (data-{000..127}.tar), a .txt file of paths, a standard set (cifar10), or "
     'digits; or several with weights, the shares of an epoch\'s images: {"photos": 3, "cifar10": 1}'
 )
-EXAMPLES = {"max_steps": 1000, "init_from": "resnet18", "backbone_args": {"layers": [1, 1, 1, 1]}}
+EXAMPLES = {
+    "max_steps": 1000, "minutes": 10, "init_from": "resnet18", "backbone_args": {"layers": [1, 1, 1, 1]},
+}  # fmt: skip
 LIST_EXAMPLE = "--blur='[1, 0.1, 0.5]'"
 
 

@@ -11,6 +11,7 @@ from bincomm.data.loader import TooManyUnusableError
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.distributed.ranks import Ranks, join_ranks
 from bincomm.distributed.sharding import gather_tensors
+from bincomm.engine.budget import settle_steps
 from bincomm.engine.curves import plot_curves
 from bincomm.engine.export import export_backbone
 from bincomm.engine.guard import TrainingError
@@ -48,6 +49,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
             if ranks.first(lambda: begin_run(run, config)):
                 logger.info("%s holds a finished run", run)
                 return None if ranks.rank else read_result(run)
+            config = settle_steps(config, source, run, ranks)
             with Signals(run) as signals:
                 teacher = train(config, source, run, ranks, signals)
                 ranks.leave()  # the rest is rank 0's work, and the others need not wait for it

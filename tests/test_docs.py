@@ -220,6 +220,9 @@ def small(words: list[str]) -> list[str]:
     sizes = NAMED_BACKBONE if "--backbone" in words else SMALL
     words = replace(words, data="drawn") if value_of("--data", words) in (None, "digits") else words
     options = SHORT | {key: value for key, value in sizes.items() if f"--{key}" not in words}
+    if "--minutes" in words:  # in place of max_steps; of so few, the fewest steps come, 20
+        words = replace(words, minutes="0.001")
+        del options["max_steps"]
     return [*words, *(f"--{key}={value}" for key, value in options.items())]
 
 

@@ -34,6 +34,11 @@ LINE = {  # formats of the progress line
     "data_wait": "data {:.0%}",
 }
 
+# Steps of this process after which the time that remains is told, and the first of them, which are not
+# measured: they are slow, but have batches that were made in advance, so that slow data does not show.
+FORECAST_AFTER, NOT_MEASURED = 15, 5
+SHORT = 60.0  # seconds; of a run that ends sooner it is not told
+
 
 class Records:
     """The metrics of a run: gathered step by step, reported every `log_every` steps and at the end.
@@ -64,6 +69,7 @@ class Records:
         self.board: SummaryWriter | None = None
         self.bar = progress_bar(total=schedule.steps, unit="step", disable=True)
         self.started_at, self.waited, self.images = 0.0, 0.0, 0
+        self.steps_here, self.measured_since = 0, 0.0  # of this process, to forecast the time
 
     def start(self, steps_done: int) -> None:
         """Open the files and the bar, and begin to measure the time."""
@@ -92,6 +98,7 @@ class Records:
         self.images += self.config.batch_size
         self.waited += waited
         self.bar.update()
+        self.forecast(steps_done)
         last = steps_done == self.schedule.steps
         if last or steps_done % self.config.log_every == 0:
             epoch = self.schedule.epoch(steps_done - 1)
@@ -103,6 +110,22 @@ class Records:
                     logger.warning("%s", warning)
         if last:
             self.flush()  # if it raises, the same command does those steps again
+
+    def forecast(self, steps_done: int) -> None:
+        """Tell once, after the first steps of this process, how long the others will take."""
+        self.steps_here += 1
+        if self.steps_here == NOT_MEASURED:
+            self.measured_since = time.perf_counter()
+        if self.steps_here == FORECAST_AFTER and self.ranks.rank == 0:
+            seconds = (time.perf_counter() - self.measured_since) / (FORECAST_AFTER - NOT_MEASURED)
+            remaining = self.schedule.steps - steps_done
+            if remaining * seconds > SHORT:
+                logger.info(
+                    "about %s for the %d steps that remain, at %s images/s",
+                    duration(remaining * seconds),
+                    remaining,
+                    in_short(self.config.batch_size / seconds),
+                )
 
     def report(self, steps_done: int, metrics: dict[str, float]) -> None:
         """Write and show the metrics of the steps since the last report."""
@@ -168,3 +191,18 @@ class Records:
         except OSError:
             self.board = None  # its thread has ended; another one is tried with the next metrics
             raise
+
+
+def duration(seconds: float) -> str:
+    """A time in words: minutes, or from 90 minutes on hours, or from 48 hours on days."""
+    minutes = seconds / 60
+    if minutes >= 48 * 60:
+        return f"{minutes / 60 / 24:.1f} days"
+    if minutes >= 90:
+        return f"{minutes / 60:.1f} hours"
+    return f"{minutes:.0f} minute{'s' if round(minutes) != 1 else ''}"
+
+
+def in_short(number: float) -> str:
+    """A positive number with three digits, or more where they stand before the point."""
+    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,42 @@ def begin_run(run: Path, config: PretrainConfig) -> bool:
     Raises:
         ValueError: it holds a run of another configuration, or `config.resume` does not allow what it holds.
     """
-    finished = (run / "result.json").exists()
-    if not finished and not Checkpoints(run / "checkpoints", config.keep).steps():
+    if not has_begun(run):
         if config.resume == "must":
             raise ValueError(f"resume: expected a run in {run} to resume, got none")
-        write_text(run / "config.yaml", dump_config(config))
+        note_config(run, config)
         return False
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun; the run is our own
     if config.resume == "never" and not restarted:
         raise ValueError(f"resume: expected no run in {run}, got one; choose another --output")
-    refuse_differences(config, read_config(run, "output"), str(run))
+    stored = read_config(run, "output")
+    refuse_differences(config, stored, str(run))
+    finished = is_finished(run)
     if not finished:
-        write_text(run / "config.yaml", dump_config(config))
+        note_config(run, take_steps(config, stored))
     return finished
+
+
+def has_begun(run: Path) -> bool:
+    """Whether a directory holds a run that is finished or can be resumed."""
+    return is_finished(run) or bool(Checkpoints(run / "checkpoints", keep=1).steps())
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a directory holds a finished run."""
+    return (run / "result.json").exists()
+
+
+def take_steps(config: PretrainConfig, stored: dict[str, Any]) -> PretrainConfig:
+    """The configuration with the number of steps that a stored one has for the same minutes, if any."""
+    if config.steps_are_open and stored.get("minutes") == config.minutes:
+        return replace(config, epochs=stored["epochs"], max_steps=stored["max_steps"])
+    return config
+
+
+def note_config(run: Path, config: PretrainConfig) -> None:
+    """Write a run's config.yaml."""
+    write_text(run / "config.yaml", dump_config(config))
 
 
 def dump_config(config: PretrainConfig) -> str:
@@ -42,10 +66,17 @@ def refuse_differences(config: PretrainConfig, stored: dict[str, Any], where: st
     """Raise ValueError naming the keys in which a stored configuration differs from this one."""
     different = config.differences(stored)
     if different:
-        keys = "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in different.items())
+        keys = "; ".join(
+            f"{key} was {in_words(was)}, now {in_words(now)}" for key, (was, now) in different.items()
+        )
         raise ValueError(
             f"output: {where} holds a run of another configuration ({keys}); choose another --output"
         )
+
+
+def in_words(value: Any) -> str:
+    """A key's value as a user types it: 10, not 10.0."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def read_result(run: Path) -> dict[str, Any]:

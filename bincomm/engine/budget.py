@@ -1,0 +1,103 @@
+"""The number of steps that fits the key `minutes`, from the speed of a few steps."""
+
+import gc
+import logging
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from bincomm.config import PretrainConfig, read_config
+from bincomm.data.sources import Source
+from bincomm.distributed.ranks import Ranks
+from bincomm.engine.job import Job, prepare
+from bincomm.engine.records import in_short
+from bincomm.engine.run import note_config, take_steps
+from bincomm.engine.signals import Signals
+
+logger = logging.getLogger(__name__)
+
+MIN_STEPS = 20  # with fewer, a run shows nothing
+# The first steps are slow, but have batches that were made in advance, so that slow data does not show.
+WARM_UP = 5
+AT_LEAST, AT_MOST = 3, 200  # steps that are measured
+LONGEST, SHARE = 5.0, 0.05  # how long, in seconds and as a share of the budget, if that is enough steps
+
+
+def settle_steps(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> PretrainConfig:
+    """The configuration with the number of steps that its minutes stand for: that in the run's config.yaml,
+    so that a resumed run is the same run on a slower machine too, or else one that is chosen now and noted
+    there. All ranks call it, after `bincomm.engine.run.begin_run`, and get the same.
+    """
+    if not config.steps_are_open:
+        return config
+
+    def noted() -> tuple[int, int | None]:
+        settled = take_steps(config, read_config(run, "output"))
+        return settled.epochs, settled.max_steps
+
+    epochs, max_steps = ranks.first(noted)
+    settled = replace(config, epochs=epochs, max_steps=max_steps)
+    if settled.steps_are_open:
+        settled = choose_steps(config, source, run, ranks)
+        ranks.first(lambda: note_config(run, settled))
+    return settled
+
+
+def choose_steps(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> PretrainConfig:
+    """The configuration with as many steps as fit its minutes at the speed measured now, and log it."""
+    assert config.minutes is not None
+    logger.info("measuring the speed of a few steps, to choose how many fit the minutes")
+    seconds, epoch_steps = measure(config, source, run, ranks)
+    gc.collect()  # the networks that were measured make room for those of the run
+    if ranks.device.type == "cuda":
+        torch.cuda.empty_cache()
+    fitting = int(60 * config.minutes / seconds)
+    steps = max(fitting, MIN_STEPS)
+    speed = f"{in_short(config.batch_size / seconds)} images/s"
+    unit = "minute" if config.minutes == 1 else "minutes"
+    logger.info(
+        f"{config.minutes:g} {unit} at {speed}: {steps} steps of {config.batch_size}, "
+        f"{in_short(steps / epoch_steps)} epochs"
+    )
+    if fitting < MIN_STEPS:
+        logger.warning(
+            f"minutes: {config.minutes:g} are too few, because {fitting} steps fit; the run has the fewest "
+            f"that are of use, {steps}, and takes about {in_short(steps * seconds / 60)} minutes"
+        )
+    return replace(config, epochs=math.ceil(steps / epoch_steps), max_steps=steps)
+
+
+def measure(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> tuple[float, int]:
+    """Seconds of a training step, by rank 0's clock, and the number of steps of an epoch.
+
+    The steps are real ones of a job of their own, of which nothing is kept: the run that follows creates its
+    networks from the seed and begins with the first batch, as if nothing had been measured.
+    """
+    assert config.minutes is not None
+    job = Job(config, source, run, ranks, Signals(run))
+    on_gpu, window = ranks.device.type == "cuda", job.records.window
+    torch.backends.cudnn.benchmark = on_gpu  # as in the run
+    train_step = prepare(job.eager_step, config, job.loader.next())
+
+    def seconds_per_step(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            output = train_step(*job.loader.next(), lr=0.0, weight_decay=0.0, momentum=1.0)
+            job.guard.read()
+            window.add(output)
+            if window.steps == config.log_every:
+                window.report()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return ranks.gather((time.perf_counter() - start) / steps)[0]
+
+    seconds_per_step(WARM_UP - 3)
+    estimate = seconds_per_step(3)
+    wanted = int(min(LONGEST, SHARE * 60 * config.minutes) / estimate)
+    seconds = seconds_per_step(min(max(wanted, AT_LEAST), AT_MOST))
+    if job.eager_step.forward.compiled:
+        torch.compiler.reset()  # else what was compiled counts against the limit of the run's networks
+    return seconds, job.loader.steps_per_epoch
