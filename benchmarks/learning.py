@@ -281,7 +281,7 @@ def page(name: str, records: Records) -> str:
     runs = finals(records)
     rows = [table_row(name, results) for name, results in runs.items()]
     first = next(iter(records.values()))["keys"]
-    counts = ", ".join(f"{name} {len(results)}" for name, results in runs.items())
+    counts = "; ".join(f"{name}: {len(results)}" for name, results in runs.items())
     lines = [f"# Methods compared on {first['source']}", "", *origin(records)]
     if rows:
         some = rows[0]["runs"][0]
@@ -289,8 +289,8 @@ def page(name: str, records: Records) -> str:
             "",
             *rows_as_markdown(rows),
             "",
-            f"Mean ± standard deviation over seeds (runs: {counts}). Features are those of the teacher's "
-            f"backbone, of {some['gallery_images']} training images and {some['query_images']} test images; "
+            f"Mean ± standard deviation over seeds (number of runs: {counts}). Features are those of the "
+            f"teacher's backbone, of {some['gallery_images']} training images and {some['query_images']} test images; "
             "k-NN with k = 20, mAP@ALL. Codes are the signs of the head's K logits, of DINO those of its "
             "head's bottleneck; SimDINO's and DINO's are not trained to be codes.",
         ]
@@ -335,7 +335,7 @@ def search_table(records: Records) -> list[str]:
         texts = {rate: f"{100 * accuracy:.1f}" for rate, accuracy in accuracies.items()}
         texts[best] = f"**{texts[best]}**"
         rows.append([method, *(texts.get(rate, "-") for rate in rates)])
-        if best in (rates[0], rates[-1]):
+        if best in (rates[0], rates[-1]) and len(rates) > 1:
             at_the_edge.append(method)
     lines = table(["k-NN %", *(f"lr {rate:g}" for rate in rates)], rows)
     if at_the_edge:

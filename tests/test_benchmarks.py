@@ -10,6 +10,7 @@ from PIL import Image
 from benchmarks import defaults, domains, learning
 from bincomm.data.digits import digits
 from bincomm.objectives import BetaControl, DiscreteCommunication
+from bincomm.pretraining import Interrupted
 
 pytestmark = pytest.mark.slow
 KEYS = {
@@ -145,6 +146,27 @@ def test_what_failed_is_measured_again_on_request(bench, monkeypatch):
     assert "Failed" not in page
 
 
+def test_an_interrupted_run_is_kept_and_goes_on(bench, images, monkeypatch, tmp_path):
+    chosen = (f"digits={images}", "--only", "K 32$")
+    folders = []
+
+    def interrupted(config):
+        folders.append(config.output)
+        raise Interrupted(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(defaults, "pretrain", interrupted)
+        with pytest.raises(SystemExit, match="K 32: interrupted; the same command goes on"):
+            bench(defaults, *chosen)
+        assert (tmp_path / folders[0]).is_dir()
+        assert not (tmp_path / "figures.json").exists()
+        with pytest.raises(SystemExit):
+            bench(defaults, *chosen)
+    assert folders[0] == folders[1]
+    assert bench(defaults, *chosen)[0] == 0
+    assert not (tmp_path / folders[0]).exists()
+
+
 def test_methods_are_tuned_and_compared_once(bench, images, tmp_path):
     few = (f"d={images}", "--seeds", "2", "--methods", "bits, reset", "DINO", "--rates", "0.001", "0.01")
     status, records, page, _ = bench(learning, *few)
@@ -178,7 +200,7 @@ def test_a_method_waits_for_its_search(bench, images):
 
 
 def test_a_domain_with_and_without_another_one(bench, images):
-    arguments = ("one=digits", f"two={images}", "--steps", "4", "--seeds", "2")
+    arguments = (f"one={images}", f"two={images}", "--steps", "4", "--seeds", "2")
     status, records, page, _ = bench(domains, *arguments)
     assert status == 0
     ways = ("before training", "two alone", "one → two")
