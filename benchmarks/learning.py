@@ -290,8 +290,8 @@ def page(name: str, records: Records) -> str:
             *rows_as_markdown(rows),
             "",
             f"Mean ± standard deviation over seeds (number of runs: {counts}). Features are those of the "
-            f"teacher's backbone, of {some['gallery_images']} training images and {some['query_images']} test images; "
-            "k-NN with k = 20, mAP@ALL. Codes are the signs of the head's K logits, of DINO those of its "
+            f"teacher's backbone, of {some['gallery_images']} training and {some['query_images']} test "
+            "images; k-NN with k = 20, mAP@ALL. Codes are the signs of the head's K logits, of DINO of its "
             "head's bottleneck; SimDINO's and DINO's are not trained to be codes.",
         ]
     if any("curve" in figures for results in runs.values() for figures in results):
