@@ -1,15 +1,16 @@
 # make pretrain · make test · make check · make bench: each sets up what it needs first, once.
 #
 # Variables: PYTHON (the interpreter the virtual environment is made from), ARGS (passed on to the command),
-# DATA (a folder of images for the benchmarks of the data path).
+# DATA (a folder of images for the benchmarks of the data path and of learning; docs/results.md says what the latter need).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup pretrain check test test-long lint types bench bench-codes bench-data bench-factors bench-step \
-  bench-small-step gpu-test gpu-sanitize gpu-bench gpu-bench-data gpu-bench-step clean
+.PHONY: setup pretrain check test test-long lint types bench bench-codes bench-data bench-defaults bench-domains \
+  bench-factors bench-learning bench-small-step bench-step gpu-test gpu-sanitize gpu-bench gpu-bench-data \
+  gpu-bench-step clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -79,6 +80,20 @@ bench-codes: setup
 bench-factors: setup
 	$(BIN)/python -m benchmarks.factors benchmarks/results/factors
 
+# Of learning: hours, but what is measured is stored and not measured again; ARGS="--only REGEX" chooses.
+bench-defaults: setup
+	$(has_data)
+	$(BIN)/python -m benchmarks.defaults benchmarks/results/defaults digits=digits cifar10="$(DATA)/cifar10" \
+	  photo="$(DATA)/photo" sketch="$(DATA)/sketch" photographs="$(DATA)/photographs" $(ARGS)
+
+bench-domains: setup
+	$(has_data)
+	$(BIN)/python -m benchmarks.domains benchmarks/results/domains photo="$(DATA)/photo" sketch="$(DATA)/sketch" $(ARGS)
+
+bench-learning: setup
+	$(has_data)
+	$(BIN)/python -m benchmarks.learning benchmarks/results/learning cifar10="$(DATA)" $(ARGS)
+
 bench-step: setup
 	$(BIN)/python -m benchmarks.step benchmarks/results/step-cpu
 
@@ -90,8 +105,10 @@ gpu-bench-step:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.step benchmarks/results/step-gpu
 
+has_data = @test -d "$(DATA)" || { echo "DATA: expected a folder of images, got '$(DATA)'"; exit 2; }
+
 define measure_data
-	@test -d "$(DATA)" || { echo "DATA: expected a folder of images, got '$(DATA)'"; exit 2; }
+	$(has_data)
 	$(1) -m benchmarks.loader "$(DATA)" benchmarks/results/data-$(2)
 endef
 

@@ -330,15 +330,7 @@ def common_and_own(configs: dict[str, list[PretrainConfig]]) -> dict[str, Any]:
 
 def as_markdown(table: dict[str, Any]) -> str:
     """The table with aligned columns, and notes on how to read it."""
-    lines = [["method", *(heading for heading, _, _ in COLUMNS.values())]]
-    for row in table["rows"]:
-        lines.append([row["name"], *(cell(row, path) for path in COLUMNS)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    aligned = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
+    aligned = rows_as_markdown(table["rows"])
     config, seeds, failed = table["config"], table["seeds"], table["failed"]
     (pixels,) = table["rows"][0]["runs"]
     budget = f"{config['epochs']} epochs"
@@ -357,14 +349,28 @@ def as_markdown(table: dict[str, Any]) -> str:
         f"{pixels['gallery_images']} images and {pixels['query_images']} queries{overlap}. k-NN with k = 20; "
         "mAP@ALL by the cosine of features and the Hamming distance of codes; d_eff, r_eff and use of bits "
         "are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
-        "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Transmitted "
-        "bits are those of a message that the student predicts, Σ max(0, entropy - cross-entropy), in the "
-        "last steps of training. Seconds are those "
-        "of a run's training steps. All methods have the hyperparameters above, and DINO none of its own: "
-        "its last layer learns from the first epoch on.",
+        "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Transmitted bits "
+        "are those of a message that the student predicts, Σ max(0, entropy - cross-entropy), in the last "
+        "steps of training. Seconds are those of a run's training steps. All methods have the "
+        "hyperparameters above, and DINO none of its own: its last layer learns from the first epoch on.",
         *(f"{run}: {reason}" for run, reason in failed.items()),
     )
     return "\n".join([*aligned, *(f"\n{textwrap.fill(note, 110)}" for note in notes)]) + "\n"
+
+
+def rows_as_markdown(
+    rows: Sequence[dict[str, Any]], paths: Sequence[tuple[str, ...]] = tuple(COLUMNS)
+) -> list[str]:
+    """The lines of a table of rows of `table_row`, with aligned columns, those of these figures."""
+    lines = [["method", *(COLUMNS[path][0] for path in paths)]]
+    for row in rows:
+        lines.append([row["name"], *(cell(row, path) for path in paths)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
 
 
 def cell(row: dict[str, Any], path: tuple[str, ...]) -> str:
