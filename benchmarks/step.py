@@ -65,7 +65,7 @@ class Case(NamedTuple):
             local_size=self.local_size,
             precision=self.precision,
             drop_path=0.0,
-            beta=0.1,
+            beta=0.1,  # a number, as the plain loop has
         )
 
     def title(self) -> str:

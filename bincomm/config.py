@@ -21,7 +21,8 @@ INCIDENTAL = (
 class PretrainConfig:
     """Everything that determines a pretraining run.
 
-    The defaults are the paper's: ViT-B/16, ImageNet-1K, 100 epochs.
+    The defaults are the paper's: ViT-B/16, ImageNet-1K, 100 epochs. In a run of that length, auto stands for
+    the paper's values; only beta is found while training.
 
     Args:
         data: a folder of images (nested or flat), tar shards (data-{000..127}.tar), a .txt file of image
@@ -49,19 +50,22 @@ class PretrainConfig:
         backbone_args: further arguments of timm.create_model, for example {"layers": [1, 1, 1, 1]}.
         bits: K, the number of bits of a message.
         hidden: width of the head's two hidden layers.
-        head_std: standard deviation of the head's initial weights. Small logits strengthen the coding rate: a
-            narrow or shallow backbone needs a larger one than the default.
-        reset_every: reset the head to random weights every this many epochs; 0 = never.
-        beta: β, weight of the coding rate. Bits dying: raise it; agreement stuck at ln 2: lower it.
+        head_std: standard deviation of the initial weights of a head with 768 features and a hidden width of
+            2048; heads of other widths are scaled so that their initial logits are as large.
+        reset_every: reset the head to random weights every this many epochs; 0 = never. auto: every tenth of
+            the run, in whole epochs, if that is at least 2000 steps, else never.
+        beta: β, weight of the coding rate. auto: found while training, as small as keeps the bits in use.
         eps_squared: ε² of the coding rate.
-        lr: peak learning rate for a batch of 256; scaled in proportion to batch_size.
+        lr: peak learning rate for a batch of 256; scaled in proportion to batch_size. auto: 5e-4 for batches
+            of 256, in proportion to √batch_size, and up to eight times as much below 768 features.
         min_lr: learning rate at the end.
-        warmup_epochs: epochs of linear warm-up, at most a quarter of the run.
+        warmup_epochs: epochs of linear warm-up, at most a quarter of the run. auto: a tenth of the run.
         weight_decay: weight decay at the start; biases and other one-dimensional parameters have none.
         weight_decay_end: weight decay at the end, reached by a cosine schedule.
         clip: largest gradient norm of a parameter tensor; 0 = no clipping.
         drop_path: stochastic depth rate of the student.
         momentum: momentum of the teacher's moving average at the start; 1 at the end, by a cosine schedule.
+            auto: 1 - 20/steps, at least 0.9 and at most 0.996.
         precision: number format of the networks' forward pass; the losses are always in fp32.
         compile: torch.compile both networks; auto does so on a GPU.
         cuda_graph: replay a step's launches from a CUDA graph; for small networks on one GPU, whose steps are

@@ -6,7 +6,7 @@ crop. This alone would end in a constant message, so a coding rate keeps the log
     message    m = 1[a_teacher > 0],  a = head(backbone(crop)),  K raw logits
     agreement  softplus(a_v) - m_u·a_v, averaged over pairs of different views (u, v), images and bits
     rate       R = ½ logdet(I + K/(N·ε²)·zᵀz),  rows z = a/‖a‖ of the N images of a global view
-    loss       L = agreement - β·γ·R,  γ = (K + N)/(K·N),  R averaged over the student's global views
+    loss       L = agreement - β·γ·R,  β found while training, γ = (K + N)/(K·N), R a mean over global views
 
     python examples/minimal.py   # the digits, two minutes on two cores; for photos: --data FOLDER, on a GPU
 """
@@ -27,7 +27,7 @@ from bincomm.data.loader import Loader
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.evaluation.knn import knn_accuracy
 
-# As in `bincomm pretrain`; lr is for batches of 256; docs/method.md explains the larger head_std of DIGITS.
+# As in `bincomm pretrain`, with what auto stands for in the paper's run; lr is for batches of 256.
 PHOTOS = argparse.Namespace(
     backbone="vit_base_patch16_224", hidden=2048, bits=256, head_std=0.02, crops=Crops(), eval_crop=0.875,
     backbone_args={"img_size": 224, "dynamic_img_size": True, "drop_path_rate": 0.1}, momentum=0.996,
@@ -38,8 +38,7 @@ DIGITS = argparse.Namespace(
     hidden=512, bits=64, head_std=0.06, eval_crop=1, momentum=0.98, epochs=40, reset_every=20, batch_size=64,
     lr=8e-3, min_lr=1e-5, warmup_epochs=2, crops=Crops(
         global_size=24, global_scale=(0.7, 1), local_crops=2, local_size=16, local_scale=(0.6, 0.9),
-        flip=0, jitter=(0, 0, 0, 0), gray=0, blur=(0, 0, 0), solarize=0),
-)  # fmt: skip
+        flip=0, jitter=(0, 0, 0, 0), gray=0, blur=(0, 0, 0), solarize=0))  # fmt: skip
 
 
 class Head(nn.Sequential):
@@ -52,10 +51,11 @@ class Head(nn.Sequential):
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator | None = None) -> None:
-        for parameter in self.parameters():
-            parameter.zero_()
-            if parameter.ndim > 1:  # a weight; drawn on the CPU, so that every device gets the same
-                parameter.copy_(nn.init.trunc_normal_(parameter.cpu(), std=self.std, generator=generator))
+        for layer in self:
+            if isinstance(layer, nn.Linear):  # drawn on the CPU, so that every device gets the same
+                std = self.std * math.sqrt((768 if layer is self[0] else 2048) / layer.in_features)
+                layer.weight.copy_(nn.init.trunc_normal_(layer.weight.cpu(), std=std, generator=generator))
+                layer.bias.zero_()
 
 
 class Network(nn.Module):
@@ -139,7 +139,7 @@ def main() -> None:
     matrices = [p for p in student.parameters() if p.ndim > 1]  # take weight decay
     vectors = [p for p in student.parameters() if p.ndim <= 1]  # biases and norms, which do not
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors}], fused=True)
-    objective = bincomm.DiscreteCommunication(beta=0.1, eps_squared=0.05)
+    objective = bincomm.DiscreteCommunication().to(device)
     source = open_source(config.data)
     loader = Loader(source, config.crops, batch_size=config.batch_size, seed=0, device=device)
     steps, peak = config.epochs * loader.steps_per_epoch, config.lr * config.batch_size / 256

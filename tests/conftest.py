@@ -21,8 +21,8 @@ def is_missing(module):
 # What bincomm[train] and bincomm[eval] bring, by module. Tests need all of it, but those of the bare install.
 TRAINING = ["timm", "nvidia.dali", "safetensors", "jsonargparse", "PIL", "tqdm", "tensorboard", "matplotlib"]
 TRAINING += ["sklearn", "pyarrow", "faiss", "scipy"]
-BARE = {"test_ops", "test_kernels", "test_gpu", "test_objectives.py", "test_packaging.py"}
-BARE |= {"test_architecture.py"}
+BARE = {"test_ops", "test_kernels", "test_gpu", "test_objectives.py", "test_beta_control.py"}
+BARE |= {"test_architecture.py", "test_packaging.py"}
 missing = [module for module in TRAINING if is_missing(module)]
 left_out = sorted(path.name for path in Path(__file__).parent.glob("test_*") if path.name not in BARE)
 collect_ignore = [*left_out, "test_gpu/test_training.py"] if missing else []

@@ -52,7 +52,8 @@ def test_help_explains_every_key_and_what_is_the_commands_own(capsys):
     with pytest.raises(SystemExit):
         cli.main(["compare", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    help_of_key = "reset the head to random weights every this many epochs; 0 = never; default 10"
+    help_of_key = "reset the head to random weights every this many epochs; 0 = never. auto: every tenth "
+    help_of_key += "of the run, in whole epochs, if that is at least 2000 steps, else never; default auto"
     assert f"--reset_every RESET_EVERY {help_of_key}" in text
     assert "--seeds N,N,..." in text
     assert "--method METHOD" not in text

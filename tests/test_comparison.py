@@ -26,6 +26,7 @@ from bincomm.evaluation.knn import knn_accuracy
 from bincomm.evaluation.linear import linear_probe
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.retrieval import mean_average_precision
+from bincomm.files import read_json_lines
 from bincomm.objectives import DINO
 
 pytestmark = pytest.mark.slow
@@ -177,6 +178,25 @@ def test_mean_and_standard_deviation_over_the_seeds(compared):
     assert f"{100 * row['mean']['map']:.1f} ± {100 * row['std']['map']:.1f}" in line
 
 
+def test_what_is_transmitted_is_that_of_the_last_steps(compared):
+    """Of the method that predicts bits; the others have none."""
+    output, table = compared
+    row = rows(table)["bits-reset"]
+    for seed, run in enumerate(row["runs"]):
+        last = read_json_lines(output / f"bits-reset-seed{seed}" / "metrics.jsonl")[-1]
+        assert last["step"] == 6
+        assert run["transmitted_bits"] == last["transmitted_bits"]
+    mean = row["mean"]["transmitted_bits"]
+    assert mean == pytest.approx(statistics.mean(run["transmitted_bits"] for run in row["runs"]))
+    header, _, *lines = (x for x in (output / "table.md").read_text().splitlines() if x.startswith("|"))
+    column = [name.strip() for name in header.split("|")].index("transmitted bits")
+    cells = {line.split("|")[1].strip(): line.split("|")[column].strip() for line in lines}
+    assert cells.pop("bits-reset").startswith(f"{mean:.1f} ± ")
+    assert set(cells.values()) == {"-"}
+    for method in (BEFORE, PIXELS, "simdino", "dino"):
+        assert "transmitted_bits" not in rows(table)[method]["mean"]
+
+
 def test_what_runs_share_and_where_they_differ(compared):
     output, table = compared
     assert table["seeds"] == [0, 1]
@@ -304,7 +324,8 @@ def test_what_sets_the_methods_apart():
         ("out/dino-seed3", 3),
         ("out/dino-seed5", 5),
     ]
-    assert method_configs(PretrainConfig(reset_every=7), "bits-reset", None)[0].reset_every == 7
+    for keys, reset_every in (({"reset_every": 7}, 7), ({}, 10), ({"epochs": 25}, 3), ({"epochs": 3}, 1)):
+        assert method_configs(PretrainConfig(**keys), "bits-reset", None)[0].reset_every == reset_every
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ OPTIONS = {
     "local_size": 12,
     "bits": 16,
     "hidden": 32,
-    "head_std": 0.1,
+    "beta": "auto",
     "batch_size": 32,
     "max_steps": 20,
     "reset_every": 0,
@@ -90,7 +90,7 @@ def train_on_two(output, **options):
 
 def curve(run):
     return [
-        [line[key] for key in ("loss", "agreement", "rate")]
+        [line[key] for key in ("loss", "agreement", "rate", "beta")]
         for line in read_json_lines(run / "metrics.jsonl")
     ]
 

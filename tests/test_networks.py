@@ -60,10 +60,13 @@ def test_errors_name_backbone_and_argument():
 
 def test_head_is_drawn_as_stated_and_reset_depends_on_the_generator_alone():
     head = Head(200, 300, 64)
-    weights = [layer.weight for layer in head.layers if hasattr(layer, "weight")]
-    assert len(weights) == 3
-    for weight in weights:
-        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for widths, stds in (((200, 300), (0.0392, 0.0523, 0.0523)), ((768, 2048), (0.02, 0.02, 0.02))):
+        layers = Head(*widths, 64).layers
+        weights = [layer.weight for layer in layers if hasattr(layer, "weight")]
+        for weight, std in zip(weights, stds, strict=True):
+            assert weight.std().item() == pytest.approx(std, rel=0.05)
+        doubled = Head(*widths, 64, std=0.04).layers[0].weight.std().item()
+        assert doubled == pytest.approx(2 * stds[0], rel=0.05)
     other = Head(200, 300, 64)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -74,6 +77,17 @@ def test_head_is_drawn_as_stated_and_reset_depends_on_the_generator_alone():
     for mine, theirs in zip(head.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert all((layer.bias == 0).all() for layer in head.layers if hasattr(layer, "bias"))
+
+
+@torch.no_grad()
+def test_initial_logits_are_of_one_size_whatever_the_widths():
+    """Of features of variance 1; a head that is not scaled would have logits from 0.002 to 0.3."""
+    torch.manual_seed(0)
+    features = torch.randn(256, 2048)
+    for width in (64, 256, 768, 2048):
+        for hidden in (128, 512, 2048):
+            logits = Head(width, hidden, 256)(features[:, :width])
+            assert logits.std().item() == pytest.approx(0.142, rel=0.15)
 
 
 def test_scores_are_those_of_a_weight_normalized_layer():

@@ -24,10 +24,11 @@ from bincomm.data.loader import TooManyUnusableError
 from bincomm.engine.checkpoints import load_checkpoint
 from bincomm.engine.records import Records
 from bincomm.engine.run import dump_config
+from bincomm.engine.schedules import Schedule
 from bincomm.engine.state import RunState
 from bincomm.evaluation.run import summary
 from bincomm.files import read_json_lines
-from bincomm.networks import Network
+from bincomm.networks import Head, Network
 from bincomm.pretraining import Interrupted, TrainingError, pretrain
 
 # A small network on small crops; the head is reset twice, and drop path draws random numbers in the network.
@@ -39,7 +40,7 @@ OPTIONS = {
     "local_size": 12,
     "bits": 16,
     "hidden": 32,
-    "beta": 0.2,
+    "beta": "auto",
     "batch_size": 64,
     "epochs": 3,
     "max_steps": 50,
@@ -106,11 +107,13 @@ def test_what_a_run_leaves(finished):
     records = read_json_lines(output / "metrics.jsonl")
     assert [record["step"] for record in records] == [*range(4, 50, 4), 50]
     keys = "loss agreement rate gradient_norm lr momentum "
-    keys += "bit_entropy bit_entropy_min dead_bits bit_accuracy bit_majority"
+    keys += "bit_entropy bit_entropy_min dead_bits bit_accuracy bit_majority "
+    keys += "beta agreement_global transmitted_bits"
     for record in records:
         assert set(keys.split()) <= record.keys()
         assert all(torch.tensor(float(value)).isfinite() for value in record.values())
     assert records[-1]["momentum"] == 1.0
+    assert len({record["beta"] for record in records}) == len(records)  # it is found while training
     evaluation = result["evaluation"]
     assert evaluation.keys() == {"teacher", "before_training", "pixels", "queries_held_out"}
     assert evaluation["teacher"].keys() >= {"knn", "knn_codes", "bits"}
@@ -213,7 +216,7 @@ def test_a_finished_run_is_not_trained_again(finished, capsys):
 
 def test_a_run_of_another_configuration_is_refused(finished, capsys):
     assert cli.main(["pretrain", *arguments(finished[0], beta=0.7)]) == 2
-    assert "beta was 0.2, now 0.7" in capsys.readouterr().err
+    assert "beta was auto, now 0.7" in capsys.readouterr().err
 
 
 def test_a_run_that_failed_before_it_began_is_not_in_the_way(tmp_path):
@@ -509,16 +512,12 @@ def test_what_is_wrong_is_told_without_a_traceback(tmp_path, capsys, options, wo
 
 
 def test_defaults_are_the_papers():
+    """As they are, or by what auto stands for: ImageNet-1K has 1 281 167 images, 5 004 batches of 256."""
     config = PretrainConfig()
-    assert (config.backbone, config.bits, config.beta, config.epochs) == (
-        "vit_base_patch16_224",
-        256,
-        0.1,
-        100,
-    )
-    assert (config.local_crops, config.reset_every, config.batch_size, config.momentum) == (
-        10,
-        10,
-        256,
-        0.996,
-    )
+    assert (config.backbone, config.bits, config.epochs) == ("vit_base_patch16_224", 256, 100)
+    assert (config.local_crops, config.batch_size, config.beta) == (10, 256, "auto")
+    schedule = Schedule(config, epoch_steps=5004, features=768)
+    assert (schedule.warmup, schedule.reset_every) == (10 * 5004, 10)
+    assert (schedule.momentum, schedule.peak) == (0.996, 5e-4)
+    head = Head(768, config.hidden, config.bits, config.head_std)
+    assert all(p.std().item() == pytest.approx(0.02, rel=0.02) for p in head.parameters() if p.ndim > 1)

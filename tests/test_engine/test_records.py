@@ -16,13 +16,14 @@ from bincomm.engine.schedules import Schedule
 from bincomm.files import read_json_lines
 
 METRICS = {"loss": 1.0, "agreement": 0.5, "rate": 7.0, "bit_entropy": 1.0, "bit_entropy_min": 0.5}
-METRICS |= {"dead_bits": 0.0, "bit_accuracy": 0.9, "bit_majority": 0.5, "lr": 0.1}
+METRICS |= {"dead_bits": 0.0, "bit_accuracy": 0.9, "bit_majority": 0.5, "lr": 0.1, "beta": 0.1}
+METRICS |= {"transmitted_bits": 3.25, "agreement_global": 0.4}
 
 
 def start_records(run, step=0):
     config = PretrainConfig(max_steps=30)
     window = MetricsWindow(config.log_every, ("loss",), None, torch.device("cpu"))
-    records = Records(config, run, Schedule(config, 10), window, create_monitor(config), ALONE)
+    records = Records(config, run, Schedule(config, 10, 768), window, create_monitor(config), ALONE)
     records.start(step)
     return records
 
@@ -60,6 +61,16 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
     assert any((tmp_path / "tensorboard").iterdir())
     plot_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_is_shown_on_one_line(tmp_path, caplog):
+    records = start_records(tmp_path)
+    with caplog.at_level("INFO", logger="bincomm"):
+        records.report(10, METRICS)
+    records.close()
+    assert (
+        "step 10/30  loss 1.0000  agreement 0.5000  rate 7.0  beta 0.1  hears 3.2 of 256 bits" in caplog.text
+    )
 
 
 def test_metrics_that_a_full_disk_did_not_take_are_written_later(tmp_path, monkeypatch, caplog):

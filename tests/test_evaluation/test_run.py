@@ -66,6 +66,7 @@ def test_what_a_finished_run_prints(run):
     ):
         assert line in text.splitlines()
     assert f"channel: bit entropy {metrics['bit_entropy']:.3f}" in text
+    assert f"  {metrics['transmitted_bits']:.1f} bits of a message transmitted,\n" in text
     assert text.endswith("config.yaml, checkpoints")
     assert "in runs/a: backbone.safetensors" in text
     split = {**result, "evaluation": {**evaluation, "queries_held_out": False}}

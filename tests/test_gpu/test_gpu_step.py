@@ -18,7 +18,7 @@ ARGUMENTS = {"patch_size": 4, "depth": 2, "qkv_bias": False}
 def create(objective=None, precision="fp32", accumulate=1):
     torch.manual_seed(0)
     backbone, _ = create_backbone("test_vit", 16, **ARGUMENTS)
-    student = Network(backbone, Head(feature_width(backbone, [16]), 64, 32, 0.1))
+    student = Network(backbone, Head(feature_width(backbone, [16]), 64, 32))
     teacher = create_teacher(student, create_backbone("test_vit", 16, **ARGUMENTS)[0]).cuda()
     student = student.cuda()
     objective = (objective or DiscreteCommunication()).cuda()

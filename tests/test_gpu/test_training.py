@@ -42,7 +42,7 @@ def test_a_short_run(tmp_path, form):
     keys = {"precision": "bf16", "log_every": 10, "save_every": 10, "max_steps": 60, **form}
     result = pretrain(configure("digits", output=tmp_path / "run", **keys))
     assert result["machine"]["device"] == "cuda"
-    assert result["last_metrics"]["loss"] < 0.47  # 0.52 where nothing is learned
+    assert result["last_metrics"]["rate"] > 50  # 41 where nothing is learned
 
 
 def photographs(folder, count=40):
