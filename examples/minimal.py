@@ -8,7 +8,7 @@ crop. This alone would end in a constant message, so a coding rate keeps the log
     rate       R = ½ logdet(I + K/(N·ε²)·zᵀz),  rows z = a/‖a‖ of the N images of a global view
     loss       L = agreement - β·γ·R,  β found while training, γ = (K + N)/(K·N), R a mean over global views
 
-    python examples/minimal.py   # the digits, two minutes on two cores; for photos: --data FOLDER, on a GPU
+    python examples/minimal.py   # the digits, a minute on two cores; for photos: --data FOLDER, on a GPU
 """
 
 import argparse
@@ -27,7 +27,7 @@ from bincomm.data.loader import Loader
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.evaluation.knn import knn_accuracy
 
-# As in `bincomm pretrain`, with what auto stands for in the paper's run; lr is for batches of 256.
+# As in `bincomm pretrain`, with what auto stands for in these runs; lr is for batches of 256.
 PHOTOS = argparse.Namespace(
     backbone="vit_base_patch16_224", hidden=2048, bits=256, head_std=0.02, crops=Crops(), eval_crop=0.875,
     backbone_args={"img_size": 224, "dynamic_img_size": True, "drop_path_rate": 0.1}, momentum=0.996,
@@ -35,8 +35,8 @@ PHOTOS = argparse.Namespace(
 )  # fmt: skip
 DIGITS = argparse.Namespace(
     backbone="resnetv2_18", backbone_args={"layers": [1, 1, 1], "channels": [32, 64, 128], "stem_chs": 32},
-    hidden=512, bits=64, head_std=0.06, eval_crop=1, momentum=0.98, epochs=40, reset_every=20, batch_size=64,
-    lr=8e-3, min_lr=1e-5, warmup_epochs=2, crops=Crops(
+    hidden=512, bits=64, head_std=0.03, eval_crop=1, momentum=1 - 20 / 440, epochs=20, reset_every=0,
+    batch_size=64, lr=8e-3, min_lr=1e-5, warmup_epochs=2, crops=Crops(
         global_size=24, global_scale=(0.7, 1), local_crops=2, local_size=16, local_scale=(0.6, 0.9),
         flip=0, jitter=(0, 0, 0, 0), gray=0, blur=(0, 0, 0), solarize=0))  # fmt: skip
 
@@ -145,7 +145,7 @@ def main() -> None:
     steps, peak = config.epochs * loader.steps_per_epoch, config.lr * config.batch_size / 256
     warmup = min(config.warmup_epochs * loader.steps_per_epoch, steps // 4)
     for step in range(steps):
-        if step and step % (config.reset_every * loader.steps_per_epoch) == 0:
+        if step and config.reset_every and step % (config.reset_every * loader.steps_per_epoch) == 0:
             reset_head(student, teacher, optimizer, seed=step // loader.steps_per_epoch)
         lr = cosine(step - warmup, steps - warmup, peak, config.min_lr)  # the peak until warm-up is over
         lr *= min(1, (step + 1) / max(1, warmup))  # linear warm-up: peak/warmup, 2·peak/warmup, ..., peak
