@@ -53,7 +53,7 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
     if device.type == "cpu" and config.precision == "bf16":
         write_attention_out(student, teacher)  # PyTorch's fused one takes two to five times as long there
     student, teacher = student.to(device), teacher.to(device)
-    if config.channels_last:
+    if config.channels_last and not config.fsdp:  # FSDP splits contiguous parameters only
         student = student.to(memory_format=torch.channels_last)
         teacher = teacher.to(memory_format=torch.channels_last)
     return student, teacher

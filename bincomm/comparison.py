@@ -125,6 +125,8 @@ def compare(
         prototypes = prototypes_for(len(source.images))
     shared = replace(config, prototypes=prototypes or config.prototypes)
     shared = settle_common_steps(shared, methods[0], source)
+    if shared.reset_every == "auto":  # for bits-reset, in runs that are too short for resets by default, too
+        shared = replace(shared, reset_every=math.ceil(epochs_of(shared, len(source.images)) / 10))
     configs = {method: method_configs(shared, method, seeds) for method in METHODS}
     named = [*methods, *(m for m, runs in configs.items() if m not in methods and all(map(finished, runs)))]
     configs = {method: configs[method] for method in named}
@@ -235,14 +237,18 @@ def settle_common_steps(shared: PretrainConfig, first: str, source: Source) -> P
     return shared
 
 
+def epochs_of(run: PretrainConfig, images: int) -> float:
+    """How many epochs a run has, which max_steps may cut short."""
+    epoch_steps = images // run.batch_size
+    return min(run.epochs, (run.max_steps or math.inf) / epoch_steps)
+
+
 def check_resets(run: PretrainConfig, images: int) -> None:
     """Raise ValueError if a run ends before the first reset of its head."""
-    epoch_steps = images // run.batch_size
-    steps = min(run.epochs * epoch_steps, run.max_steps or run.epochs * epoch_steps)
-    assert run.reset_every != "auto"  # `method_configs` sets it
-    if run.reset_every * epoch_steps >= steps:
+    epochs = epochs_of(run, images)
+    if run.reset_every == "auto" or run.reset_every >= epochs:
         raise ValueError(
-            f"reset_every: expected fewer epochs than a run of bits-reset has, {steps / epoch_steps:g}, "
+            f"reset_every: expected fewer epochs than a run of bits-reset has, {epochs:g}, "
             f"got {run.reset_every}"
         )
 
@@ -268,13 +274,7 @@ def prototypes_for(images: int) -> int:
 
 def method_configs(shared: PretrainConfig, method: str, seeds: Sequence[int] | None) -> list[PretrainConfig]:
     """The configurations of a method's runs, one per seed."""
-    if (
-        shared.reset_every == "auto"
-    ):  # as the paper's run, but also in runs that are too short for it by default
-        reset_every = math.ceil(shared.epochs / 10)
-    else:
-        reset_every = shared.reset_every or RESET_EVERY
-    keys = {"reset_every": reset_every, **METHODS[method]}
+    keys = {"reset_every": shared.reset_every or RESET_EVERY, **METHODS[method]}
     path = os.path.join(shared.output, method)
     if seeds is None:
         return [replace(shared, **keys, output=path)]

@@ -40,11 +40,10 @@ class BetaControl(nn.Module):
 
         e = (target - x)/target where x is below it, (target - x)/(1 - target) above, so from -1 to 1
         log β₀ ← log β₀ + 0.15·e where e > 0, + 0.03·e else, because bits die sooner than they are revived
-        β = β₀·exp(e)·√max(1, 0.1/share)
+        β = β₀·exp(e)
 
-    The root acts near collapse only, where the gradient of the rate vanishes with the spread of the rows and
-    the share with its square: the product does not vanish. The limits of β₀ hold however long a target is
-    out of reach.
+    A channel that has collapsed comes back: the gradient of the rate vanishes with the spread of the rows,
+    but β₀ grows a thousandfold in fifty steps. Its limits hold however long a target is out of reach.
 
     Everything happens on the device, without a sync. The buffers are part of the state of training, and the
     same on all ranks, because both quantities are those of the images of all ranks.
@@ -76,7 +75,7 @@ class BetaControl(nn.Module):
         if self.training:
             self.averages.copy_(averages)
             self.log_beta.copy_(log_beta)
-        return (log_beta + error).exp() * (0.1 / averages[0].clamp(min=1e-6)).clamp(min=1).sqrt()
+        return (log_beta + error).exp()
 
 
 class DiscreteCommunication(nn.Module):

@@ -119,7 +119,7 @@ def test_a_run_gives_its_keys_but_those_of_the_recipe_and_the_command_line(sourc
     }  # fmt: skip
     assert config.as_dict() == {**inherited.as_dict(), **expected}
     assert inherited.max_steps == 30
-    assert inherited.reset_every == 20
+    assert inherited.reset_every == "auto"
 
 
 def test_another_recipe_says_all_but_the_backbone(source, target):

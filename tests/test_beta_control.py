@@ -33,16 +33,12 @@ def test_beta_by_hand():
     """By the formulas of the class: a channel that collapses and comes back."""
     control, log_beta, x = BetaControl(), math.log(0.1), [0.6, 0.9]
     measured = [(0.5, 0.8)] * 5 + [(0.0, 0.1)] * 40 + [(0.9, 1.0)] * 40
-    roots = []
     for values in measured:
         x = [0.9 * average + 0.1 * value for average, value in zip(x, values, strict=True)]
         short = [(0.6 - x[0]) / (0.6 if x[0] < 0.6 else 0.4), (0.9 - x[1]) / (0.9 if x[1] < 0.9 else 0.1)]
         e = max(short)
         log_beta = min(log_beta + (0.15 if e > 0 else 0.03) * e, math.log(1000))
-        roots.append(math.sqrt(max(1, 0.1 / x[0])))
-        assert call(control, *values) == pytest.approx(math.exp(log_beta + e) * roots[-1], rel=1e-3)
-    assert max(roots) > 2  # near collapse
-    assert (roots[0], roots[-1]) == (1, 1)
+        assert call(control, *values) == pytest.approx(math.exp(log_beta + e), rel=1e-3)
 
 
 @pytest.mark.slow

@@ -316,7 +316,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(finished, tmp_path):
             pretrain(config)
     other = configuration(tmp_path / "run", max_steps=8, log_every=2, lr=0.5)
     (tmp_path / "run" / "config.yaml").write_text(dump_config(other))
-    with pytest.raises(ValueError, match=r"checkpoints holds a run of another configuration \(lr was 0.008"):
+    with pytest.raises(
+        ValueError, match=r"checkpoints holds a run of another configuration \(lr was auto, now 0.5"
+    ):
         pretrain(other)
 
 

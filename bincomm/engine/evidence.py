@@ -16,6 +16,7 @@ def keep_evidence(
     config: PretrainConfig,
     run: Path,
     step: int,
+    lr: float,
     state: RunState,
     batch: tuple[tuple[Tensor, Tensor | None], list[int]],
     loader: Loader,
@@ -24,6 +25,7 @@ def keep_evidence(
     """Save the state after so many steps, and every rank's batch, and put what happened into words.
 
     Args:
+        lr: the peak learning rate.
         batch: this rank's crops, and the numbers of the images that they are of.
     """
     collected = state.collect(step)
@@ -44,6 +46,6 @@ def keep_evidence(
     return (
         f"the loss or its gradient was not finite in more than {Guard.LIMIT} steps in a row, up to step "
         f"{step}; {outcome}, and {run / 'checkpoints'} holds the last good checkpoints. Lower lr (now "
-        f"{config.lr:g}) or clip (now {config.clip:g}), or use precision fp32 (now {config.precision}), and "
+        f"{lr:.2g}) or clip (now {config.clip:g}), or use precision fp32 (now {config.precision}), and "
         "begin again with another --output."
     )

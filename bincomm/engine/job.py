@@ -153,7 +153,14 @@ class Job:
         if self.verdict.skipped_in_row > Guard.LIMIT:
             batch = self.batches.recent[-1 if last else 0]  # of the step that the guard has judged
             text = keep_evidence(
-                self.config, self.run, steps_done, self.state, batch, self.loader, self.ranks
+                self.config,
+                self.run,
+                steps_done,
+                self.schedule.peak,
+                self.state,
+                batch,
+                self.loader,
+                self.ranks,
             )
             raise FirstRankError(text) if self.ranks.rank else TrainingError(text)
 

@@ -42,6 +42,10 @@ class Pretrained:
     config: PretrainConfig
     device: torch.device
 
+    def __post_init__(self):
+        # However it was trained: the same weights give the same features, wherever they come from.
+        self.backbone.to(memory_format=torch.contiguous_format)
+
     @classmethod
     def of(cls, network: Network, config: PretrainConfig, device: torch.device) -> "Pretrained":
         """A network in its present state; it is put into evaluation mode."""
