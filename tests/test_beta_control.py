@@ -159,7 +159,7 @@ def test_the_channel_is_used_and_understood_whatever_the_sizes(images, bits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [1e-3, 10])
-@pytest.mark.parametrize(("images", "bits"), SIZES)
+@pytest.mark.parametrize(("images", "bits"), SIZES[:-1])  # a batch of 4 096 would take as long as all others
 def test_a_beta_that_is_far_off_at_first_is_found(images, bits, start, monkeypatch):
     """Held at 0.001, a third of the bits would die, and held at 10, little of a message would arrive. After
     the second, bits are understood only slowly, but β is no longer in the way."""

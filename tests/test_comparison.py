@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 from bincomm import cli
 from bincomm.bits import bit_statistics
 from bincomm.building import create_networks
-from bincomm.comparison import BEFORE, FIGURES, METHODS, PIXELS, method_configs, prototypes_for
+from bincomm.comparison import BEFORE, FIGURES, METHODS, PIXELS, epochs_of, method_configs, prototypes_for
 from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
 from bincomm.data.digits import digits
@@ -324,8 +325,13 @@ def test_what_sets_the_methods_apart():
         ("out/dino-seed3", 3),
         ("out/dino-seed5", 5),
     ]
-    for keys, reset_every in (({"reset_every": 7}, 7), ({}, 10), ({"epochs": 25}, 3), ({"epochs": 3}, 1)):
-        assert method_configs(PretrainConfig(**keys), "bits-reset", None)[0].reset_every == reset_every
+    assert method_configs(PretrainConfig(reset_every=7), "bits-reset", None)[0].reset_every == 7
+
+
+def test_max_steps_cut_the_epochs_short():
+    config = PretrainConfig(epochs=40, batch_size=64, max_steps=55)
+    assert epochs_of(config, 1437) == 2.5  # of 22 steps
+    assert epochs_of(replace(config, max_steps=None), 1437) == 40
 
 
 @pytest.mark.parametrize(
