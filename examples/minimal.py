@@ -35,7 +35,7 @@ PHOTOS = argparse.Namespace(
 )  # fmt: skip
 DIGITS = argparse.Namespace(
     backbone="resnetv2_18", backbone_args={"layers": [1, 1, 1], "channels": [32, 64, 128], "stem_chs": 32},
-    hidden=512, bits=64, head_std=0.03, eval_crop=1, momentum=1 - 20 / 440, epochs=20, reset_every=0,
+    hidden=512, bits=128, head_std=0.03, eval_crop=1, momentum=1 - 20 / 440, epochs=20, reset_every=0,
     batch_size=64, lr=8e-3, min_lr=1e-5, warmup_epochs=2, crops=Crops(
         global_size=24, global_scale=(0.7, 1), local_crops=2, local_size=16, local_scale=(0.6, 0.9),
         flip=0, jitter=(0, 0, 0, 0), gray=0, blur=(0, 0, 0), solarize=0))  # fmt: skip
