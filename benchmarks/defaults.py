@@ -198,8 +198,8 @@ def page(records: Records) -> str:
         *origin(records),
         "",
         f"Of {len(defaults)} runs with defaults {sum(f['transmits'] for _, f in defaults)} transmit, and of "
-        f"{len(judged)} with labels {sum(judged)} learn; of {len(starts)} with other start values of β "
-        f"{sum(not f['collapsed'] for _, f in starts)} do not collapse. One seed each.",
+        f"{len(judged)} with labels {sum(judged)} learn; {len(starts)} with other start values of β were "
+        f"measured, {sum(not f['collapsed'] for _, f in starts)} did not collapse. One seed each.",
         "",
         f"*Transmits*: the student predicts {POINTS} points more of the bits of the other global view than "
         f"by their majority, and at most {DEAD:.0%} of the bits are dead. *Learns*: the k-NN of the teacher "

@@ -98,6 +98,4 @@ def measure(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> 
     estimate = seconds_per_step(3)
     wanted = int(min(LONGEST, SHARE * 60 * config.minutes) / estimate)
     seconds = seconds_per_step(min(max(wanted, AT_LEAST), AT_MOST))
-    if job.eager_step.forward.compiled:
-        torch.compiler.reset()  # else what was compiled counts against the limit of the run's networks
     return seconds, job.loader.steps_per_epoch

@@ -22,6 +22,8 @@ def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | Non
     part = split_batch(global_views, local_views, count)[0]
     before = step.copy_buffers()
     start = time.perf_counter()
+    # What earlier runs of this process compiled counts against the limit of graphs of the networks' code.
+    torch.compiler.reset()
     try:
         forward.compile()
         devices = [forward.device] if forward.device.type == "cuda" else []

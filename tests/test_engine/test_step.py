@@ -168,7 +168,7 @@ def test_compiled_or_not_it_is_the_same_step():
     plain, compiled = create(), create()
     first, random = next(batches(1)), torch.get_rng_state()
     worked, text = compile_networks(compiled, *first)
-    assert worked
+    assert worked, text
     assert text.startswith("torch.compile: both networks, in ")
     assert torch.equal(random, torch.get_rng_state())
     assert_same(plain, compiled, rtol=0, atol=0)  # trying it out left no trace
