@@ -46,6 +46,7 @@ if not torch.cuda.is_available():
 # Files of long tests, which several workers share; all other files stay together, so that what their fixtures
 # make is made once.
 SPREAD = {"test_distributed.py", "test_pretraining.py", "test_packaging.py"}
+SPREAD |= {"test_budget.py", "test_benchmarks.py", "test_beta_control.py"}
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
