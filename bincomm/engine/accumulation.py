@@ -41,8 +41,8 @@ class AccumulatedStep(Step):
         super().__init__(student, teacher, objective, optimizer, **options)
         self.microbatches = microbatches
 
-    def gradient(self, global_views: Tensor, local_views: Tensor | None) -> tuple[StepOutput, Tensor]:
-        """The student's clipped gradient, and whether the step is to be skipped: 0 or 1, on the device.
+    def gradient(self, global_views: Tensor, local_views: Tensor | None) -> StepOutput:
+        """Compute the student's clipped gradient, and judge whether the step is to be skipped.
 
         Raises:
             ValueError: the number of images is no multiple of `microbatches`.

@@ -44,7 +44,7 @@ class CapturedStep:
         self.graph = torch.cuda.CUDAGraph()
         # The loader's threads allocate meanwhile, which is no business of this thread's capture.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.output, self.skip = step.gradient(global_copy, local_copy)
+            self.output = step.gradient(global_copy, local_copy)
         step.guard.counts.copy_(counts)
 
     def __call__(
@@ -63,5 +63,5 @@ class CapturedStep:
         self.graph.replay()
         self.step.mark("clip")
         # Gradients are not cleared: they lie where the graph writes them.
-        self.step.update(self.skip, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        self.step.update(self.output.skipped, lr=lr, weight_decay=weight_decay, momentum=momentum)
         return self.output

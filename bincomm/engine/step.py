@@ -68,13 +68,13 @@ class Step:
         momentum: float,
     ) -> StepOutput:
         """One step on crops (n, 2, 3, S, S) and (n, L, 3, s, s)."""
-        output, skip = self.gradient(global_views, local_views)
-        self.update(skip, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        output = self.gradient(global_views, local_views)
+        self.update(output.skipped, lr=lr, weight_decay=weight_decay, momentum=momentum)
         self.optimizer.zero_grad()
         return output
 
-    def gradient(self, global_views: Tensor, local_views: Tensor | None) -> tuple[StepOutput, Tensor]:
-        """The student's clipped gradient, and whether the step is to be skipped: 0 or 1, on the device."""
+    def gradient(self, global_views: Tensor, local_views: Tensor | None) -> StepOutput:
+        """Compute the student's clipped gradient, and judge whether the step is to be skipped."""
         before = self.copy_buffers()
         teacher_logits = self.forward.teacher_logits(global_views)  # their signs are the message
         self.mark("teacher")
@@ -91,7 +91,7 @@ class Step:
 
     def clip_and_judge(
         self, losses: dict[str, Tensor], logits: Tensor, teacher_logits: Tensor, before: list[Tensor]
-    ) -> tuple[StepOutput, Tensor]:
+    ) -> StepOutput:
         """Clip the gradient, and judge whether everything is finite; if not, restore the buffers."""
         norm = clip_gradients_([p.grad for p in self.parameters if p.grad is not None], self.clip)
         losses = {name: value.detach() for name, value in losses.items()}
@@ -99,7 +99,7 @@ class Step:
         for buffer, old in zip(self.buffers, before, strict=True):
             buffer.copy_(torch.where(skip > 0, old, buffer))
         self.mark("clip")
-        return StepOutput(losses, norm, logits.detach(), teacher_logits, skip), skip
+        return StepOutput(losses, norm, logits.detach(), teacher_logits, skip)
 
     def update(self, skip: Tensor, *, lr: float, weight_decay: float, momentum: float) -> None:
         """Move the student by AdamW, unless the step is to be skipped, and the teacher after it."""
