@@ -23,6 +23,8 @@ class MetricsWindow:
         predicts_bits: whether the sigmoid of a student's output is the probability of the teacher's bit.
     """
 
+    STATE = ("steps", "scalars", "messages", "correct", "ones", "cross_entropy")  # what steps are gathered in
+
     def __init__(
         self,
         length: int,
@@ -35,9 +37,9 @@ class MetricsWindow:
         self.predicts_bits = predicts_bits
         self.steps = torch.zeros((), dtype=torch.int64)  # on the host
         self.scalars = torch.zeros(length, len(self.names), device=device)
-        # Of the steps that were not skipped: messages, and for each bit ones, correct predictions, nats.
-        self.messages = torch.zeros((), dtype=torch.int64, device=device)
-        self.ones, self.correct = torch.zeros(2, bits or 0, dtype=torch.int64, device=device)
+        # Of the steps that were not skipped: messages, correct predictions, and for each bit ones and nats.
+        self.messages, self.correct = torch.zeros(2, dtype=torch.int64, device=device)
+        self.ones = torch.zeros(bits or 0, dtype=torch.int64, device=device)
         self.cross_entropy = torch.zeros(bits or 0, dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -55,7 +57,7 @@ class MetricsWindow:
         logits = output.student[: len(message)].roll(1, 0)
         self.messages += used * message.shape[0] * message.shape[1]
         self.ones += used * message.sum((0, 1))
-        self.correct += used * (message == (logits > 0)).sum((0, 1))
+        self.correct += used * (message == (logits > 0)).sum()
         if self.predicts_bits:
             nats = F.binary_cross_entropy_with_logits(logits.float(), message.float(), reduction="none")
             self.cross_entropy += torch.where(used, nats.sum((0, 1), dtype=torch.float64), 0)
@@ -81,29 +83,19 @@ class MetricsWindow:
         messages, ones, correct, cross_entropy = counts
         if len(ones) and (number := int(messages)):
             metrics |= bit_statistics(ones, number)
-            metrics["bit_accuracy"] = correct.sum().item() / (number * len(ones))
+            metrics["bit_accuracy"] = correct.item() / (number * len(ones))
             if self.predicts_bits:
                 metrics["agreement_global"] = cross_entropy.mean().item() / number
                 metrics["transmitted_bits"] = transmitted_bits(ones, cross_entropy / math.log(2), number)
-        for value in self._gathered().values():
-            value.zero_()
+        for name in self.STATE:
+            getattr(self, name).zero_()
         return metrics
 
     def state_dict(self) -> dict[str, Tensor]:
         """What this rank has gathered."""
-        return {name: value.to("cpu", copy=True) for name, value in self._gathered().items()}
+        return {name: getattr(self, name).to("cpu", copy=True) for name in self.STATE}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue with what a rank had gathered."""
-        for name, value in self._gathered().items():
-            value.copy_(state[name])
-
-    def _gathered(self) -> dict[str, Tensor]:
-        return {
-            "steps": self.steps,
-            "scalars": self.scalars,
-            "messages": self.messages,
-            "ones": self.ones,
-            "correct": self.correct,
-            "cross_entropy": self.cross_entropy,
-        }
+        for name in self.STATE:
+            getattr(self, name).copy_(state[name])
