@@ -7,7 +7,6 @@ of β; and with fixed β in place of the automatic one. Of a source without labe
 default path. What was measured is not measured again.
 """
 
-import argparse
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +18,7 @@ from benchmarks.resumable import (
     Cell,
     Records,
     Session,
-    add_options,
-    add_sources,
+    create_parser,
     failures,
     given_keys,
     origin,
@@ -66,11 +64,7 @@ STARTS_HEAD = ("data", "start", *CHANNEL_HEAD, "k-NN %", "not collapsed")
 
 def main() -> int:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser)
-    add_sources(parser, nargs="+")
+    parser = create_parser(__doc__, sources="+")
     options = parser.parse_args()
     try:
         chosen = cells(pairs(options.sources), given_keys(options))

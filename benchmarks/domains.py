@@ -5,7 +5,6 @@ RESULTS.md: with every seed, half of the steps on the source and the other half 
 beside as many steps in all on the target alone. What was measured is not measured again.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -15,10 +14,10 @@ from benchmarks.resumable import (
     Cell,
     Records,
     Session,
-    add_options,
-    add_sources,
+    create_parser,
     failures,
     given_keys,
+    knn_and_linear,
     origin,
     pairs,
 )
@@ -42,11 +41,7 @@ FIGURES = (("knn", "20"), ("linear", "accuracy"))
 
 def main() -> int:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser)
-    add_sources(parser, nargs=2)
+    parser = create_parser(__doc__, sources=2)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of both runs together; default: {STEPS}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"number of seeds; default: {SEEDS}")
     options = parser.parse_args()
@@ -68,10 +63,12 @@ def cells(domains: dict[str, str], given: dict[str, Any], steps: int, seeds: int
 
     def cell(way: str, seed: int) -> Cell:
         record = {"domains": [source, target], "way": way, "seed": seed, "steps": steps, "run": given}
-        return Cell(f"{way}, seed {seed}", record, partial(ways[way], {**given, "seed": seed}), in_short)
+        return Cell(
+            f"{way}, seed {seed}", record, partial(ways[way], {**given, "seed": seed}), knn_and_linear
+        )
 
     record = {"domains": [source, target], "way": PIXELS, "seed": None, "steps": steps, "run": given}
-    pixels = Cell(PIXELS, record, partial(raw_pixels, target_data, given), in_short)
+    pixels = Cell(PIXELS, record, partial(raw_pixels, target_data, given), knn_and_linear)
     return [pixels, *(cell(way, seed) for way in ways for seed in range(seeds))]
 
 
@@ -124,11 +121,6 @@ def evaluate(model: Pretrained, config: PretrainConfig) -> dict[str, Any]:
         raise ValueError("the target has no labels (folders named after classes)")
     gallery, queries, held_out = images
     return {**evaluate_reproducibly(model, gallery, queries, PROTOCOLS), "queries_held_out": held_out}
-
-
-def in_short(figures: dict[str, Any]) -> str:
-    """A line for the terminal."""
-    return f"k-NN {figure(figures, 'knn', '20'):.1%}, linear probe {figures['linear']['accuracy']:.1%}"
 
 
 def page(records: Records) -> str:

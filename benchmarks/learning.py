@@ -6,7 +6,6 @@ training images and judged by k-NN on the fifth; then, with the best rate, on al
 evaluated on the test images. What was measured is not measured again.
 """
 
-import argparse
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,10 +20,10 @@ from benchmarks.resumable import (
     Cell,
     Records,
     Session,
-    add_options,
-    add_sources,
+    create_parser,
     failures,
     given_keys,
+    knn_and_linear,
     origin,
     pairs,
     table,
@@ -50,7 +49,6 @@ from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
 from bincomm.evaluation.evaluate import figure
 from bincomm.evaluation.pretrained import Pretrained, evaluation_device
 from bincomm.evaluation.run import evaluate_reproducibly
-from bincomm.files import read_json_lines
 from bincomm.networks import Network
 from bincomm.pretraining import pretrain
 
@@ -71,11 +69,7 @@ GALLERY, QUERIES = 5000, 1000  # images that the curve is measured on, at most
 
 def main() -> int:
     """Measure and write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser)
-    add_sources(parser, nargs=1)
+    parser = create_parser(__doc__, sources=1)
     parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"of every run; default: {EPOCHS}")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"number of seeds; default: {SEEDS}")
     parser.add_argument(
@@ -161,7 +155,7 @@ def reference_cells(source: str, data: str, given: dict[str, Any], seeds: int) -
             untrained = Pretrained.of(create_networks(config, device)[1], config, device)
             return evaluate_reproducibly(untrained, gallery, queries, COMPARED_PROTOCOLS)
 
-        return Cell(name if seed is None else f"{name}, seed {seed}", record, measure, in_short)
+        return Cell(name if seed is None else f"{name}, seed {seed}", record, measure, knn_and_linear)
 
     return [cell(PIXELS, None), *(cell(BEFORE, seed) for seed in range(seeds))]
 
@@ -172,7 +166,7 @@ def final_cells(source: str, data: str, method: str, keys: dict[str, Any], seeds
     def cell(seed: int) -> Cell:
         record = {"source": source, "group": "final", "method": method, "seed": seed, "run": keys}
         measure = partial(measure_run, method, data, {**keys, "seed": seed})
-        return Cell(f"{method}, seed {seed}", record, measure, in_short)
+        return Cell(f"{method}, seed {seed}", record, measure, knn_and_linear)
 
     return [cell(seed) for seed in range(seeds)]
 
@@ -180,8 +174,7 @@ def final_cells(source: str, data: str, method: str, keys: dict[str, Any], seeds
 def measure_run(method: str, data: str, keys: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train, and evaluate the end as bincomm compare does, and checkpoints on the way by k-NN."""
     config = configuration(method, data, keys, folder)
-    epoch_steps = len(open_source(data).images) // config.batch_size
-    steps = min(config.epochs * epoch_steps, config.max_steps or config.epochs * epoch_steps)
+    steps = config.steps(len(open_source(data).images) // config.batch_size)
     config = replace(config, save_every=max(1, steps // POINTS), keep=2 * POINTS)
     pretrain(config)
     gallery, queries = evaluation_images(config)
@@ -229,7 +222,7 @@ def curve(
     return [
         {
             "step": step,
-            "seconds": seconds_until(config, step),
+            "seconds": training_seconds(config, step),
             "knn": figure(
                 evaluate_reproducibly(Pretrained.of(network, config, device), gallery, queries, ("knn",)),
                 "knn",
@@ -247,23 +240,6 @@ def teachers(config: PretrainConfig, device: torch.device) -> Iterator[tuple[int
     for step in checkpoints.steps():
         weights = load_checkpoint(checkpoints.path(step))["teacher"]
         yield step, create_trained_teacher(config, weights, device)
-
-
-def seconds_until(config: PretrainConfig, step: int) -> float:
-    """Seconds of training of the first steps, with the time they waited for data."""
-    seconds, done = 0.0, 0
-    for record in read_json_lines(Path(config.output) / "speed.jsonl"):
-        steps = min(record["step"], step) - done
-        if steps <= 0:
-            break
-        seconds += steps * config.batch_size / record["images_per_second"]
-        done += steps
-    return seconds
-
-
-def in_short(figures: dict[str, Any]) -> str:
-    """A line for the terminal."""
-    return f"k-NN {figure(figures, 'knn', '20'):.1%}, linear probe {figures['linear']['accuracy']:.1%}"
 
 
 def finals(records: Records) -> dict[str, list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from benchmarks.measuring import in_words, machine
+from bincomm.evaluation.evaluate import figure
 from bincomm.files import write_file, write_json, write_text
 from bincomm.pretraining import Interrupted
 
@@ -38,8 +39,11 @@ class Cell:
     line: Callable[[dict[str, Any]], str]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every such benchmark."""
+def create_parser(description: str | None, sources: int | str) -> argparse.ArgumentParser:
+    """A parser of the arguments of every such benchmark, with so many sources of images, NAME=PATH each."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, help="results are written to this name .json and .md")
     parser.add_argument("--only", metavar="REGEX", default="", help="measure the cells whose name matches")
     parser.add_argument("--list", action="store_true", help="print the names of the cells; measure nothing")
@@ -51,13 +55,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a key of all runs, such as device=cuda or recipe=photos_cpu; may be repeated",
     )
-
-
-def add_sources(parser: argparse.ArgumentParser, **options: Any) -> None:
-    """The sources of images, as arguments NAME=PATH."""
     parser.add_argument(
-        "sources", metavar="NAME=PATH", help="images: anything that --data of bincomm takes", **options
+        "sources", metavar="NAME=PATH", help="images: anything that --data of bincomm takes", nargs=sources
     )
+    return parser
 
 
 def pairs(arguments: Sequence[str]) -> dict[str, str]:
@@ -84,7 +85,7 @@ class Session:
 
     Args:
         module: the benchmark's name for `python -m`.
-        options: of `add_options`.
+        options: of `create_parser`.
         page: the Markdown page of the records, which are in the order of the cells.
         plot: a figure of them; None before there is anything to draw.
     """
@@ -185,6 +186,11 @@ class Session:
 
     def _place(self, name: str) -> int:
         return self.order.index(name) if name in self.order else len(self.order)
+
+
+def knn_and_linear(figures: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    return f"k-NN {figure(figures, 'knn', '20'):.1%}, linear probe {figures['linear']['accuracy']:.1%}"
 
 
 def as_json(value: Any) -> Any:

@@ -128,7 +128,8 @@ def compare(
     if shared.reset_every == "auto":  # for bits-reset, in runs that are too short for resets by default, too
         shared = replace(shared, reset_every=math.ceil(epochs_of(shared, len(source.images)) / 10))
     configs = {method: method_configs(shared, method, seeds) for method in METHODS}
-    named = [*methods, *(m for m, runs in configs.items() if m not in methods and all(map(finished, runs)))]
+    done = [m for m, runs in configs.items() if all(is_finished(Path(run.output)) for run in runs)]
+    named = [*methods, *(method for method in done if method not in methods)]
     configs = {method: configs[method] for method in named}
     if "bits-reset" in configs:
         check_resets(configs["bits-reset"][0], len(source.images))
@@ -216,11 +217,6 @@ def insert(tree: dict[str, Any], path: tuple[str, ...], value: float) -> None:
     tree[last] = value
 
 
-def finished(run: PretrainConfig) -> bool:
-    """Whether a run's directory holds a finished run."""
-    return is_finished(Path(run.output))
-
-
 def settle_common_steps(shared: PretrainConfig, first: str, source: Source) -> PretrainConfig:
     """The configuration with one number of steps for the minutes of all methods: that of the runs that have
     begun in its output, or else as many as the first method does in that time."""
@@ -240,7 +236,7 @@ def settle_common_steps(shared: PretrainConfig, first: str, source: Source) -> P
 def epochs_of(run: PretrainConfig, images: int) -> float:
     """How many epochs a run has, which max_steps may cut short."""
     epoch_steps = images // run.batch_size
-    return min(run.epochs, (run.max_steps or math.inf) / epoch_steps)
+    return run.steps(epoch_steps) / epoch_steps
 
 
 def check_resets(run: PretrainConfig, images: int) -> None:
@@ -303,12 +299,13 @@ def last_transmitted_bits(config: PretrainConfig) -> dict[str, float]:
     return {key: last[key] for key in ("transmitted_bits",) if key in last}
 
 
-def training_seconds(config: PretrainConfig) -> float:
-    """Duration of a run's steps, including the time they waited for data."""
+def training_seconds(config: PretrainConfig, steps: float = math.inf) -> float:
+    """Duration of a run's steps, or of the first of them, including the time they waited for data."""
     seconds, step = 0.0, 0
     for line in read_json_lines(Path(config.output) / "speed.jsonl"):
-        seconds += (line["step"] - step) * config.batch_size / line["images_per_second"]
-        step = line["step"]
+        end = min(line["step"], steps)
+        seconds += (end - step) * config.batch_size / line["images_per_second"]
+        step = end
     return seconds
 
 

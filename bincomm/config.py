@@ -201,6 +201,10 @@ class PretrainConfig:
             raise ValueError(f"eval_crop: expected a number above 0 and at most 1, got {self.eval_crop}")
         self.crops  # noqa: B018  (its own checks)
 
+    def steps(self, epoch_steps: int) -> int:
+        """Number of steps of the run, from that of an epoch; its minutes must have been settled."""
+        return min(self.epochs * epoch_steps, self.max_steps or self.epochs * epoch_steps)
+
     @property
     def crops(self) -> Crops:
         """The part of the configuration that describes the crops."""

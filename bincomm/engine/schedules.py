@@ -49,7 +49,7 @@ class Schedule:
 
     def __init__(self, config: PretrainConfig, epoch_steps: int, features: int):
         self.config, self.epoch_steps = config, epoch_steps
-        self.steps = min(config.epochs * epoch_steps, config.max_steps or config.epochs * epoch_steps)
+        self.steps = config.steps(epoch_steps)
         if config.warmup_epochs == "auto":
             self.warmup = self.steps // 10
         else:
