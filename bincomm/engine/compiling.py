@@ -37,7 +37,7 @@ def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | Non
         return True, f"torch.compile: both networks, in {time.perf_counter() - start:.0f} s"
     except Exception as error:  # of any of its compilers; which exception is theirs to choose
         forward.undo_compile()
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = describe(error)
         if forward.sharded:
             raise ValueError(f"compile: expected off, because torch.compile failed: {reason}") from error
         return False, f"torch.compile failed, so the networks run without it, slower: {reason}"
@@ -45,3 +45,11 @@ def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | Non
         step.optimizer.zero_grad()
         forward.reshard_teacher()
         step.restore_buffers(before)
+
+
+def describe(error: Exception) -> str:
+    """The error in one line: how it begins, and the lines further down that name a compiler's errors."""
+    text = str(error)
+    begin = " ".join(text.split())[:300] or type(error).__name__
+    named = [line.strip()[:200] for line in text.splitlines() if "error: " in line.lower()]
+    return " | ".join([begin, *(line for line in named[:3] if line not in begin)])

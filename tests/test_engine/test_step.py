@@ -181,7 +181,7 @@ def test_a_compiler_that_fails_is_told_and_output_without(monkeypatch):
     plain, step = create(RESNET), create(RESNET)
 
     def fail(graph, inputs):
-        raise RuntimeError("no such compiler\nmore about it")
+        raise RuntimeError("no such compiler\n" + 50 * "more about it\n" + "a.cpp:1: fatal error: too long")
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **options: real(*args, backend=fail, **options))
@@ -189,6 +189,7 @@ def test_a_compiler_that_fails_is_told_and_output_without(monkeypatch):
     assert not worked
     assert text.startswith("torch.compile failed, so the networks run without it")
     assert "no such compiler" in text
+    assert text.endswith("| a.cpp:1: fatal error: too long")
     assert "\n" not in text
     for views in batches(2):
         plain(*views, **RATES)
