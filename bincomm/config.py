@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bincomm.data.crops import Crops
+from bincomm.files import read_yaml
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with other values.
 # Those in the last row change results by rounding, and change which paths drop_path drops.
@@ -243,9 +244,7 @@ def read_config(run: Path, key: str) -> dict[str, Any]:
     Raises:
         ValueError: it cannot be read; the message begins with `key`, the argument that named the run.
     """
-    import yaml
-
     try:
-        return dict(yaml.safe_load((run / "config.yaml").read_text()))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        return dict(read_yaml(run / "config.yaml"))
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{key}: {run} holds no run whose config.yaml can be read: {error}") from error

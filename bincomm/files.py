@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 LOCK = ".bincomm.lock"  # marks a directory as a run's, and is locked while a process trains in it
+LARGEST_YAML = 2**20  # bytes
 UNFINISHED = ".*.unfinished"  # the pattern of files that `write_file` has not renamed yet
 
 
@@ -45,6 +46,44 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file by `write_file`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, which may be someone else's: plain values only, and no aliases, a few of
+    which can stand for more than fits into memory.
+
+    Raises:
+        ValueError: it is no YAML, or has aliases; the message has one line.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event: Any = self.peek_event()
+                raise yaml.composer.ComposerError(None, None, "aliases are not taken", event.start_mark)
+            return super().compose_node(parent, index)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file; see `parse_yaml`.
+
+    Raises:
+        ValueError: it is no YAML, or larger than a megabyte.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        data = file.read(LARGEST_YAML + 1)
+    if len(data) > LARGEST_YAML:
+        raise ValueError("it is larger than a megabyte")
+    return parse_yaml(data.decode())
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from bincomm.backbone_arguments import check_backbone_arguments, check_backbone_name
 from bincomm.distributed.sharding import shard_like
 
 try:
@@ -32,8 +33,11 @@ def create_backbone(name: str, image_size: int, **arguments: Any) -> tuple[nn.Mo
         arguments: passed on to `timm.create_model`.
 
     Raises:
-        ValueError: unknown name (with the nearest ones), or arguments the model does not take.
+        ValueError: unknown name (with the nearest ones), arguments the model does not take, or that do not
+            describe it; see `check_backbone_arguments`.
     """
+    check_backbone_name(name, "backbone")
+    check_backbone_arguments(arguments)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""

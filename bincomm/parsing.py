@@ -15,7 +15,9 @@ from dataclasses import fields
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
+from bincomm.backbone_arguments import check_backbone_arguments
 from bincomm.config import PretrainConfig
+from bincomm.files import parse_yaml
 from bincomm.logs import did_you_mean
 from bincomm.recipes import choose_recipe, recipe_names
 
@@ -26,6 +28,9 @@ KEYS = {f.name: f.default for f in fields(PretrainConfig)}
 DATA_HELP = (
     "images: a folder, tar shards (data-{000..127}.tar), a .txt file of paths, a standard set (cifar10), or "
     'digits; or several with weights, the shares of an epoch\'s images: {"photos": 3, "cifar10": 1}'
+)
+BACKBONE_ARGS_HELP = (
+    'further arguments of timm.create_model that describe the network: {"layers": [1, 1, 1, 1]}'
 )
 EXAMPLES = {
     "max_steps": 1000, "minutes": 10, "init_from": "resnet18", "backbone_args": {"layers": [1, 1, 1, 1]},
@@ -51,11 +56,34 @@ def add_keys(parser: "ArgumentParser", leave_out: Collection[str] = ()) -> None:
     """Make all keys options, except those that a command defines in its own way."""
     if "data" not in leave_out:
         parser.add_argument("--data", type=read_data, default=KEYS["data"], help=DATA_HELP)
-    parser.add_class_arguments(PretrainConfig, skip={"data", *leave_out})
+    if "backbone_args" not in leave_out:
+        parser.add_argument("--backbone_args", type=read_backbone_args, default={}, help=BACKBONE_ARGS_HELP)
+    parser.add_class_arguments(PretrainConfig, skip={"data", "backbone_args", *leave_out})
+
+
+def read_backbone_args(value: Any) -> dict[str, Any]:
+    """The key backbone_args from an option, which is text, or from a recipe or Python. jsonargparse's own
+    reading would call what a mapping with a class_path names."""
+    try:
+        value = parse_yaml(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"backbone_args: {error}") from error
+    try:
+        check_backbone_arguments(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return dict(value)
 
 
 def read_data(value: Any) -> Any:
     """The key data from an option, which is text, or from a recipe or Python, where it may be a mapping."""
+    if isinstance(value, Mapping):
+        for name, weight in value.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                raise argparse.ArgumentTypeError(
+                    f"data: expected a mapping of sources to weights, got {weight!r} for {name}"
+                )
+        return dict(value)
     try:
         return parse_data(value) if isinstance(value, str) else value
     except ValueError as error:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
+
+from bincomm.backbone_arguments import check_backbone_arguments, check_backbone_name
 
 
 def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") -> None:
@@ -66,7 +69,7 @@ def weights_file(source: str, argument: str) -> Path | None:
         return path / "backbone.safetensors"
     if path.exists():
         return path
-    if timm.is_model(source):
+    if re.fullmatch(r"\w+(\.\w+)?", source, re.ASCII) and timm.is_model(source):
         return None
     near = difflib.get_close_matches(source, timm.list_models(), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -102,12 +105,34 @@ def read_metadata(source: str, argument: str = "init_from") -> dict[str, Any]:
         raise ValueError(f"{argument}: {file} cannot be read as safetensors: {error}") from error
     if text is None:
         return {}
-    arguments = json.loads(text)
+    try:
+        return keys_of(json.loads(text))
+    except (LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{argument}: the metadata of {file} is not what bincomm writes: "
+            f"{error if isinstance(error, ValueError) else repr(error)}"
+        ) from error
+
+
+def keys_of(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration in the metadata that bincomm writes, which may be someone else's: names and
+    plain numbers only.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is something else.
+    """
+    arguments = dict(arguments)
     for key in ("num_classes", "img_size", "dynamic_img_size"):
         arguments.pop(key, None)
-    overlay = arguments.pop("pretrained_cfg_overlay", {})
-    keys = {"backbone": arguments.pop("model_name"), "backbone_args": arguments}
-    keys |= {key: overlay[key] for key in ("mean", "std") if key in overlay}
+    overlay = dict(arguments.pop("pretrained_cfg_overlay", {}))
+    name = arguments.pop("model_name")
+    check_backbone_name(name, "backbone")
+    check_backbone_arguments(arguments)
+    keys: dict[str, Any] = {"backbone": name, "backbone_args": arguments}
+    for key in ("mean", "std"):
+        if key in overlay:
+            red, green, blue = map(float, overlay[key])
+            keys[key] = [red, green, blue]
     if "input_size" in overlay:
-        keys |= {"global_size": overlay["input_size"][-1], "eval_crop": overlay["crop_pct"]}
+        keys |= {"global_size": int(overlay["input_size"][-1]), "eval_crop": float(overlay["crop_pct"])}
     return keys

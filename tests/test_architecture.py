@@ -22,11 +22,11 @@ LAYERS = {
     "parsing": {"parsing"},
     "keys": {"config", "recipes", "weights"},
     "parts": {"data", "objectives", "networks", "diagnosis"},
-    "ground": {"distributed", "ops", "files", "bits", "logs"},
+    "ground": {"distributed", "ops", "files", "bits", "logs", "backbone_arguments"},
     "compiled": {"kernels", "_C"},
 }
 # Packages that a part must do without.
-WITHOUT = {name: {"timm", "nvidia"} for name in ("ops", "files", "bits", "logs")}
+WITHOUT = {name: {"timm", "nvidia"} for name in ("ops", "files", "bits", "logs", "backbone_arguments")}
 
 DEPTH = {name: depth for depth, names in enumerate(LAYERS.values()) for name in names}
 

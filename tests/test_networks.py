@@ -54,8 +54,10 @@ def test_views_come_out_in_their_order():
 def test_errors_name_backbone_and_argument():
     with pytest.raises(ValueError, match="backbone: .*vit_tinny.*did you mean vit_tiny"):
         create_backbone("vit_tinny_patch16_224", 32)
-    with pytest.raises(ValueError, match="backbone: resnet18 .*nonsense"):
+    with pytest.raises(ValueError, match="backbone_args: .*nonsense"):
         create_backbone("resnet18", 32, nonsense=3)
+    with pytest.raises(ValueError, match="backbone: resnet18 .*patch_size"):  # it describes others
+        create_backbone("resnet18", 32, patch_size=3)
 
 
 def test_head_is_drawn_as_stated_and_reset_depends_on_the_generator_alone():

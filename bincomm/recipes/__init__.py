@@ -4,6 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from bincomm.files import read_yaml
 from bincomm.logs import did_you_mean
 
 SMALL = 64  # pixels: images up to this length of the shorter side are small
@@ -37,13 +38,11 @@ def read_recipe(recipe: str) -> dict[str, Any]:
         ValueError: there is no such recipe, or it holds no keys.
         OSError: it cannot be read.
     """
-    import yaml
-
     path = recipe_path(recipe)
     try:
-        keys = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe: {path} is no YAML file: {' '.join(str(error).split())}") from error
+        keys = read_yaml(path)
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"recipe: {path} is no YAML file: {error}") from error
     if not keys:
         raise ValueError(f"recipe: {path} is empty")
     if not isinstance(keys, dict):
