@@ -4,7 +4,6 @@ The search itself is `hamming_topk`, which is faster on a CPU than faiss's flat 
 does not, the first of equally near codes. `build_index` is for programs that speak faiss.
 """
 
-import io
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from bincomm.codes.storage import Part, iterate_codes, open_parts, read_rows, to_codes, to_messages
-from bincomm.data.images import eight_bits
+from bincomm.data.images import eight_bits, open_encoded
 from bincomm.data.listing import Files
 from bincomm.data.shards import open_shards
 from bincomm.data.sources import Source
@@ -226,7 +225,7 @@ def _read(path: str) -> bytes:
 
 def _tile(path: str) -> Image.Image:
     try:
-        image: Image.Image = Image.open(io.BytesIO(_read(path)))
+        image = open_encoded(_read(path))
         image.draft("RGB", (TILE, TILE))
         image = ImageOps.exif_transpose(eight_bits(image)).convert("RGB")
         scale = TILE / max(image.size)  # at least a pixel is left of the shorter side

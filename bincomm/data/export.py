@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from bincomm.data.dali import Feed, Pipeline, decoding_pipeline
 from bincomm.data.evaluation_batches import usable_batches
-from bincomm.data.images import UnusableImageError, examine, read
+from bincomm.data.images import UnusableImageError, examine, open_encoded, read
 from bincomm.data.sources import Source
 from bincomm.files import write_text
 from bincomm.logs import progress_bar
@@ -119,7 +118,7 @@ def _usable(
             content = read(source.images, image)
             examine(content)
             data = content.tobytes()
-            with Image.open(BytesIO(data)) as opened:
+            with open_encoded(data) as opened:
                 if opened.format in SUFFIXES:
                     return SUFFIXES[opened.format], data
                 file = BytesIO()

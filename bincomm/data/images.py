@@ -30,6 +30,11 @@ WITHOUT_RANGE = {"F": "floating-point", "I": "32-bit", "I;16B": "big-endian 16-b
 _one_huge = threading.Lock()
 # At import, because threads that start it at the same time would see only a part of the formats.
 Image.init()
+# All that are opened, whatever a file is named: those of docs/data.md. MPO is opened by JPEG's reader.
+KINDS = {"JPEG": "JPEG", "PNG": "PNG", "WEBP": "WebP", "BMP": "BMP", "TIFF": "TIFF", "GIF": "GIF"}
+KINDS |= {"AVIF": "AVIF", "JPEG2000": "JPEG 2000"}
+# Pillow may be built without some. PPM is what `examine` makes of an image.
+FORMATS = [name for name in (*KINDS, "PPM") if name in Image.OPEN]
 # Large images are reduced, and transparency is ignored; neither needs a warning.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
@@ -102,6 +107,26 @@ def read_file(path: str, offset: int = 0, size: int | None = None) -> np.ndarray
         return data[: file.readinto(data.data)]
 
 
+def open_encoded(data: np.ndarray | bytes) -> Image.Image:
+    """An encoded image, opened by Pillow, in one of `FORMATS`: others may start programs, as EPS does.
+
+    Raises:
+        UnusableImageError: it is in another format, which the message names, or is none.
+        Exception: whatever Pillow's readers raise for a damaged one.
+    """
+    content = data.data if isinstance(data, np.ndarray) else data
+    try:
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        begin = bytes(data[:32])
+        for name, (_, accepts) in Image.OPEN.items():
+            # A function of the first bytes, which says no more than whether the format may be this one.
+            if name not in FORMATS and accepts is not None and accepts(begin) is True:
+                kinds = ", ".join(KINDS.values())
+                raise UnusableImageError(f"a file of the format {name}; those decoded are {kinds}") from None
+        raise UnusableImageError("not an image, or one of an unknown format") from None
+
+
 def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """The encoded image for DALI, and the (height, width) that it decodes to.
 
@@ -117,7 +142,7 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     if not len(data):
         raise UnusableImageError("the file is empty")
     try:
-        image = Image.open(io.BytesIO(data.data))
+        image = open_encoded(data)
         if image.mode in WITHOUT_RANGE:
             raise UnusableImageError(f"its {WITHOUT_RANGE[image.mode]} pixels have no known range")
         pixels = image.width * image.height
@@ -130,8 +155,6 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         return _decoded(image)
     except UnusableImageError:
         raise
-    except UnidentifiedImageError:
-        raise UnusableImageError("not an image, or one of an unknown format") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UnusableImageError(f"more than {limit} pixels, the most that are decoded") from None
@@ -142,7 +165,7 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
 def decoding_error(data: np.ndarray) -> str:
     """The reason why Pillow cannot decode an encoded image completely; "" if it can."""
     try:
-        with Image.open(io.BytesIO(data.data)) as image:
+        with open_encoded(data) as image:
             image.load()
     except Exception as error:  # see `examine`
         return str(error) or type(error).__name__

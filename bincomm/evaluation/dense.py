@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from bincomm.data.images import EXTENSIONS, WITHOUT_RANGE, eight_bits
+from bincomm.data.images import EXTENSIONS, WITHOUT_RANGE, eight_bits, open_encoded, read_file
 from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_entropy, scaling
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.logs import progress_bar
@@ -354,7 +354,7 @@ def to_pixels(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = open_encoded(read_file(str(path)))
         image.load()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
