@@ -111,18 +111,34 @@ def _index_path(path: str) -> Path:
 def _index_in_parallel(paths: list[str]) -> None:
     """Build the indices of many shards in other processes; those that fail are built later."""
     # Not by multiprocessing, whose children begin with the caller's program or with this process's threads.
+    # Isolated, because python -m and -c import from the working directory first, which may be that of a data
+    # set with a tarfile.py of its own.
     workers = min(len(paths), len(os.sched_getaffinity(0)))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "bincomm.data.shards"]
+    package = os.path.realpath(Path(__file__).parents[2])
+    imported_from = [
+        folder
+        for folder in map(os.path.realpath, filter(None, sys.path))
+        if folder == package or folder != os.path.realpath(os.getcwd())
+    ]
+    code = (
+        f"import sys; sys.path[:] = {imported_from!r}\nfrom {__name__} import build_indices\nbuild_indices()"
+    )
+    command = [sys.executable, "-I", "-c", code]
     try:
         processes = [
-            subprocess.Popen([*command, *paths[first::workers]], env=environment, stderr=subprocess.DEVNULL)
+            subprocess.Popen([*command, *paths[first::workers]], stderr=subprocess.DEVNULL)
             for first in range(workers)
         ]
     except OSError:  # no interpreter, or too many names for one command
         return
     for process in processes:
         process.wait()
+
+
+def build_indices() -> None:
+    """What a process of `_index_in_parallel` does: build the indices of the shards that are its arguments."""
+    for path in sys.argv[1:]:
+        _index(path)
 
 
 def _index(path: str) -> tuple[str, list[list[str]]]:
@@ -232,8 +248,3 @@ def _sample(name: str) -> str:
     """The sample that a member belongs to: its name up to the first dot behind the last slash."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.partition('.')[0]}"
-
-
-if __name__ == "__main__":  # see `_index_in_parallel`
-    for shard in sys.argv[1:]:
-        _index(shard)
