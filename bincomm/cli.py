@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 from bincomm import __version__, logs
 from bincomm.commands.arguments import HelpFormatter, add_verbosity
 from bincomm.configuration import configure
-from bincomm.logs import did_you_mean
+from bincomm.logs import did_you_mean, printable
 from bincomm.parsing import explain, key_parser, options_of, parse_options
 
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
@@ -269,7 +269,7 @@ def fail(message: str, status: int = 2, once: bool = False) -> int:
     """Print an error, `once` by the first rank alone, and return the exit status."""
     where = f"rank {rank()}: " if rank() else ""
     if not (once and rank()):
-        print(f"bincomm: error: {where}{message}", file=sys.stderr, flush=True)
+        print(printable(f"bincomm: error: {where}{message}"), file=sys.stderr, flush=True)
     return status
 
 

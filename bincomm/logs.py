@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 ROOT = logging.getLogger("bincomm")
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 class TerminalHandler(logging.Handler):
@@ -70,9 +71,15 @@ def progress_bar(**options: Any) -> "tqdm":
 
 
 def printable(text: str) -> str:
-    """Text that the terminal takes, for names of files may be of any bytes."""
+    """Text that the terminal takes and shows, for names of files may be of any bytes: a control character,
+    which could move its cursor or set its title, becomes its number. Lines and tabs stay."""
     encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text.translate(CONTROLS).encode(encoding, "backslashreplace").decode(encoding)
+
+
+def printable_name(name: str) -> str:
+    """As `printable`, in one line, so that no part of a name looks like a line of ours."""
+    return printable(name).replace("\n", "\\n")
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -265,3 +265,23 @@ def test_children_do_not_import_from_the_working_directory(tmp_path):
     )
     assert result.stdout == "5\n", result.stderr
     assert not (tmp_path / "it-ran").exists()
+
+
+TITLE = "\x1b]0;title\x07"  # sets the title of a terminal's window
+
+
+def test_names_are_shown_and_do_not_act(tmp_path, capfd):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(picture("PNG"))
+    (folder / f"{TITLE}x\nforged line.png").write_bytes(b"no image")
+    assert main(["data", "shard", "--data", str(folder), "--output", "shards"]) == 0
+    assert main(["data", "look", "--data", str(folder), "--images", "4", "--max_unusable", "1"]) == 0
+    assert main(["pretrain", "--data", f"{TITLE}"]) == 2
+    output, errors = capfd.readouterr()
+    shown = output + errors
+    assert "\\x1b]0;title\\x07x\\nforged line.png" in output
+    assert "\x1b]0" not in shown
+    assert "\x07" not in shown
+    assert not any(line.startswith("forged") for line in shown.splitlines())

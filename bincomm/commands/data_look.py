@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bincomm.commands.arguments import positive, stem
+from bincomm.logs import printable_name
 from bincomm.parsing import add_keys, add_recipe
 
 if TYPE_CHECKING:
@@ -31,5 +32,5 @@ def run(options: argparse.Namespace) -> None:
     )
     write_file(Path(options.sheet), lambda file: sheet.save(file, format="png"))
     print(f"recipe {stem(options.recipe)}, data {config.data}")
-    print("\n".join(image_names))
+    print("\n".join(map(printable_name, image_names)))
     print(f"in {options.sheet}, a row each")

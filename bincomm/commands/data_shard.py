@@ -3,6 +3,7 @@
 import argparse
 
 from bincomm.commands.arguments import add_source, positive
+from bincomm.logs import printable_name
 from bincomm.parsing import parse_data
 
 
@@ -25,5 +26,5 @@ def run(options: argparse.Namespace) -> None:
     source = open_source(parse_data(options.data))
     left_out = write_shards(source, options.output, shard_bytes=options.size << 20, threads=options.threads)
     for name, reason in left_out:
-        print(f"left out: {name}: {reason}")
+        print(f"left out: {printable_name(name)}: {printable_name(reason)}")
     print(f"{len(source.images) - len(left_out)} images, {len(left_out)} left out, in {options.output}")

@@ -3,6 +3,7 @@
 import argparse
 
 from bincomm.commands.arguments import positive
+from bincomm.logs import printable_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,6 @@ def run(options: argparse.Namespace) -> None:
     neighbors = search(options.folder, options.query, options.k, weights=options.weights, sheet=options.sheet)
     print(" bits  image")
     for neighbor in neighbors:
-        label = f"  ({neighbor.label})" if neighbor.label else ""
-        print(f"{neighbor.distance:5}  {neighbor.path}{label}")
+        label = f"  ({printable_name(neighbor.label)})" if neighbor.label else ""
+        print(f"{neighbor.distance:5}  {printable_name(neighbor.path)}{label}")
     print(f"in {options.sheet}: the query and {'these' if len(neighbors) < MAX_SHOWN else 'the first'}")

@@ -18,6 +18,7 @@ from bincomm.data.images import UnusableImageError, load
 from bincomm.data.multicrop import DRAWS, draw_crops, training_pipeline
 from bincomm.data.order import SUBSTITUTES, Order
 from bincomm.data.sources import Mix, Source
+from bincomm.logs import printable_name
 
 NAMED = 5  # number of unusable images that an error names
 READ_AHEAD = 2  # number of batches read and examined before DALI needs them
@@ -289,7 +290,8 @@ class Loader:
     def _check_limit(self) -> None:
         if len(self._rejected) > self.max_unusable * len(self.images):
             last = list(self._rejected.items())[-NAMED:]
-            lines = "".join(f"\n  {self.images.name(image)}: {reason}" for image, (_, reason) in last)
+            names = ((printable_name(self.images.name(image)), reason) for image, (_, reason) in last)
+            lines = "".join(f"\n  {name}: {printable_name(reason)}" for name, reason in names)
             raise TooManyUnusableError(
                 f"data: {len(self._rejected)} of {len(self.images)} images cannot be used, more than "
                 f"max_unusable = {self.max_unusable:g} allows; repair or remove them, or raise max_unusable; "

@@ -7,6 +7,7 @@ from pathlib import Path
 from bincomm.data.export import write_unusable
 from bincomm.data.loader import Loader
 from bincomm.distributed.ranks import Ranks
+from bincomm.logs import printable_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class UnusableImages:
         """Name those of the last batch."""
         unusable = self.loader.unusable
         for count, (name, reason) in enumerate(unusable[self.named :], self.named + 1):
-            text = f"left out: {name}: {reason} ({count} of {len(self.loader.images)} images so far)"
+            told = f"{printable_name(name)}: {printable_name(reason)}"
+            text = f"left out: {told} ({count} of {len(self.loader.images)} images so far)"
             logger.info("%s", text, extra={"every_rank": True})
         if len(unusable) > self.named and self.ranks.rank == 0:
             try:
