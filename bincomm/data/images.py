@@ -15,6 +15,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"
 LARGEST_FILE = 1 << 30  # bytes; larger files are not read
 LARGEST = 1 << 23  # pixels, 24 MiB as RGB; DALI decodes no larger images, they are reduced here,
 REDUCED = 1 << 21  # to at most this many pixels
+WEBP_CHUNKS = 100  # that are looked at; images have fewer than ten
 HUGE = 1 << 26  # pixels; of larger images only one at a time is decoded
 
 # Formats and modes that DALI decodes as Pillow does, and survives when damaged; Pillow decodes all others.
@@ -190,7 +191,17 @@ def _looks_complete(data: np.ndarray, format: str | None) -> bool:
             offset += 12 + length
         return name == b"IEND" and offset == len(data)
     if format == "WEBP":
-        return int.from_bytes(data[4:8], "little") + 8 <= len(data)
+        end = int.from_bytes(data[4:8], "little") + 8
+        offset = 12
+        for _ in range(WEBP_CHUNKS):
+            if offset + 8 > end:
+                return end <= len(data)
+            size = int.from_bytes(data[offset + 4 : offset + 8], "little")
+            offset += 8 + size
+            # DALI does not skip the byte that pads a chunk of odd size, and refuses what follows.
+            if size % 2 and offset + 1 < end:
+                return False
+        return False
     return data[-2:].tobytes() == b"\xff\xd9"
 
 

@@ -112,6 +112,20 @@ def test_kinds_come_out_as_in_pillow(kind):
     assert np.abs(result.astype(int) - expected).mean() < 0.5
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_webp_with_chunks_of_odd_size_before_others(mode):
+    """They are padded by a byte, which DALI does not skip: Pillow decodes them."""
+    exif = Image.Exif()
+    exif[0x010F] = "camera"
+    noise = np.random.default_rng(0).integers(0, 256, (48, 50, 4), np.uint8)
+    for height in range(40, 48):
+        image = Image.fromarray(noise[:height, :, : len(mode)])
+        data = encode(image, "WEBP", lossless=True, exact=True, exif=exif)
+        given, size = examine(data)
+        assert size == (height, 50)
+        np.testing.assert_array_equal(decoded(given), np.asarray(image)[..., :3])
+
+
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bits_become_eight(kind):
     given, _ = examine(encode(Image.fromarray(GRAY.astype(np.uint16) * 257), kind))
