@@ -119,6 +119,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command, and return the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may contain any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
+    if os.environ.get("MPLBACKEND", "").startswith("module://"):
+        # That of a notebook whose shell runs this. Matplotlib refuses one that this environment lacks, and
+        # commands draw into files only.
+        del os.environ["MPLBACKEND"]
     call = Call()
     try:
         status = run(call, sys.argv[1:] if arguments is None else arguments)

@@ -36,6 +36,13 @@ def test_help_version_and_unknown_commands(capsys):
     assert capsys.readouterr().out == f"bincomm {bincomm.__version__}\n"
 
 
+def test_the_plotting_backend_of_a_notebook_is_no_hindrance():
+    """Matplotlib cannot even be imported where MPLBACKEND names a module that is missing."""
+    code = "from bincomm.cli import main; assert main(['doctor']) == 0; import matplotlib.figure"
+    environment = os.environ | {"MPLBACKEND": "module://of_the_notebook"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as ended:
