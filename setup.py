@@ -11,6 +11,7 @@ The extension is written against PyTorch's stable ABI: one binary serves torch 2
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -132,7 +133,8 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
 
         def run(self):
             compiler = cpp_extension.get_cxx_compiler()
-            if shutil.which(compiler) is None:
+            words = shlex.split(compiler)  # CXX may be "ccache g++"
+            if not words or shutil.which(words[0]) is None:
                 if os.environ.get("BINCOMM_CUDA") == "1":
                     raise SystemExit(f"BINCOMM_CUDA=1: there is no C++ compiler ({compiler}) to build with")
                 print(
