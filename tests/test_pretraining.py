@@ -128,6 +128,9 @@ def test_the_backbone_loads_in_timm(finished):
     backbone = timm.create_model(**create)
     shown = timm.data.resolve_model_data_config(backbone)
     assert (shown["input_size"], shown["crop_pct"]) == ([3, 16, 16], 1.0)
+    assert timm.data.resolve_model_data_config(backbone, use_test_size=True) == shown
+    for key in ("url", "hf_hub_id", "tag", "license", "test_input_size", "origin_url", "paper_ids"):
+        assert not backbone.pretrained_cfg.get(key)
     backbone.load_state_dict(safetensors.torch.load_file(output / "backbone.safetensors"), strict=True)
     state = newest(output)["teacher"]
     _, teacher = create_networks(configuration(output), torch.device("cpu"))

@@ -9,6 +9,13 @@ from bincomm.config import PretrainConfig
 from bincomm.files import write_file
 from bincomm.networks import Network, create_backbone
 
+# What timm says of the weights that it has by this name: another size for tests, where they come from.
+OF_OTHER_WEIGHTS = (
+    *("url", "file", "hf_hub_id", "hf_hub_filename", "source", "tag", "license", "description", "origin_url"),
+    *("paper_name", "paper_ids", "notes", "label_offset", "label_names", "label_descriptions"),
+    *("test_input_size", "test_crop_pct", "test_pool_size", "min_input_size"),
+)
+
 
 def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None:
     """Write the teacher's backbone to backbone.safetensors; its metadata holds the arguments of
@@ -16,6 +23,11 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
     weights = {name: value.contiguous().cpu() for name, value in teacher.backbone.state_dict().items()}
     _, arguments = create_backbone(config.backbone, config.global_size, **config.backbone_args)
     arguments["pretrained_cfg_overlay"] = {
+        **dict.fromkeys(OF_OTHER_WEIGHTS),
+        "custom_load": False,
+        "num_classes": 0,
+        "interpolation": "bicubic",
+        "crop_mode": "center",
         "input_size": [3, config.global_size, config.global_size],
         "crop_pct": config.eval_crop,
         "mean": list(config.mean),
