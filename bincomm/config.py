@@ -159,7 +159,7 @@ class PretrainConfig:
 
     def __post_init__(self):
         at_least = {
-            "epochs": 1, "batch_size": 1, "bits": 1, "hidden": 1, "reset_every": 0, "beta": 0, "lr": 0,
+            "epochs": 1, "batch_size": 1, "bits": 2, "hidden": 1, "reset_every": 0, "beta": 0, "lr": 0,
             "min_lr": 0, "warmup_epochs": 0, "weight_decay": 0, "weight_decay_end": 0, "clip": 0,
             "threads": 1, "log_every": 1, "save_every": 1, "keep": 1, "accumulate": 1, "prototypes": 1,
         }  # fmt: skip

@@ -500,6 +500,8 @@ def test_a_file_deleted_while_training(tmp_path, monkeypatch):
     [
         ({"data": "/nonexistent"}, "data: '/nonexistent' does not exist"),
         ({"backbone": "resnet17"}, "did you mean resnet"),
+        ({"batch_size": 1}, "batch_size: expected at least 2"),
+        ({"bits": 1}, "bits: expected at least 2"),
         ({"batch_size": 2000}, "batch_size: expected at most the number of images, 1437, got 2000"),
         ({"device": "cuda"}, "device: cuda was asked for"),
         ({"backbone_args": '{"nonsense": 1}'}, "nonsense"),
@@ -514,6 +516,12 @@ def test_what_is_wrong_is_told_without_a_traceback(tmp_path, capsys, options, wo
     assert error.startswith("bincomm: error: ")
     assert len(error.strip().splitlines()) == 1
     assert words in error
+
+
+def test_the_smallest_message_and_the_smallest_batch(tmp_path):
+    smallest = {"bits": 2, "batch_size": 2, "hidden": 1, "max_steps": 12, "log_every": 1}
+    result = pretrain(configuration(tmp_path, **smallest))
+    assert result["last_metrics"]["step"] == 12
 
 
 def test_defaults_are_the_papers():
