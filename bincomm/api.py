@@ -256,6 +256,8 @@ def encode(
     with join_ranks(device) as ranks:
         model = load_pretrained(weights, ranks.device, **preprocessing)
         source = ranks.leaders_first(lambda: open_source(data))
+        if source.about_split:
+            logger.info(source.about_split)
         for note in source.notes:
             logger.info("note: %s", note)
         result = encode(model, source, output, features=features, ranks=ranks)

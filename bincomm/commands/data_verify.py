@@ -26,6 +26,8 @@ def run(options: argparse.Namespace) -> int:
     if not output.absolute().parent.is_dir():
         raise ValueError(f"output: the folder of {output} does not exist")
     source = open_source(parse_data(options.data))
+    if source.about_split:
+        logger.info(source.about_split)
     for note in source.notes:
         logger.info("note: %s", note)
     unusable = verify(source, threads=options.threads)

@@ -17,6 +17,8 @@ from bincomm.data.listing import Files, list_images
 from bincomm.data.shards import expand_braces, open_shards
 from bincomm.data.standard import SETS, open_standard
 
+# Names of the parts of a data set, in lower case.
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 QUERY_EVERY = 5  # without a test folder, every fifth image of a class is a query; the others are the gallery
 OTHER_PICTURES = (".gif", ".avif", ".heic", ".jp2", ".ppm", ".pgm")
 CHECKED_FILES = 1000  # number of files of a list whose existence is checked at the start
@@ -59,6 +61,7 @@ class Source:
     labels: np.ndarray | None = None  # (N,) int64, indices into `classes`
     classes: list[str] = field(default_factory=list)
     weights: tuple[float, ...] | None = None  # of a mix's parts; None: every image appears once per epoch
+    about_split: str = ""  # which folders were taken for images to train on and images held out
     notes: tuple[str, ...] = ()  # what part of the data is not among the images, and why
 
     def select(self, indices: Sequence[int]) -> "Source":
@@ -83,7 +86,8 @@ def open_source(data: str | Mapping[str, float]) -> Source:
             images that come from each.
 
             - a folder, nested to any depth or flat; if it has a subfolder `train` and also `val` or `test`,
-              only `train` is taken; if it holds .tar files instead of images, these are shards;
+              in any usual spelling (`SPLITS`), only `train` is taken; if it holds .tar files instead of
+              images, these are shards;
             - tar shards in WebDataset's layout, as a path with braces or wildcards: data-{000..127}.tar;
             - a .txt file with one path per line, relative to the file; blank lines and lines starting with #
               are ignored;
@@ -163,11 +167,18 @@ def _open_one(data: str) -> Source:
     path = Path(os.path.expanduser(data))
     if path.is_dir() and data:
         split = _split_folders(path)
-        return _open_folder(split[0] if split else path)
+        if split is None:
+            return _open_folder(path)
+        source = _open_folder(split[0])
+        train, held_out = (folder.name for folder in split)
+        about = f"the images are those of {train}; those of {held_out} are held out for evaluation"
+        return replace(source, about_split=about)
     if path.is_file() and path.suffix.lower() == ".txt":
         return _open_list(path)
     if data.endswith(".tar"):
-        names = [str(path)] if path.exists() else expand_braces(str(path))
+        if path.exists():  # whatever characters of patterns are in its name
+            return _open_shards([str(path)])
+        names = expand_braces(str(path))
         return _open_shards([file for name in names for file in (sorted(glob.glob(name)) or [name])])
     near = difflib.get_close_matches(data, SETS, n=1)
     raise ValueError(
@@ -185,10 +196,25 @@ def _standard(name: str, part: str) -> Source:
 
 
 def _split_folders(path: Path) -> tuple[Path, Path] | None:
-    for name in ("val", "test"):
-        if (path / "train").is_dir() and (path / name).is_dir():
-            return path / "train", path / name
-    return None
+    """The folders of images to train on and of images that are held out, if there are both.
+
+    Raises:
+        ValueError: there are two of one kind.
+    """
+    if not path.is_dir():
+        return None
+    found: dict[str, list[Path]] = {kind: [] for kind in SPLITS}
+    for folder in sorted(path.iterdir()):
+        for kind, names in SPLITS.items():
+            if folder.name.lower() in names and folder.is_dir():
+                found[kind].append(folder)
+    if not found["train"] or not (found["val"] or found["test"]):
+        return None
+    for folders in found.values():
+        if len(folders) > 1:
+            both = " and ".join(folder.name for folder in folders)
+            raise ValueError(f"data: expected one of {both} in {path}, which are names of the same part")
+    return found["train"][0], (found["val"] or found["test"])[0]
 
 
 def _open_folder(folder: Path, min_classes: int = 2) -> Source:

@@ -42,6 +42,13 @@ def test_braces():
     assert expand_braces("{a}.tar") == ["{a}.tar"]
 
 
+def test_an_existing_shard_is_no_pattern(tmp_path):
+    write(tmp_path / "x[1].tar", [("a.png", picture(1))])
+    write(tmp_path / "x1.tar", [("b.png", picture(2))])
+    assert open_source(str(tmp_path / "x[1].tar")).images.members == ["a.png"]
+    assert open_source(str(tmp_path / "x?.tar")).images.members == ["b.png"]
+
+
 def test_images_are_read_from_their_offsets(tmp_path):
     contents = [picture(value) for value in range(9)]
     for number in range(3):

@@ -82,6 +82,38 @@ def test_train_and_test_folders(tmp_path):
         evaluation_sources(str(tmp_path), source)
 
 
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("train", "valid"),
+        ("train", "validation"),
+        ("Train", "Test"),
+        ("training", "testing"),
+        ("TRAIN", "val"),
+    ],
+)
+def test_the_usual_names_of_parts_are_no_classes(tmp_path, train, held_out):
+    make(tmp_path, *(f"{part}/{name}/{part}.png" for part in (train, held_out) for name in ("cat", "dog")))
+    source = open_source(str(tmp_path))
+    assert names(source, tmp_path) == [f"{train}/cat/{train}.png", f"{train}/dog/{train}.png"]
+    assert source.classes == ["cat", "dog"]
+    assert source.about_split == (
+        f"the images are those of {train}; those of {held_out} are held out for evaluation"
+    )
+    _, queries, is_held_out = evaluation_sources(str(tmp_path), source)
+    assert is_held_out
+    assert names(queries, tmp_path) == [f"{held_out}/cat/{held_out}.png", f"{held_out}/dog/{held_out}.png"]
+    make(tmp_path, f"{held_out.swapcase()}/cat/1.png")
+    with pytest.raises(ValueError, match=f"data: expected one of .*{held_out}.* names of the same part"):
+        open_source(str(tmp_path))
+
+
+def test_validation_goes_before_test(tmp_path):
+    make(tmp_path, *(f"{part}/{name}/{part}.png" for part in ("train", "valid", "test") for name in "ab"))
+    _, queries, _ = evaluation_sources(str(tmp_path), open_source(str(tmp_path)))
+    assert names(queries, tmp_path) == ["valid/a/valid.png", "valid/b/valid.png"]
+
+
 def test_a_test_folder_without_labels_asks_nothing(tmp_path):
     make(tmp_path, *(f"train/{name}/{i}.png" for name in ("cat", "dog") for i in range(5)), "test/1.png")
     source = open_source(str(tmp_path))
