@@ -173,6 +173,7 @@ def evaluate(
         if folder and not Path(folder).expanduser().is_dir():
             raise ValueError(f"{name}: expected a folder, got {folder}")
     if output:
+        output = Path(output).expanduser()
         check_file("output", output)
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
 
@@ -185,7 +186,7 @@ def evaluate(
             if on_result is not None:
                 on_result(part)
             if output:
-                write_json(Path(output), results)
+                write_json(output, results)
 
         # DAVIS first, because all ranks work at it.
         if davis:
@@ -250,6 +251,7 @@ def encode(
     if index and not find_spec("faiss"):
         raise ImportError("no module named 'faiss'", name="faiss")
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
+    output = Path(output).expanduser()
     weights = os.path.expanduser(os.fspath(weights))
     if os.path.exists(weights):  # so that `search` finds them from any working directory
         weights = os.path.abspath(weights)
@@ -295,7 +297,9 @@ def search(
     from bincomm.evaluation.pretrained import load_pretrained
     from bincomm.files import write_file
 
+    folder, query = Path(folder).expanduser(), Path(query).expanduser()
     if sheet is not None:
+        sheet = Path(sheet).expanduser()
         check_file("sheet", sheet)
     parts = open_parts(folder)
     metadata = parts[0].metadata
@@ -313,7 +317,7 @@ def search(
         logger.info("note: %d of %d files exist; `bincomm encode` writes the others", len(parts), files)
     if sheet is not None:
         picture = contact_sheet(query, neighbors)
-        write_file(Path(sheet), lambda file: picture.save(file, format="png"))
+        write_file(sheet, lambda file: picture.save(file, format="png"))
     return neighbors
 
 
@@ -351,8 +355,8 @@ def report(
     return report(
         model,
         open_source(os.fspath(data) if isinstance(data, os.PathLike) else data),
-        Path(output),
-        attributes=None if attributes is None else Path(attributes),
+        Path(output).expanduser(),
+        attributes=None if attributes is None else Path(attributes).expanduser(),
         classes=classes,
         bits=None if bits is None else list(bits),
         other=None if other is None else load_pretrained(other, device, **preprocessing),

@@ -9,6 +9,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -140,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(call: Call, arguments: list[str]) -> int:
     """Find the command that the arguments begin with, parse the other arguments, and run it."""
+    arguments = [expand_home(argument) for argument in arguments]
     if arguments[:1] == ["--version"]:
         print(f"bincomm {__version__}")
         return 0
@@ -167,6 +169,15 @@ def run(call: Call, arguments: list[str]) -> int:
         except Exception:
             logger.debug("%s ended early", name, exc_info=True)
             raise
+
+
+def expand_home(argument: str) -> str:
+    """An argument with the home directory in place of ~/ at the start of its value, as `--output=~/x` has it:
+    shells expand it in words of its own only."""
+    option, equals, value = argument.partition("=")
+    if equals and re.fullmatch(r"--\w+", option) and value.startswith("~/"):
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument) if argument.startswith("~/") else argument
 
 
 def parse(call: Call, module: ModuleType, arguments: list[str]) -> argparse.Namespace:

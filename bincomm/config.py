@@ -158,6 +158,9 @@ class PretrainConfig:
     keep: int = 3
 
     def __post_init__(self):
+        for key in ("output", "init_from"):  # ~ in a recipe and from Python, too
+            if isinstance(value := getattr(self, key), str):
+                object.__setattr__(self, key, os.path.expanduser(value))
         at_least = {
             "epochs": 1, "batch_size": 1, "bits": 2, "hidden": 1, "reset_every": 0, "beta": 0, "lr": 0,
             "min_lr": 0, "warmup_epochs": 0, "weight_decay": 0, "weight_decay_end": 0, "clip": 0,

@@ -10,6 +10,8 @@ import pytest
 
 import bincomm
 from bincomm import cli
+from bincomm.configuration import configure
+from bincomm.data.cache import cache_folder
 
 
 def test_doctor_tells_what_runs_where(capsys):
@@ -34,6 +36,38 @@ def test_help_version_and_unknown_commands(capsys):
     assert "data: there is no command 'varify'; did you mean verify?" in capsys.readouterr().err
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"bincomm {bincomm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "expanded"),
+    [
+        ("--output=~/x", "--output=HOME/x"), ("~/x", "HOME/x"), ("--data={'~/x': 1}", "--data={'~/x': 1}"),
+        ("--output=./~/x", "--output=./~/x"), ("--output=a~/x", "--output=a~/x"), ("x=~/y", "x=~/y"),
+    ],
+)  # fmt: skip
+def test_the_home_directory_in_arguments(argument, expanded, monkeypatch):
+    monkeypatch.setenv("HOME", "HOME")
+    assert cli.expand_home(argument) == expanded
+
+
+def test_the_home_directory_in_keys_and_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("output: ~/run\ninit_from: ~/other\n")
+    config = configure(str(tmp_path / "recipe.yaml"))
+    assert (config.output, config.init_from) == (f"{tmp_path}/run", f"{tmp_path}/other")
+    assert configure("digits", output="~/run").output == f"{tmp_path}/run"
+    monkeypatch.setenv("BINCOMM_CACHE", "~/kept")
+    assert cache_folder() == tmp_path / "kept"
+    monkeypatch.delenv("BINCOMM_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache/bincomm"
+
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", no_home)
+    with pytest.raises(ValueError, match="set BINCOMM_CACHE"):
+        cache_folder()
 
 
 def test_the_plotting_backend_of_a_notebook_is_no_hindrance():
