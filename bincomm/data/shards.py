@@ -16,7 +16,7 @@ from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.files import write_text
 
-FORMAT = f"4 {EXTENSIONS}"  # of an index; one of another format is ignored
+FORMAT = f"5 {EXTENSIONS}"  # of an index; one of another format is ignored
 PARALLEL = 4  # number of shards without an index from which starting several processes pays off
 MAX_PADDING = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
 MAX_LINKS = 40  # length of a chain of links that is followed
@@ -195,12 +195,17 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
         target = contents.follow(link)
         if target in contents.classes:
             contents.classes[link] = contents.classes[target]
-    words = {_sample(name): word for name, word in contents.classes.items() if name.endswith(".cls")}
+    words = contents.words()
+    taken, parts = contents.without_parts(words)
+    if parts:
+        note += f"{'; ' if note else ''}holds {len(parts)} images that are parts of samples with another "
+        note += f"image, such as {parts[0]}, which were not taken"
     rows = []
-    for name, span in contents.images:
+    for name, span in taken:
         # A broken link is an empty image, which will be reported as unusable.
         offset, size = span or contents.spans.get(contents.follow(name), (0, 0))
-        rows.append([str(offset), str(size), words.get(_sample(name), ""), name])
+        word = words.get(os.path.splitext(name)[0], words.get(_sample(name), ""))
+        rows.append([str(offset), str(size), word, name])
     return " ".join(note.split()), rows
 
 
@@ -211,6 +216,29 @@ class Contents(NamedTuple):
     spans: dict[str, Span]
     links: dict[str, str]
     classes: dict[str, str]
+
+    def words(self) -> dict[str, str]:
+        """The words of .cls files, by name without .cls and, where those of a sample agree, by sample."""
+        words: dict[str, str] = {}
+        by_sample: dict[str, set[str]] = {}
+        for name, word in self.classes.items():
+            if name.endswith(".cls"):
+                words[name.removesuffix(".cls")] = word
+                by_sample.setdefault(_sample(name), set()).add(word)
+        return {sample: min(found) for sample, found in by_sample.items() if len(found) == 1} | words
+
+    def without_parts(self, words: dict[str, str]) -> tuple[list[tuple[str, Span | None]], list[str]]:
+        """The images but for those that are parts of a sample, as a.seg.png is beside a.jpg, and their names;
+        one with a .cls file of its own is none."""
+        own = {_sample(name) for name, _ in self.images if os.path.basename(name).count(".") == 1}
+        taken, parts = [], []
+        for name, span in self.images:
+            stem = os.path.splitext(name)[0]
+            if "." in os.path.basename(stem) and _sample(name) in own and stem not in words:
+                parts.append(name)
+            else:
+                taken.append((name, span))
+        return taken, parts
 
     def follow(self, name: str) -> str:
         """The name at the end of a chain of links; any name of a circle."""

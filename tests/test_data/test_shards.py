@@ -49,6 +49,29 @@ def test_an_existing_shard_is_no_pattern(tmp_path):
     assert open_source(str(tmp_path / "x?.tar")).images.members == ["b.png"]
 
 
+def test_a_class_belongs_to_the_image_of_its_name_and_else_to_the_sample(tmp_path):
+    words = {"a1.0": "0", "a1.1": "1", "b": "2", "c": "3"}
+    images = ["a1.0.png", "a1.1.png", "a1.2.png", "b.png", "c.x.png", "d.png"]
+    members = [(name, picture(1)) for name in images]
+    members += [(f"{name}.cls", word.encode()) for name, word in words.items()]
+    shards, classes, notes = open_shards([write(tmp_path / "x.tar", members)])
+    assert dict(zip(shards.members, classes, strict=True)) == {
+        "a1.0.png": "0", "a1.1.png": "1", "a1.2.png": "", "b.png": "2", "c.x.png": "3", "d.png": "",
+    }  # fmt: skip
+    assert notes == []
+
+
+def test_a_part_of_a_sample_is_no_image_of_its_own(tmp_path):
+    names = ["0.png", "0.seg.png", "1.seg.png", "1.png", "2.a.png", "2.b.png", "x.3/3.png"]
+    path = write(tmp_path / "x.tar", [(name, picture(1)) for name in names])
+    shards, _, notes = open_shards([path])
+    assert shards.members == ["0.png", "1.png", "2.a.png", "2.b.png", "x.3/3.png"]
+    assert notes == [
+        f"{path} holds 2 images that are parts of samples with another image, such as 0.seg.png, which were "
+        "not taken"
+    ]
+
+
 def test_images_are_read_from_their_offsets(tmp_path):
     contents = [picture(value) for value in range(9)]
     for number in range(3):
