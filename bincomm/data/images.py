@@ -26,7 +26,7 @@ DECODED_BY_DALI = {
     "WEBP": {"RGB", "RGBA"},
 }
 # Modes whose pixels have no defined range. Pixels of 16 bits have one, and are scaled by 1/257.
-WITHOUT_RANGE = {"F": "floating-point", "I": "32-bit", "I;16B": "big-endian 16-bit"}
+WITHOUT_RANGE = {"F": "floating-point", "I": "32-bit"}
 
 _one_huge = threading.Lock()
 # At import, because threads that start it at the same time would see only a part of the formats.

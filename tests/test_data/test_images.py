@@ -112,6 +112,33 @@ def test_kinds_come_out_as_in_pillow(kind):
     assert np.abs(result.astype(int) - expected).mean() < 0.5
 
 
+def tiff16(pixels, order):
+    """A gray TIFF of 16 bits in an order of bytes, "<" or ">"; Pillow writes that of the machine only."""
+    height, width = pixels.shape
+    values = {
+        256: width,
+        257: height,
+        258: 16,
+        259: 1,
+        262: 1,
+        273: 0,
+        277: 1,
+        278: height,
+        279: pixels.size * 2,
+    }
+    values[273] = 8 + 2 + 12 * len(values) + 4  # where the pixels begin
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in values.items())
+    begin = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HI", 42, 8)
+    header = begin + struct.pack(f"{order}H", len(values)) + entries + bytes(4)
+    return np.frombuffer(header + pixels.astype(f"{order}u2").tobytes(), np.uint8)
+
+
+def test_the_order_of_bytes_does_not_matter():
+    little, big = (examine(tiff16(GRAY.astype(np.uint16) * 257, order))[0] for order in "<>")
+    np.testing.assert_array_equal(decoded(little), decoded(big))
+    np.testing.assert_array_equal(decoded(big)[..., 0], GRAY)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_webp_with_chunks_of_odd_size_before_others(mode):
     """They are padded by a byte, which DALI does not skip: Pillow decodes them."""
