@@ -1,11 +1,16 @@
 """Files that are written completely or not at all, and JSON in them."""
 
+import fcntl
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".bincomm.lock"  # marks a directory as a run's, and is locked while a process trains in it
 LARGEST_YAML = 2**20  # bytes
@@ -25,17 +30,48 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        # The rename must survive a power failure, too: the caller may remove an older file next.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def sync_folder(path: Path) -> None:
+    """Let a rename in a folder survive a power failure, too: the caller may remove an older file next. File
+    systems of networks and other machines may refuse it, which is no failure: the rename has been done."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        tell_once(f"folders of this file system cannot be synchronized with the disk: {error.strerror}")
+
+
+@cache
+def tell_once(text: str) -> None:
+    """Log a property of the machine, the first time."""
+    logger.info("note: %s", text)
+
+
+def lock(file: IO[Any], wait: bool) -> str:
+    """Lock a file for this process until it is closed; returns why it cannot be locked, "" if it is.
+
+    File systems of networks and other machines may have no locks, and say so in many ways.
+
+    Raises:
+        BlockingIOError: another process has locked it, and this one is not to wait.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def write_text(path: Path, text: str) -> None:

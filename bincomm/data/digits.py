@@ -1,8 +1,8 @@
 """scikit-learn's scans of handwritten digits as a folder of images: data that needs no download."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 
 from bincomm.data.cache import cache_folder
@@ -26,7 +26,8 @@ def digits() -> Path:
     _, test = train_test_split(range(len(scans)), test_size=0.2, stratify=labels, random_state=0)
     test = set(test)
     # Written beside it and renamed at the end, so that other processes see a complete folder or none.
-    unfinished = Path(tempfile.mkdtemp(dir=cache, prefix=".digits."))
+    unfinished = cache / f".digits.{secrets.token_hex(4)}"
+    unfinished.mkdir()
     try:
         for index, (scan, label) in enumerate(zip(scans, labels, strict=True)):
             path = unfinished / ("test" if index in test else "train") / str(label) / f"{index:04}.png"

@@ -2,9 +2,9 @@
 
 import itertools
 import os
+import secrets
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -75,7 +75,8 @@ def write_shards(
     if output.exists():
         raise ValueError(f"output: expected the name of a new folder, {output} exists already")
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    unfinished = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    unfinished.mkdir()
     left_out: list[tuple[str, str]] = []
     try:
         shards, tar = itertools.count(), None
@@ -93,7 +94,6 @@ def write_shards(
         tar.close()
         if source.labels is not None:
             write_text(unfinished / "classes.txt", "".join(f"{name}\n" for name in source.classes))
-        os.chmod(unfinished, 0o755)  # mkdtemp lets only the owner in
         os.rename(unfinished, output)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(output)) from error

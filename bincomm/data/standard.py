@@ -1,6 +1,5 @@
 """Standard data sets by name, fetched and unpacked through torchvision once."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bincomm.data.cache import cache_folder
+from bincomm.files import lock
 
 INDEX = "index.json"
 TEST_EVERY = 5  # in a set without a test split, every fifth image of the sorted files is a test image
@@ -145,8 +145,8 @@ def _fetch(name: str, folder: Path) -> None:
     standard = SETS[name]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(folder / "lock", "w") as file:
+            lock(file, wait=True)  # without locks, two processes fetch it twice
             if not (folder / "files" / INDEX).exists():  # else another process was faster
                 _unpack(standard, getattr(datasets, standard.dataset), folder)
     except ModuleNotFoundError as error:

@@ -53,9 +53,10 @@ def test_a_run_is_held_by_one_process(tmp_path):
         assert os.listdir(tmp_path) == [".bincomm.lock"]
 
 
-def test_where_nothing_can_be_locked_it_says_so(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("number", ["ENOLCK", "ENOSYS", "EINVAL", "EBADF", "EIO", "EOPNOTSUPP"])
+def test_where_nothing_can_be_locked_it_says_so(tmp_path, monkeypatch, caplog, number):
     def refuse(file, how):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(getattr(errno, number), os.strerror(getattr(errno, number)))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with open_run(str(tmp_path), ALONE):
