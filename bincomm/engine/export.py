@@ -20,7 +20,10 @@ OF_OTHER_WEIGHTS = (
 def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None:
     """Write the teacher's backbone to backbone.safetensors; its metadata holds the arguments of
     `timm.create_model`, by which timm also knows how it was evaluated: size, crop, mean and std."""
-    weights = {name: value.contiguous().cpu() for name, value in teacher.backbone.state_dict().items()}
+    # Copies, because safetensors refuses weights that a backbone uses twice, under two names.
+    weights = {
+        name: value.to("cpu", copy=True).contiguous() for name, value in teacher.backbone.state_dict().items()
+    }
     _, arguments = create_backbone(config.backbone, config.global_size, **config.backbone_args)
     arguments["pretrained_cfg_overlay"] = {
         **dict.fromkeys(OF_OTHER_WEIGHTS),
