@@ -1,6 +1,7 @@
 """The keys of a pretraining run, one flat set for recipes, command line and Python; `configure` is in
 `bincomm.configuration`."""
 
+import glob
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -227,18 +228,32 @@ class PretrainConfig:
     def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Keys that differ in another run's configuration, with (its value, this one's), without the
         incidental ones. A key that it lacks, because it is of an earlier version, had its default."""
-        from bincomm.data.standard import SETS
-
         values, other = self.as_dict(), PretrainConfig().as_dict() | other
         keys = [key for key in values if key not in INCIDENTAL]
         if self.steps_are_open:
             keys = [key for key in keys if key not in ("epochs", "max_steps")]
-        named = {"digits", *SETS}
-        for key in ("data", "init_from"):
-            paths = [v for v in (values[key], other.get(key)) if isinstance(v, str) and v not in named]
-            if len(paths) == 2 and len({os.path.abspath(os.path.expanduser(path)) for path in paths}) == 1:
-                keys.remove(key)  # two spellings of one path
-        return {key: (other.get(key), values[key]) for key in keys if other.get(key) != values[key]}
+        pairs = {key: (other.get(key), values[key]) for key in keys}
+        same = {key for key, pair in pairs.items() if pair[0] == pair[1]}
+        same |= {
+            key
+            for key in ("data", "init_from")
+            if key in keys and len(set(map(str, map(located, pairs[key])))) == 1
+        }
+        return {key: pair for key, pair in pairs.items() if key not in same}
+
+
+def located(source: Any) -> Any:
+    """A source of images or of weights, or a mapping of them, with absolute paths, so that it means the same
+    from any directory. Names of standard sets and of timm's models stay."""
+    from bincomm.data.standard import SETS
+
+    if isinstance(source, dict):
+        return {located(name): weight for name, weight in source.items()}
+    if not isinstance(source, str) or source in {"digits", *SETS}:
+        return source
+    path = os.path.abspath(os.path.expanduser(source))
+    is_path = os.path.exists(path) or os.sep in source or glob.has_magic(source) or source.endswith(".tar")
+    return path if is_path else source
 
 
 def read_config(run: Path, key: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
-from bincomm.config import PretrainConfig
+from bincomm.config import PretrainConfig, located
 from bincomm.configuration import configure, configure_comparison
 from bincomm.data.crops import Crops
 from bincomm.parsing import add_keys, add_recipe, key_parser, parse_options
@@ -239,3 +240,22 @@ def test_differences_leave_out_what_changes_nothing():
     assert config.differences(older) == {}
     assert PretrainConfig(mean=(0, 0, 0)).differences(older).keys() == {"mean"}
     assert PretrainConfig(data="images/").differences(PretrainConfig(data="./images").as_dict()) == {}
+
+
+def test_sources_mean_the_same_from_any_directory(tmp_path, monkeypatch):
+    for folder in ("a", "b"):
+        (tmp_path / folder / "images").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    images = str(tmp_path / "a/images")
+    assert located("images") == located("~/a/images") == located(images) == images
+    assert located("x-{00..07}.tar") == f"{tmp_path}/a/x-{{00..07}}.tar"
+    assert located({"images": 1, "cifar10": 2}) == {images: 1, "cifar10": 2}
+    for name in ("digits", "cifar10", "resnet18.a1_in1k", None):
+        assert located(name) == name
+    stored = replace(configure("digits", data="images"), data=located("images")).as_dict()
+    assert configure("digits", data="images").differences(stored) == {}
+    assert configure("digits", data="../a/images").differences(stored) == {}
+    monkeypatch.chdir(tmp_path / "b")
+    assert configure("digits", data="images").differences(stored) == {"data": (images, "images")}
+    assert configure("digits", data=images).differences(stored) == {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from bincomm.config import PretrainConfig, read_config
+from bincomm.config import PretrainConfig, located, read_config
 from bincomm.engine.checkpoints import Checkpoints
 from bincomm.files import write_text
 
@@ -53,8 +53,9 @@ def take_steps(config: PretrainConfig, stored: dict[str, Any]) -> PretrainConfig
 
 
 def note_config(run: Path, config: PretrainConfig) -> None:
-    """Write a run's config.yaml."""
-    write_text(run / "config.yaml", dump_config(config))
+    """Write a run's config.yaml, which is a recipe that repeats the run from any directory."""
+    absolute = replace(config, data=located(config.data), init_from=located(config.init_from))
+    write_text(run / "config.yaml", dump_config(absolute))
 
 
 def dump_config(config: PretrainConfig) -> str:
