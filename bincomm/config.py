@@ -163,7 +163,7 @@ class PretrainConfig:
             if isinstance(value := getattr(self, key), str):
                 object.__setattr__(self, key, os.path.expanduser(value))
         at_least = {
-            "epochs": 1, "batch_size": 1, "bits": 2, "hidden": 1, "reset_every": 0, "beta": 0, "lr": 0,
+            "epochs": 1, "batch_size": 1, "bits": 1, "hidden": 1, "reset_every": 0, "beta": 0, "lr": 0,
             "min_lr": 0, "warmup_epochs": 0, "weight_decay": 0, "weight_decay_end": 0, "clip": 0,
             "threads": 1, "log_every": 1, "save_every": 1, "keep": 1, "accumulate": 1, "prototypes": 1,
         }  # fmt: skip

@@ -190,10 +190,9 @@ class Job:
 
 def check_ranks(config: PretrainConfig, ranks: Ranks) -> None:
     """Raise ValueError where the configuration does not fit the number of ranks."""
-    if config.batch_size < 2:
-        raise ValueError(
-            "batch_size: expected at least 2, because the rate of a single message is constant, got 1"
-        )
+    for key in ("bits", "batch_size"):
+        if getattr(config, key) < 2:
+            raise ValueError(f"{key}: expected at least 2, because the rate of one is constant, got 1")
     if config.batch_size % (ranks.world * config.accumulate):
         raise ValueError(
             f"batch_size: expected a multiple of {ranks.world * config.accumulate} "
