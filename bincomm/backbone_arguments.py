@@ -59,13 +59,18 @@ LARGEST = 10**6  # of a number; no layer is as wide
 DEEPEST = 4  # of lists in lists
 
 
+def is_plain_name(name: Any) -> bool:
+    """Whether a name of a model is neither an address nor a path to timm."""
+    return isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) is not None
+
+
 def check_backbone_name(name: Any, argument: str) -> None:
     """Refuse what timm would take for an address or a path; whether there is such a model is asked later.
 
     Raises:
         ValueError: it is no plain name; the message begins with `argument`.
     """
-    if not isinstance(name, str) or not re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII):
+    if not is_plain_name(name):
         raise ValueError(f"{argument}: expected the name of a timm model, such as resnet18, got {name!r}")
 
 

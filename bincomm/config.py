@@ -232,14 +232,13 @@ class PretrainConfig:
         keys = [key for key in values if key not in INCIDENTAL]
         if self.steps_are_open:
             keys = [key for key in keys if key not in ("epochs", "max_steps")]
+        sources = ("data", "init_from")
         pairs = {key: (other.get(key), values[key]) for key in keys}
-        same = {key for key, pair in pairs.items() if pair[0] == pair[1]}
-        same |= {
-            key
-            for key in ("data", "init_from")
-            if key in keys and len(set(map(str, map(located, pairs[key])))) == 1
+        return {
+            key: (was, now)
+            for key, (was, now) in pairs.items()
+            if was != now and not (key in sources and located(was) == located(now))
         }
-        return {key: pair for key, pair in pairs.items() if key not in same}
 
 
 def located(source: Any) -> Any:

@@ -3,7 +3,6 @@
 import difflib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from bincomm.backbone_arguments import check_backbone_arguments, check_backbone_name
+from bincomm.backbone_arguments import check_backbone_arguments, check_backbone_name, is_plain_name
 
 
 def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") -> None:
@@ -69,7 +68,7 @@ def weights_file(source: str, argument: str) -> Path | None:
         return path / "backbone.safetensors"
     if path.exists():
         return path
-    if re.fullmatch(r"\w+(\.\w+)?", source, re.ASCII) and timm.is_model(source):
+    if is_plain_name(source) and timm.is_model(source):
         return None
     near = difflib.get_close_matches(source, timm.list_models(), n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

@@ -203,11 +203,12 @@ def _split_folders(path: Path) -> tuple[Path, Path] | None:
     """
     if not path.is_dir():
         return None
+    kinds = {name: kind for kind, names in SPLITS.items() for name in names}
     found: dict[str, list[Path]] = {kind: [] for kind in SPLITS}
-    for folder in sorted(path.iterdir()):
-        for kind, names in SPLITS.items():
-            if folder.name.lower() in names and folder.is_dir():
-                found[kind].append(folder)
+    with os.scandir(path) as entries:  # there may be millions: no path is made of the others
+        named = sorted(entry.name for entry in entries if entry.name.lower() in kinds and entry.is_dir())
+    for name in named:
+        found[kinds[name.lower()]].append(path / name)
     if not found["train"] or not (found["val"] or found["test"]):
         return None
     for folders in found.values():
