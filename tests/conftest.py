@@ -73,6 +73,19 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """A folder of a quarter of the digits, 360 for training and 90 queries."""
+    from bincomm.data.digits import digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    for path in sorted(digits().glob("*/*/*.png"))[::4]:
+        copy = folder / path.relative_to(digits())
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(path)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

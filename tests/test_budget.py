@@ -215,17 +215,17 @@ def test_ranks_take_the_steps_of_rank_0(tmp_path):
 
 
 @pytest.mark.slow
-def test_methods_that_are_compared_get_the_same_steps(tmp_path, monkeypatch):
+def test_methods_that_are_compared_get_the_same_steps(few_digits, tmp_path, monkeypatch):
     clock = Clock(monkeypatch, seconds=0.5)
     monkeypatch.setattr("bincomm.pretraining.plot_curves", lambda run: None)
-    keys = {key: value for key, value in COMPARED.items() if key not in ("max_steps", "data")}
-    config = configure_comparison(**keys, output=tmp_path, minutes=0.2)
+    keys = {key: value for key, value in COMPARED.items() if key != "max_steps"}
+    config = configure_comparison(**keys, data=few_digits, output=tmp_path, minutes=0.2)
     table = compare(config, ["bits-reset", "simdino"])
     for method in ("bits-reset", "simdino"):
-        assert stored(tmp_path / method) == [0.2, 2, 24]
+        assert stored(tmp_path / method) == [0.2, 5, 24]
         assert read_json_lines(tmp_path / method / "metrics.jsonl")[-1]["step"] == 24
-    assert "2 epochs, at most 24 steps, chosen for 0.2 minutes" in " ".join(as_markdown(table).split())
+    assert "5 epochs, at most 24 steps, chosen for 0.2 minutes" in " ".join(as_markdown(table).split())
     measured, clock.seconds = clock.steps, 0.05
     compare(config, ["dino"])  # with what the others had
-    assert stored(tmp_path / "dino") == [0.2, 2, 24]
+    assert stored(tmp_path / "dino") == [0.2, 5, 24]
     assert clock.steps == measured

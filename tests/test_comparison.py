@@ -18,7 +18,6 @@ from bincomm.building import create_networks
 from bincomm.comparison import BEFORE, FIGURES, METHODS, PIXELS, epochs_of, method_configs, prototypes_for
 from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
-from bincomm.data.digits import digits
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.records import Records
 from bincomm.evaluation.features import extract_features, forward_batches
@@ -48,15 +47,9 @@ OPTIONS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def data(tmp_path_factory):
-    """A quarter of the digits, 360 for training and 90 queries."""
-    folder = tmp_path_factory.mktemp("digits")
-    for path in sorted(digits().glob("*/*/*.png"))[::4]:
-        copy = folder / path.relative_to(digits())
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.symlink_to(path)
+def data(few_digits):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(OPTIONS, "data", folder)
+        patch.setitem(OPTIONS, "data", few_digits)
         # Drawing a run's curves takes longer than such a run; it is tested with pretraining.
         patch.setattr("bincomm.pretraining.plot_curves", lambda run: None)
         yield

@@ -25,6 +25,10 @@ import bincomm.distributed.heartbeat, bincomm.distributed.ranks
 bincomm.distributed.heartbeat.BEAT_SECONDS = bincomm.distributed.ranks.BEAT_SECONDS = 0.5
 bincomm.distributed.heartbeat.SILENCE_SECONDS = 5.0
 """
+# torch.compile up to the code that it generates, which takes two ranks minutes.
+WITHOUT_INDUCTOR = (
+    "import functools, torch; torch.compile = functools.partial(torch.compile, backend='aot_eager')\n"
+)
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
 OPTIONS = {
     "recipe": "digits",
@@ -81,9 +85,9 @@ def kill(processes):
         process.communicate()
 
 
-def train_on_two(output, **options):
-    """Exit statuses of two ranks, and all that they print."""
-    processes = start_ranks(2, COMMAND, ["pretrain", *arguments(output, **options)])
+def train_on_two(output, before="", **options):
+    """Exit statuses of two ranks, which do something else before, and all that they print."""
+    processes = start_ranks(2, before + COMMAND, ["pretrain", *arguments(output, **options)])
     try:
         text = "".join(process.communicate(timeout=240)[0] for process in processes)
     finally:
@@ -107,17 +111,19 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "before"),
     [
-        {},
-        {"fsdp": True},
-        {"fsdp": True, "compile": "on"},
-        {"accumulate": 2, "checkpoint_activations": True},
+        ({}, ""),
+        ({"fsdp": True}, ""),
+        ({"fsdp": True, "compile": "on"}, WITHOUT_INDUCTOR),
+        pytest.param({"fsdp": True, "compile": "on"}, "", marks=pytest.mark.long),
+        ({"accumulate": 2, "checkpoint_activations": True}, ""),
     ],
+    ids=["", "split", "split and compiled in part", "split and compiled", "accumulated"],
 )
-def test_a_batch_shared_by_two_ranks_is_the_same_batch(alone, tmp_path, options):
+def test_a_batch_shared_by_two_ranks_is_the_same_batch(alone, tmp_path, options, before):
     """1 × 32 and 2 × 16 images: the same curve, also with parameters split and activations computed anew."""
-    statuses, text = train_on_two(tmp_path / "run", **options)
+    statuses, text = train_on_two(tmp_path / "run", before, **options)
     assert statuses == [0, 0], text
     assert "on 2 ranks (cpu)" in text
     assert ("torch.compile: both networks" in text) == ("compile" in options)
@@ -345,7 +351,7 @@ def test_whole_values_are_kept_where_they_are_wanted():
     assert statuses == [0, 0], texts
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_two_machines_begin_again_at_once(tmp_path, killed):
     """Whichever lost a rank: only one of the launchers counts a restart, and their store keeps what the ranks
     of the last time wrote."""

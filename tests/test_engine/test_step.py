@@ -164,15 +164,20 @@ def test_after_too_many_in_a_row_the_student_moves_no_more():
     assert Guard.LIMIT == 3
 
 
-def test_compiled_or_not_it_is_the_same_step():
+@pytest.mark.parametrize("crops", ["global", pytest.param("global and local", marks=pytest.mark.long)])
+def test_compiled_or_not_it_is_the_same_step(crops):
+    """A second size of crops compiles everything once more, which takes a minute."""
     plain, compiled = create(), create()
-    first, random = next(batches(1)), torch.get_rng_state()
+    drawn = [
+        (global_views, local_views if "local" in crops else None) for global_views, local_views in batches(3)
+    ]
+    first, random = drawn.pop(), torch.get_rng_state()
     worked, text = compile_networks(compiled, *first)
     assert worked, text
     assert text.startswith("torch.compile: both networks, in ")
     assert torch.equal(random, torch.get_rng_state())
     assert_same(plain, compiled, rtol=0, atol=0)  # trying it out left no trace
-    for views in batches(2):
+    for views in drawn:
         one, other = plain(*views, **RATES), compiled(*views, **RATES)
         torch.testing.assert_close(one.losses, other.losses, rtol=1e-4, atol=1e-5)
 
