@@ -138,13 +138,18 @@ def test_a_batch_shared_by_two_ranks_is_the_same_batch(alone, tmp_path, options,
 
 def test_a_checkpoint_of_two_ranks_with_split_parameters_goes_on_on_one(alone, tmp_path):
     """And the other way round: what is saved does not tell how it was computed."""
-    process = launch(tmp_path / "run", fsdp=True, save_every=8)
-    for line in process.stdout:
-        if line.startswith("step 10/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
+    processes = start_ranks(2, COMMAND, ["pretrain", *arguments(tmp_path / "run", fsdp=True, save_every=8)])
+    try:
+        for line in processes[0].stdout:
+            if line.startswith("step 10/"):
+                break
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.communicate(timeout=120)
+    finally:
+        kill(processes)
+    assert [process.returncode for process in processes] == [cli.SAVED] * 2
     state = load_checkpoint(max((tmp_path / "run" / "checkpoints").glob("*.ckpt")))
     assert 10 <= state["step"] < 20
     assert len(state["window"]) == len(state["random"]) == 2
