@@ -36,8 +36,8 @@ def without_other_lengths(values: dict[str, Any], keys: dict[str, Any]) -> dict[
     by_minutes = keys.get("minutes") is not None
     if by_minutes and given:
         raise ValueError(f"minutes: expected without epochs and max_steps, got also {' and '.join(given)}")
-    if by_minutes or (given and values.get("minutes") is not None):
-        # With minutes in a recipe, such as a run's config.yaml, its max_steps is what they came to.
+    # With minutes in a recipe, such as a run's config.yaml, its max_steps is what they came to.
+    if by_minutes or given == ["epochs"] or (given and values.get("minutes") is not None):
         return {key: value for key, value in values.items() if key not in ("minutes", "max_steps")}
     return values
 

@@ -64,6 +64,13 @@ def test_minutes_and_other_lengths_are_refused_together():
         configure("digits", minutes="x")
 
 
+def test_epochs_that_are_given_replace_the_steps_of_the_recipe():
+    assert configure("digits").max_steps == 440
+    assert (configure("digits", epochs=7).epochs, configure("digits", epochs=7).max_steps) == (7, None)
+    assert configure("digits", epochs=7, max_steps=9).max_steps == 9
+    assert configure("digits", batch_size=256).steps(epoch_steps=5) == 440
+
+
 def test_a_length_that_is_given_replaces_that_of_the_recipe(tmp_path):
     recipe, run = str(tmp_path / "mine.yaml"), str(tmp_path / "config.yaml")
     (tmp_path / "mine.yaml").write_text("minutes: 5\nepochs: 7\n")
