@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,10 @@ from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.files import write_text
 
-FORMAT = f"5 {EXTENSIONS}"  # of an index; one of another format is ignored
+FORMAT = f"6 {EXTENSIONS}"  # of an index; one of another format is ignored
 PARALLEL = 4  # number of shards without an index from which starting several processes pays off
 MAX_PADDING = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
+MAX_HEADER = 1 << 20  # bytes of a member's header; those of long names have a few hundred
 MAX_LINKS = 40  # length of a chain of links that is followed
 Span = tuple[int, int]  # offset and size in a shard, bytes
 
@@ -168,7 +170,7 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
     contents = Contents([], {}, {}, {})
     note = ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with HeadersOnly(path) as headers, tarfile.open(path, "r:", fileobj=headers) as tar:
             try:
                 for member in tar:
                     _add(tar, member, contents)
@@ -207,6 +209,17 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
         word = words.get(os.path.splitext(name)[0], words.get(_sample(name), ""))
         rows.append([str(offset), str(size), word, name])
     return " ".join(note.split()), rows
+
+
+class HeadersOnly(FileIO):
+    """A file of which only little is read at a time: a tar's header may declare any length, and tarfile
+    would read it into memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As of a file; ReadError for more than `MAX_HEADER` bytes."""
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 class Contents(NamedTuple):
