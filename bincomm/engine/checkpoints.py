@@ -89,13 +89,14 @@ class Checkpoints:
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         try:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             save_checkpoint(self.path(step), state)
             self.newest = step
             for old in self.steps()[: -self.keep]:
                 self.path(old).unlink()
         except Exception as error:  # whatever it is, it must not end the training
-            good = "none was written before" if self.newest is None else f"the last good one: {self.newest}"
+            newest = max(self.steps(), default=None)  # of those that nobody has removed
+            good = "there is none before" if newest is None else f"the last good one: {newest}"
             logger.warning("the checkpoint of step %d could not be written (%s); %s", step, error, good)
 
 

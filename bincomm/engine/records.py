@@ -15,6 +15,7 @@ from bincomm.config import PretrainConfig
 from bincomm.distributed.ranks import Ranks
 from bincomm.engine.collapse import CollapseMonitor
 from bincomm.engine.metrics import MetricsWindow
+from bincomm.engine.run import keep_run
 from bincomm.engine.schedules import Hyperparameters, Schedule
 from bincomm.engine.step import StepOutput
 from bincomm.files import read_json_lines, write_text
@@ -158,17 +159,22 @@ class Records:
 
         Raises:
             OSError: there is no room.
+            ValueError: the run's directory was removed, and another process has begun a run there.
         """
+        keep_run(self.run, self.config)
         for name, lines in self.pending.items():
             if not lines:
                 continue
             path = self.run / f"{name}.jsonl"
-            size = path.stat().st_size
+            size = path.stat().st_size if path.exists() else 0
+            if not path.exists():
+                logger.warning("%s was removed; it goes on with the steps to come", path)
             try:
                 with open(path, "a") as file:
                     file.writelines(lines)
             except OSError:
-                os.truncate(path, size)  # a line may have been written in part
+                if path.exists():
+                    os.truncate(path, size)  # a line may have been written in part
                 raise
             lines.clear()
 
@@ -184,7 +190,8 @@ class Records:
         if shutil.disk_usage(self.run).free < 1 << 16:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run / "tensorboard"))
         try:
-            self.board = self.board or SummaryWriter(str(self.run / "tensorboard"))
+            if self.board is None or not (self.run / "tensorboard").exists():
+                self.board = SummaryWriter(str(self.run / "tensorboard"))
             for key, value in values.items():
                 self.board.add_scalar(key, value, steps_done)
             self.board.flush()

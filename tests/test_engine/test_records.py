@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from bincomm.config import PretrainConfig
 from bincomm.distributed.ranks import ALONE
 from bincomm.engine.collapse import create_monitor
 from bincomm.engine.curves import plot_curves
+from bincomm.engine.lock import is_held
 from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.records import Records
+from bincomm.engine.run import note_config
 from bincomm.engine.schedules import Schedule
 from bincomm.files import read_json_lines
 
@@ -22,6 +25,8 @@ METRICS |= {"transmitted_bits": 3.25, "agreement_global": 0.4}
 
 def start_records(run, step=0):
     config = PretrainConfig(max_steps=30)
+    is_held(run)
+    note_config(run, config)
     window = MetricsWindow(config.log_every, ("loss",), None, torch.device("cpu"))
     records = Records(config, run, Schedule(config, 10, 768), window, create_monitor(config), ALONE)
     records.start(step)
@@ -41,6 +46,33 @@ def test_metrics_are_written_when_there_is_room_again_and_at_the_end_or_an_error
     records.flush()
     records.close()
     assert [record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")] == [10]
+
+
+@pytest.mark.parametrize("removed", ["metrics.jsonl", "."])
+def test_files_that_were_removed_are_made_again(tmp_path, removed, caplog):
+    run = tmp_path / "run"
+    run.mkdir()
+    records = start_records(run)
+    records.report(10, METRICS)
+    if removed == ".":
+        shutil.rmtree(run)
+    else:
+        (run / removed).unlink()
+    records.report(20, METRICS)
+    records.close()
+    assert "was removed" in caplog.text
+    assert [line["step"] for line in read_json_lines(run / "metrics.jsonl")] == [20]
+    assert any((run / "tensorboard").iterdir())
+    assert (run / "config.yaml").exists()
+
+
+def test_a_directory_that_another_process_has_taken_is_left_alone(tmp_path):
+    records = start_records(tmp_path)
+    (tmp_path / ".bincomm.lock").write_text("elsewhere 77\n")
+    with pytest.raises(ValueError, match="output: .* process elsewhere 77 has begun another run there"):
+        records.report(10, METRICS)
+    records.close()
+    assert read_json_lines(tmp_path / "metrics.jsonl") == []
 
 
 def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
