@@ -25,6 +25,7 @@ from bincomm.commands.arguments import HelpFormatter, add_verbosity
 from bincomm.configuration import configure
 from bincomm.interruption import interruptible
 from bincomm.logs import did_you_mean, tell
+from bincomm.memory import is_out_of_memory
 from bincomm.parsing import explain, key_parser, options_of, parse_options
 
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
@@ -237,8 +238,6 @@ def status_of(error: BaseException, call: Call) -> int:
 
     Unexpected errors are raised again, with their traceback; under torchrun the traceback is printed.
     """
-    from torch import OutOfMemoryError
-
     from bincomm.distributed.ranks import FirstRankError
     from bincomm.engine.signals import Interrupted
 
@@ -257,6 +256,13 @@ def status_of(error: BaseException, call: Call) -> int:
             name, output = signal.Signals(error.args[0]).name, call.options.config.output
             tell(f"\n{name}: saved in {output}; run the same command again to resume")
         return SAVED
+    if is_out_of_memory(error):
+        logger.debug("too little memory", exc_info=error)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        smaller = "lower batch_size, global_size or threads"
+        if command.takes_run_keys:
+            smaller += ", raise accumulate (by which batch_size must be divisible)"
+        return fail(f"memory: most likely there is too little ({reason}); {smaller}, or free some", status=1)
     if isinstance(error, ImportError) and command.extra:
         packages = f"pip install 'bincomm[{command.extra}]'"
         return fail(f"{call.name} needs more packages ({error}): {packages}", status=1)
@@ -266,7 +272,7 @@ def status_of(error: BaseException, call: Call) -> int:
         # rank prints its own.
         during_run = call.configured and command.takes_run_keys
         return fail(str(error), once=not during_run)
-    if isinstance(error, (OSError, OutOfMemoryError, *run_errors())):
+    if isinstance(error, (OSError, *run_errors())):
         return fail(str(error), status=1)
     if ranks() == 1:
         raise error

@@ -2,8 +2,10 @@
 
 import errno
 
-# As PyTorch's allocators, CUDA, DALI, C++ and the threads of Python put it, in lower case.
+# As PyTorch's allocators, CUDA, libraries in C++, Python's threads and the loader of libraries put it, in
+# lower case. The last are DALI's where an image could not be decoded and no image is to blame.
 WORDS = ("allocate memory", "out of memory", "enough memory", "bad_alloc", "bad alloc", "start new thread")
+WORDS += ("failed to map segment", "pipeline object is no longer valid")
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
@@ -13,8 +15,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         text = str(error).lower()
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
-        # Not a ValueError, which may quote a name: those libraries raise others.
-        if not isinstance(error, ValueError) and any(words in text for words in WORDS):
+        # Others may quote the name of a file.
+        if isinstance(error, RuntimeError | ImportError) and any(words in text for words in WORDS):
             return True
         seen.append(error)
         error = error.__cause__ or error.__context__
