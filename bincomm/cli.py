@@ -25,7 +25,7 @@ from bincomm.commands.arguments import HelpFormatter, add_verbosity
 from bincomm.configuration import configure
 from bincomm.interruption import interruptible
 from bincomm.logs import did_you_mean, tell
-from bincomm.memory import is_out_of_memory
+from bincomm.memory import check_limit, is_out_of_memory
 from bincomm.parsing import explain, key_parser, options_of, parse_options
 
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
@@ -169,6 +169,8 @@ def run(call: Call, arguments: list[str]) -> int:
     call.name = name
     if call.command.single_process and ranks() > 1:
         raise ValueError(f"{name}: expected one process; start it without torchrun")
+    if call.command.extra:
+        check_limit()
     module = importlib.import_module(f"bincomm.commands.{name.replace(' ', '_')}")
     options = call.options = parse(call, module, arguments[words:])
     level = logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO

@@ -1,11 +1,23 @@
 """Errors of all kinds that mean that memory is used up."""
 
 import errno
+import resource
 
 # As PyTorch's allocators, CUDA, libraries in C++, Python's threads and the loader of libraries put it, in
 # lower case. The last are DALI's where an image could not be decoded and no image is to blame.
 WORDS = ("allocate memory", "out of memory", "enough memory", "bad_alloc", "bad alloc", "start new thread")
 WORDS += ("failed to map segment", "pipeline object is no longer valid")
+
+NEEDED = 4 << 30  # bytes of address space to import PyTorch and DALI; with less, PyTorch aborts
+
+
+def check_limit() -> None:
+    """Raise MemoryError where the address space of this process is limited to less than imports need."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < NEEDED:
+        raise MemoryError(
+            f"ulimit -v allows {limit / 2**30:.1f} GB of address space, imports alone take {NEEDED >> 30}"
+        )
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:

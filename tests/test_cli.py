@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -269,6 +270,12 @@ def test_too_little_memory_is_told_in_one_line(ends, capsys, error):
     assert text.startswith("bincomm: error: memory: most likely there is too little (")
     assert "lower batch_size, global_size or threads, raise accumulate" in text
     assert text.count("\n") == 1
+
+
+def test_a_limit_below_what_imports_need_is_told_before_they_abort(ends, capsys, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (3_000_000 << 10, resource.RLIM_INFINITY))
+    assert ends(None, "--quiet") == 1
+    assert "ulimit -v allows 2.9 GB of address space, imports alone take 4" in capsys.readouterr().err
 
 
 def test_a_name_is_no_reason_to_speak_of_memory(ends, capsys):

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from bincomm.distributed.ranks import Ranks
+from bincomm.engine.guard import TrainingError
 from bincomm.files import LOCK, UNFINISHED, lock
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ def is_held(run: Path) -> bool:
     """Whether a directory that this process opened is still there; a lock that was removed is made again.
 
     Raises:
-        ValueError: it was removed, and another process has begun in it.
+        TrainingError: it was removed, and another process has begun in it.
     """
     try:
         there = (run / LOCK).read_text()
@@ -31,8 +32,8 @@ def is_held(run: Path) -> bool:
         (run / LOCK).write_text(owner())
         return False
     if there not in ("", owner()):
-        raise ValueError(
-            f"output: {run} was removed while this process wrote in it, and process {there.strip()} has "
+        raise TrainingError(
+            f"{run} was removed while this process wrote in it, and process {there.strip()} has "
             "begun another run there; this one ends"
         )
     return True
