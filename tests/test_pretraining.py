@@ -305,6 +305,32 @@ def test_a_run_of_another_configuration_is_refused(finished, capsys):
     assert "beta was auto, now 0.7" in capsys.readouterr().err
 
 
+def test_a_finished_run_is_not_lengthened_but_followed_by_another(finished, capsys):
+    assert cli.main(["pretrain", *arguments(finished[0], epochs=30, max_steps=90)]) == 2
+    error = capsys.readouterr().err
+    assert "epochs was 3, now 30; max_steps was 50, now 90" in error
+    assert f"choose another --output; to train its network further, add --init_from {finished[0]}" in error
+    assert cli.main(["pretrain", *arguments(finished[0], log_every=7, device="cpu")]) == 0
+
+
+def test_metrics_may_be_reported_at_other_steps_after_a_resume(finished, tmp_path, monkeypatch):
+    add = Records.add
+
+    def interrupted(self, step, *args):
+        add(self, step, *args)
+        if step == 7:  # three steps after a report
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Records, "add", interrupted)
+        with pytest.raises(Interrupted):
+            pretrain(configuration(tmp_path / "run"))
+    pretrain(configuration(tmp_path / "run", log_every=2))
+    assert [line["step"] for line in read_json_lines(tmp_path / "run/metrics.jsonl")] == [4, *range(8, 51, 2)]
+    weights = [(run / "backbone.safetensors").read_bytes() for run in (finished[0], tmp_path / "run")]
+    assert weights[0] == weights[1]
+
+
 def test_a_run_that_failed_before_it_began_is_not_in_the_way(tmp_path):
     assert cli.main(["pretrain", *arguments(tmp_path / "run", backbone="resnet81")]) == 2
     assert cli.main(["pretrain", *arguments(tmp_path / "run", max_steps=2)]) == 0

@@ -67,7 +67,7 @@ def keep_run(run: Path, config: PretrainConfig) -> None:
     goes on: its state is in memory.
 
     Raises:
-        ValueError: another process has begun a run there.
+        TrainingError: another process has begun a run there.
         OSError: it cannot be made.
     """
     if not (is_held(run) and (run / "config.yaml").exists()):
@@ -84,11 +84,15 @@ def refuse_differences(config: PretrainConfig, stored: dict[str, Any], where: st
     """Raise ValueError naming the keys in which a stored configuration differs from this one."""
     different = config.differences(stored)
     if different:
+        # The schedules span the steps, so a run cannot be lengthened, only followed by another one.
+        onward = ""
+        if different.keys() <= {"epochs", "max_steps", "minutes"} and is_finished(Path(where)):
+            onward = f"; to train its network further, add --init_from {where}"
         keys = "; ".join(
             f"{key} was {in_words(was)}, now {in_words(now)}" for key, (was, now) in different.items()
         )
         raise ValueError(
-            f"output: {where} holds a run of another configuration ({keys}); choose another --output"
+            f"output: {where} holds a run of another configuration ({keys}); choose another --output{onward}"
         )
 
 

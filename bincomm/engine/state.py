@@ -73,8 +73,9 @@ class WindowPart:
         return ranks.gather(self.window.state_dict())
 
     def load(self, state: Any, ranks: Ranks) -> None:
-        """Continue with this rank's; with another number of ranks the window begins empty."""
-        if len(state) == ranks.world:
+        """Continue with this rank's; with another number of ranks, or another `log_every`, the window begins
+        empty."""
+        if len(state) == ranks.world and self.window.fits(state[ranks.rank]):
             self.window.load_state_dict(state[ranks.rank])
 
 
@@ -123,7 +124,7 @@ class RunState:
         """Begin to write a checkpoint.
 
         Raises:
-            ValueError: the run's directory was removed, and another process has begun a run there.
+            TrainingError: the run's directory was removed, and another process has begun a run there.
         """
         self.checkpoints.wait()  # so that no two copies are in memory
         state = self.collect(steps_done)

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from bincomm.config import PretrainConfig
 from bincomm.distributed.ranks import ALONE
 from bincomm.engine.collapse import create_monitor
 from bincomm.engine.curves import plot_curves
+from bincomm.engine.guard import TrainingError
 from bincomm.engine.lock import is_held
 from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.records import Records
@@ -69,7 +71,7 @@ def test_files_that_were_removed_are_made_again(tmp_path, removed, caplog):
 def test_a_directory_that_another_process_has_taken_is_left_alone(tmp_path):
     records = start_records(tmp_path)
     (tmp_path / ".bincomm.lock").write_text("elsewhere 77\n")
-    with pytest.raises(ValueError, match="output: .* process elsewhere 77 has begun another run there"):
+    with pytest.raises(TrainingError, match="process elsewhere 77 has begun another run there"):
         records.report(10, METRICS)
     records.close()
     assert read_json_lines(tmp_path / "metrics.jsonl") == []
@@ -93,6 +95,24 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
     assert any((tmp_path / "tensorboard").iterdir())
     plot_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bar_fits_on_a_terminal_of_120_columns(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("LINES", "40")
+    records = start_records(tmp_path)
+    records.bar.total = 1_000_000
+    records.report(10, METRICS | {"rate": 1234.5})
+    records.close()
+    line = sys.stderr.getvalue().replace("\r", "\n").strip().splitlines()[-1]
+    assert len(line) < 120
+    assert "loss 1.0000  hears 3.2 of 256 bits  rate 1234.5" in line
+    assert line.endswith("%]")
 
 
 def test_a_report_is_shown_on_one_line(tmp_path, caplog):
