@@ -5,8 +5,10 @@ import resource
 
 # As PyTorch's allocators, CUDA, libraries in C++, Python's threads and the loader of libraries put it, in
 # lower case. The last are DALI's where an image could not be decoded and no image is to blame.
-WORDS = ("allocate memory", "out of memory", "enough memory", "bad_alloc", "bad alloc", "start new thread")
-WORDS += ("failed to map segment", "pipeline object is no longer valid")
+WORDS = (
+    "allocate memory", "out of memory", "enough memory", "bad_alloc", "bad alloc", "start new thread",
+    "failed to map segment", "pipeline object is no longer valid",
+)  # fmt: skip
 
 NEEDED = 4 << 30  # bytes of address space to import PyTorch and DALI; with less, PyTorch aborts
 

@@ -80,7 +80,7 @@ def write_part(
     texts = [columns["path"], columns["label"]]
     checksums = {
         "about": _checksum_about(about.values(), len(codes)),
-        "code": zlib.crc32(codes),
+        "code": zlib.crc32(codes.data),
         "rows": [
             _checksum_texts([column.slice(first, ROW_GROUP) for column in texts])
             for first in range(0, len(codes), ROW_GROUP)
@@ -164,7 +164,7 @@ def iterate_codes(parts: Iterable[Part]) -> Iterator[np.ndarray]:
                 column = batch.column(0)
                 values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width :]
                 values = values[: len(column) * width].reshape(len(column), width)
-                rows, checksum = rows + len(column), zlib.crc32(values, checksum)
+                rows, checksum = rows + len(column), zlib.crc32(values.data, checksum)
                 if rows <= part.rows:  # else it is damaged; callers have room for as many as it promised
                     yield values
             if rows != part.rows:
@@ -286,8 +286,8 @@ def _checksum_texts(columns: Iterable[pa.StringArray]) -> int:
     for column in columns:
         _, ends, data = column.buffers()
         ends = np.frombuffer(ends, np.int32)[column.offset :][: len(column) + 1] if len(column) else [0]
-        checksum = zlib.crc32(np.diff(ends), checksum)
-        checksum = zlib.crc32(column.is_null().to_numpy(zero_copy_only=False), checksum)
+        checksum = zlib.crc32(np.diff(ends).data, checksum)
+        checksum = zlib.crc32(column.is_null().to_numpy(zero_copy_only=False).data, checksum)
         checksum = zlib.crc32((data or pa.py_buffer(b""))[ends[0] : ends[-1]], checksum)
     return checksum
 

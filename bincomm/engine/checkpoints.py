@@ -8,7 +8,7 @@ import threading
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -107,7 +107,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     def write(file: BinaryIO) -> None:
         summing = _Summing(file)
         try:
-            torch.save(state, summing)
+            torch.save(state, cast(BinaryIO, summing))  # it needs these two methods
         except RuntimeError:
             # torch.save hides why writing failed; where the disk is full, writing more raises the reason.
             file.write(bytes(1 << 20))
