@@ -411,9 +411,12 @@ def test_errors_are_raised_before_anything_is_written(photos, tmp_path):
     broken = network(source, 8, seed=1)
     with torch.no_grad():
         broken.head.layers[-1].bias[2] = float("nan")
+    refuses("weights: network 1 gives logits that are NaN", other=broken)
+    with torch.no_grad():
+        broken.head.layers[-1].bias[2] = float("inf")
     refuses("other: network 1 gives codes that are not finite", other=broken)
     with torch.no_grad():
-        model.head.layers[-1].bias[2] = float("nan")
+        model.head.layers[-1].bias[2] = float("inf")
     refuses("not finite")
     assert not output.exists()
 
