@@ -83,7 +83,7 @@ def compare(
         seeds: every method has a run for each seed; None: only the key seed.
         prototypes: number of prototypes of dino; None: one that fits the number of images.
         recipe: as in `pretrain`.
-        keys: keys of `PretrainConfig`, which all runs share; without output it is runs/compare-RECIPE.
+        keys: keys of `PretrainConfig`, which all runs share; without output it is runs/compare-DATA-RECIPE.
 
     Returns:
         The content of table.json.

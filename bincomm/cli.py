@@ -1,7 +1,8 @@
 """The command line, `bincomm COMMAND`: finds the command, and turns every error into a message and a status.
 
 Exit statuses: 0: done; 1: failed; 2: wrong arguments or data; 75 (SAVED): a signal ended a run after it was
-saved, and the same command resumes it; 130: interrupted; 141: broken pipe (the reader closed it).
+saved, and the same command resumes it; 130: interrupted, or 128 and the number of another signal; 141: broken
+pipe (the reader closed it).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import re
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +23,9 @@ from typing import Any, NamedTuple, NoReturn
 from bincomm import __version__, logs
 from bincomm.commands.arguments import HelpFormatter, add_verbosity
 from bincomm.configuration import configure
-from bincomm.logs import did_you_mean, printable
+from bincomm.interruption import interruptible
+from bincomm.logs import did_you_mean, tell
+from bincomm.memory import check_limit, is_out_of_memory
 from bincomm.parsing import explain, key_parser, options_of, parse_options
 
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
@@ -118,6 +122,9 @@ class CommandParser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, and return the exit status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: else the next file opened takes its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may contain any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("MPLBACKEND", "").startswith("module://"):
@@ -125,16 +132,21 @@ def main(arguments: list[str] | None = None) -> int:
         # commands draw into files only.
         del os.environ["MPLBACKEND"]
     call = Call()
-    try:
-        status = run(call, sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:
-        status = status_of(error, call)
+    # Several processes have a launcher that ends them, and may wait for each other where no handler runs.
+    with interruptible() if ranks() == 1 else nullcontext():
+        try:
+            status = run(call, sys.argv[1:] if arguments is None else arguments)
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            status = status_of(error, call)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # on a full disk; Python must not try again at exit, for that changes the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if "torch.distributed" in sys.modules and ranks() > 1:
         # DistributedDataParallel keeps threads of the process group alive. With them the interpreter takes
         # long to exit, or aborts, although its work is done.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     return status
 
@@ -157,6 +169,8 @@ def run(call: Call, arguments: list[str]) -> int:
     call.name = name
     if call.command.single_process and ranks() > 1:
         raise ValueError(f"{name}: expected one process; start it without torchrun")
+    if call.command.extra:
+        check_limit()
     module = importlib.import_module(f"bincomm.commands.{name.replace(' ', '_')}")
     options = call.options = parse(call, module, arguments[words:])
     level = logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO
@@ -226,15 +240,13 @@ def status_of(error: BaseException, call: Call) -> int:
 
     Unexpected errors are raised again, with their traceback; under torchrun the traceback is printed.
     """
-    from torch import OutOfMemoryError
-
     from bincomm.distributed.ranks import FirstRankError
     from bincomm.engine.signals import Interrupted
 
     command = call.command
     if isinstance(error, KeyboardInterrupt):
-        print(f"\ninterrupted; {interruption_outcome(call)}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        tell(f"\ninterrupted; {interruption_outcome(call)}")
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     if isinstance(error, BrokenPipeError):
         # The reader of the output, `head` for example, closed the pipe: Python must not write to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -244,8 +256,15 @@ def status_of(error: BaseException, call: Call) -> int:
     if isinstance(error, Interrupted):
         if rank() == 0:
             name, output = signal.Signals(error.args[0]).name, call.options.config.output
-            print(f"\n{name}: saved in {output}; run the same command again to resume", file=sys.stderr)
+            tell(f"\n{name}: saved in {output}; run the same command again to resume")
         return SAVED
+    if is_out_of_memory(error):
+        logger.debug("too little memory", exc_info=error)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        smaller = "lower batch_size, global_size or threads"
+        if command.takes_run_keys:
+            smaller += ", raise accumulate (by which batch_size must be divisible)"
+        return fail(f"memory: most likely there is too little ({reason}); {smaller}, or free some", status=1)
     if isinstance(error, ImportError) and command.extra:
         packages = f"pip install 'bincomm[{command.extra}]'"
         return fail(f"{call.name} needs more packages ({error}): {packages}", status=1)
@@ -255,7 +274,7 @@ def status_of(error: BaseException, call: Call) -> int:
         # rank prints its own.
         during_run = call.configured and command.takes_run_keys
         return fail(str(error), once=not during_run)
-    if isinstance(error, (OSError, OutOfMemoryError, *run_errors())):
+    if isinstance(error, (OSError, *run_errors())):
         return fail(str(error), status=1)
     if ranks() == 1:
         raise error
@@ -284,7 +303,7 @@ def fail(message: str, status: int = 2, once: bool = False) -> int:
     """Print an error, `once` by the first rank alone, and return the exit status."""
     where = f"rank {rank()}: " if rank() else ""
     if not (once and rank()):
-        print(printable(f"bincomm: error: {where}{message}"), file=sys.stderr, flush=True)
+        tell(f"bincomm: error: {where}{message}")
     return status
 
 

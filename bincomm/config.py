@@ -14,8 +14,8 @@ from bincomm.files import read_yaml
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with other values.
 # Those in the last row change results by rounding, and change which paths drop_path drops.
 INCIDENTAL = (
-    "output", "threads", "save_every", "max_unusable", "resume", "keep",
-    "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp",
+    "output", "threads", "save_every", "log_every", "max_unusable", "resume", "keep",
+    "device", "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp", "channels_last",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
             the key.
         TrainingError: the loss or its gradient was not finite in several steps in a row.
         TooManyUnusableError: more images than `config.max_unusable` allows cannot be used.
-        Interrupted: SIGINT or SIGTERM came; the run is saved.
+        Interrupted: SIGINT or another signal that ends processes came; the run is saved.
         OSError: a result file could not be written.
     """
     if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):

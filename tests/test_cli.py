@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import bincomm
 from bincomm import cli
@@ -248,6 +250,37 @@ def test_every_error_of_training_has_its_status(ends, tmp_path, capsys):
         "interrupted; run the same command again to resume from the last checkpoint"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:134] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("Failed to decode sample #23:\nCurrent pipeline object is no longer valid."),
+        ImportError("libdali.so: failed to map segment from shared object"),
+    ],
+)
+def test_too_little_memory_is_told_in_one_line(ends, capsys, error):
+    assert ends(error, "--quiet") == 1
+    text = capsys.readouterr().err
+    assert text.startswith("bincomm: error: memory: most likely there is too little (")
+    assert "lower batch_size, global_size or threads, raise accumulate" in text
+    assert text.count("\n") == 1
+
+
+def test_a_limit_below_what_imports_need_is_told_before_they_abort(ends, capsys, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (3_000_000 << 10, resource.RLIM_INFINITY))
+    assert ends(None, "--quiet") == 1
+    assert "ulimit -v allows 2.9 GB of address space, imports alone take 4" in capsys.readouterr().err
+
+
+def test_a_name_is_no_reason_to_speak_of_memory(ends, capsys):
+    assert ends(FileNotFoundError(2, "No such file or directory", "out of memory.png"), "--quiet") == 1
+    assert "memory: " not in capsys.readouterr().err
 
 
 def test_what_is_not_expected_keeps_its_traceback(ends, monkeypatch, capsys):

@@ -62,6 +62,23 @@ def test_without_a_recipe_the_images_decide(tmp_path):
         assert choose_recipe(str(folder)) == expected
 
 
+@pytest.mark.parametrize(
+    ("keys", "output"),
+    [
+        ({}, "runs/digits"),
+        ({"data": "digits"}, "runs/digits"),
+        ({"data": "cifar10"}, "runs/cifar10-digits"),
+        ({"data": "~/my pictures/"}, "runs/my_pictures-digits"),
+        ({"data": "/x/train-{000..127}.tar"}, "runs/train-digits"),
+        ({"data": "list.txt"}, "runs/list-digits"),
+        ({"data": {"a/photos": 3, "cifar10": 1}}, "runs/photos-cifar10-digits"),
+    ],
+)
+def test_a_run_is_named_after_its_data_and_recipe(keys, output):
+    assert configure("digits", **keys).output == output
+    assert configure_comparison("digits", **keys).output == output.replace("runs/", "runs/compare-")
+
+
 def test_a_recipe_names_its_output(tmp_path):
     (tmp_path / "config.yaml").write_text("output: runs/x\n")
     recipe = ["--recipe", str(tmp_path / "config.yaml")]
@@ -166,7 +183,8 @@ def test_a_comparison_has_an_output_of_its_own(tmp_path):
     assert configure_comparison("digits", output="runs/y").output == "runs/y"
     Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
     config = configure_comparison(data=tmp_path)  # a path from Python, for which the images choose
-    assert (config.data, config.output) == (str(tmp_path), f"runs/compare-{choose_recipe(str(tmp_path))}")
+    name = f"{tmp_path.name}-{choose_recipe(str(tmp_path))}"
+    assert (config.data, config.output) == (str(tmp_path), f"runs/compare-{name}")
     with pytest.raises(ValueError, match="method: compare trains several methods"):
         configure_comparison("digits", method="dino")
 
@@ -239,6 +257,8 @@ def test_differences_leave_out_what_changes_nothing():
     del older["mean"]  # a key that came later had its default
     assert config.differences(older) == {}
     assert PretrainConfig(mean=(0, 0, 0)).differences(older).keys() == {"mean"}
+    carried_out = {"log_every": 7, "device": "cpu", "channels_last": True}
+    assert PretrainConfig(**carried_out).differences(config.as_dict()) == {}
     assert PretrainConfig(data="images/").differences(PretrainConfig(data="./images").as_dict()) == {}
 
 

@@ -8,7 +8,6 @@ import torch
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from bincomm.codes.agreement import predicted_from, stability
 from bincomm.codes.attributes import Attribute, read_attributes
 from bincomm.codes.classes import (
     class_difference,
@@ -20,6 +19,7 @@ from bincomm.codes.classes import (
 from bincomm.codes.distances import distance_histograms, neighbor_overlap, precision_by_bits, separation
 from bincomm.codes.observations import Observations, augmented_signs, most_certain, observe
 from bincomm.codes.page import draw_page
+from bincomm.codes.stability import predicted_from, stability
 from bincomm.codes.usage import (
     bit_entropies,
     block_entropies,

@@ -1,14 +1,42 @@
 """The lock of a run's directory: one job at a time writes in it."""
 
 import logging
+import os
+import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from bincomm.distributed.ranks import Ranks
+from bincomm.engine.guard import TrainingError
 from bincomm.files import LOCK, UNFINISHED, lock
 
 logger = logging.getLogger(__name__)
+
+
+def owner() -> str:
+    """What the lock of this process holds."""
+    return f"{socket.gethostname()} {os.getpid()}\n"
+
+
+def is_held(run: Path) -> bool:
+    """Whether a directory that this process opened is still there; a lock that was removed is made again.
+
+    Raises:
+        TrainingError: it was removed, and another process has begun in it.
+    """
+    try:
+        there = (run / LOCK).read_text()
+    except FileNotFoundError:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / LOCK).write_text(owner())
+        return False
+    if there not in ("", owner()):
+        raise TrainingError(
+            f"{run} was removed while this process wrote in it, and process {there.strip()} has "
+            "begun another run there; this one ends"
+        )
+    return True
 
 
 @contextmanager
@@ -34,6 +62,8 @@ def open_run(output: str, ranks: Ranks) -> Iterator[Path]:
                 raise ValueError(f"output: {output} is in use by another process") from error
             if refusal:
                 logger.warning("%s cannot be locked (%s): see that nobody else uses it", output, refusal)
+            with suppress(OSError):  # the disk is full: it stays empty
+                (path / LOCK).write_text(owner())
             for folder in (path, path / "checkpoints"):  # of a process that was killed while it wrote
                 for unfinished in folder.glob(UNFINISHED):
                     unfinished.unlink()

@@ -23,7 +23,7 @@ from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.evaluation.identity import images_identity, weights_identity
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.files import write_file
-from bincomm.logs import progress_bar
+from bincomm.logs import printable_name, progress_bar
 
 Report = Callable[[int, str], None]  # of the index of an image that cannot be used, and the reason
 Unusable = list[tuple[int, str]]
@@ -46,7 +46,11 @@ def forward_batches(
     model: Pretrained, source: Source, report: Report = lambda index, reason: None
 ) -> Iterator[FeatureBatch]:
     """Pass all images through a network, in batches, in their order; unusable ones are left out and
-    reported."""
+    reported.
+
+    Raises:
+        ValueError: the logits of an image are NaN, which are no code.
+    """
     config = model.config
     with progress_bar(total=len(source.images), desc="computing features", unit="img", leave=False) as bar:
         for indices, crops in eval_batches(
@@ -60,6 +64,12 @@ def forward_batches(
         ):
             features = model.backbone(crops)
             logits = None if model.head is None else model.head.code(features)
+            wrong = [] if logits is None else logits.isnan().any(-1).nonzero().flatten().tolist()
+            if wrong:
+                name = printable_name(source.images.name(indices[wrong[0]]))
+                raise ValueError(
+                    f"weights: {model.name} gives logits that are NaN for {name}; expected numbers"
+                )
             yield FeatureBatch(indices, crops, features, logits)
             bar.update(len(indices))
 

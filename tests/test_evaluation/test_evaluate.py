@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -50,6 +51,28 @@ def test_every_way_to_name_it_is_the_same_network(run, sources):
     assert "signs" not in results[2]
     other = load_pretrained(str(files[1].with_name("step-000000010.ckpt")), CPU)
     assert not torch.equal(extract_features(other, sources[1])["features"], results[0]["features"])
+
+
+def test_a_checkpoint_that_is_not_the_end_is_told(run, tmp_path, messages, caplog):
+    caplog.set_level("INFO", "bincomm")
+    load_pretrained(str(run), CPU)
+    assert not [text for text in messages() if "step" in text]
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "checkpoints/step-000000020.ckpt").unlink()  # as after a full disk
+    load_pretrained(str(copy), CPU)
+    assert f"{copy} ended at step 20, but its newest checkpoint is of step 10" in messages()[-1]
+    (copy / "result.json").unlink()
+    load_pretrained(str(copy), CPU)
+    assert "is not finished; its network after step 10 is taken" in messages()[-1]
+
+
+@pytest.mark.parametrize("part", ["head", "backbone"])
+def test_weights_that_give_nan_are_refused(run, sources, part):
+    model = load_pretrained(str(run), CPU)
+    weights = model.head.layers[-1].bias if part == "head" else next(model.backbone.parameters())
+    weights.data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=f"weights: {run} gives logits that are NaN for .*png"):
+        evaluate(model, *sources, ["bits"])
 
 
 def test_a_run_whose_checkpoints_are_gone_has_a_backbone_alone(run, sources, tmp_path):
