@@ -65,4 +65,8 @@ def test_folders_have_the_permissions_that_the_user_gives(mask, tmp_path, monkey
         folders = [tmp_path / "shards", digits()]
     finally:
         os.umask(before)
-    assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o777 & ~mask] * 2
+    # Only the user writes in the cache.
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [
+        0o777 & ~mask,
+        0o755 & ~mask,
+    ]
