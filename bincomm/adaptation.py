@@ -13,7 +13,7 @@ from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.evaluation.evaluate import figure
 from bincomm.evaluation.pretrained import Pretrained, evaluation_device
 from bincomm.evaluation.run import evaluate_reproducibly
-from bincomm.files import write_json
+from bincomm.files import expand_home, write_json
 from bincomm.pretraining import pretrain
 from bincomm.recipes import read_recipe
 from bincomm.weights import read_metadata
@@ -55,8 +55,8 @@ def inherited_keys(weights: str) -> dict[str, Any]:
     """The keys that an adaptation takes over: of a run all but `TARGET_KEYS`, and but the max_steps that came
     from minutes; of other weights `WEIGHTS_KEYS`."""
     keys, names = read_metadata(weights, "weights"), list(WEIGHTS_KEYS)
-    if os.path.isdir(os.path.expanduser(weights)):
-        keys |= read_config(Path(weights).expanduser(), "weights")
+    if expand_home(weights).is_dir():
+        keys |= read_config(expand_home(weights), "weights")
         left_out = {*TARGET_KEYS, *(["max_steps"] if keys.get("minutes") is not None else [])}
         names = [field.name for field in fields(PretrainConfig) if field.name not in left_out]
     return {name: keys[name] for name in names if name in keys}

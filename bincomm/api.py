@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bincomm.files import expand_home
+
 if TYPE_CHECKING:
     from bincomm.codes.encode import Encoded
     from bincomm.codes.search import Neighbor
@@ -163,18 +165,17 @@ def evaluate(
     from bincomm.evaluation.evaluate import evaluate as evaluate_images
     from bincomm.evaluation.pretrained import load_pretrained
     from bincomm.evaluation.video import evaluate_davis
-    from bincomm.files import write_json
+    from bincomm.files import check_file, write_json
 
     if not (data or davis or segmentation):
         raise ValueError("evaluate: expected at least one of data, davis and segmentation, got none")
     if protocols and not data:
         raise ValueError("protocols: expected data to evaluate them on, got none")
     for name, folder in (("davis", davis), ("segmentation", segmentation)):
-        if folder and not Path(folder).expanduser().is_dir():
+        if folder and not expand_home(folder).is_dir():
             raise ValueError(f"{name}: expected a folder, got {folder}")
     if output:
-        output = Path(output).expanduser()
-        check_file("output", output)
+        output = check_file("output", output)
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
 
     with join_ranks(device) as ranks:
@@ -247,15 +248,16 @@ def encode(
     from bincomm.data.sources import open_source
     from bincomm.distributed.ranks import join_ranks
     from bincomm.evaluation.pretrained import load_pretrained
+    from bincomm.files import check_folder
 
     if index and not find_spec("faiss"):
         raise ImportError("no module named 'faiss'", name="faiss")
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
-    output = Path(output).expanduser()
-    weights = os.path.expanduser(os.fspath(weights))
-    if os.path.exists(weights):  # so that `search` finds them from any working directory
-        weights = os.path.abspath(weights)
+    if expand_home(weights).exists():  # so that `search` finds them from any working directory
+        weights = expand_home(weights).absolute()
+    output = expand_home(output)
     with join_ranks(device) as ranks:
+        ranks.first(lambda: check_folder("output", output))
         model = load_pretrained(weights, ranks.device, **preprocessing)
         source = ranks.leaders_first(lambda: open_source(data))
         if source.about_split:
@@ -295,12 +297,11 @@ def search(
     from bincomm.codes.search import contact_sheet, nearest
     from bincomm.codes.storage import open_parts
     from bincomm.evaluation.pretrained import load_pretrained
-    from bincomm.files import write_file
+    from bincomm.files import check_file, write_file
 
-    folder, query = Path(folder).expanduser(), Path(query).expanduser()
+    folder, query = expand_home(folder), expand_home(query)
     if sheet is not None:
-        sheet = Path(sheet).expanduser()
-        check_file("sheet", sheet)
+        sheet = check_file("sheet", sheet)
     parts = open_parts(folder)
     metadata = parts[0].metadata
     if weights is None:
@@ -350,20 +351,16 @@ def report(
     """
     from bincomm.codes.report import report
     from bincomm.data.sources import open_source
+    from bincomm.files import check_folder
 
+    output = check_folder("output", output)
     model = load_pretrained(weights, device, **preprocessing)
     return report(
         model,
         open_source(os.fspath(data) if isinstance(data, os.PathLike) else data),
-        Path(output).expanduser(),
-        attributes=None if attributes is None else Path(attributes).expanduser(),
+        output,
+        attributes=None if attributes is None else expand_home(attributes),
         classes=classes,
         bits=None if bits is None else list(bits),
         other=None if other is None else load_pretrained(other, device, **preprocessing),
     )
-
-
-def check_file(argument: str, path: str | Path) -> None:
-    """Refuse a path at which no file can be written, before the work starts."""
-    if not Path(path).parent.is_dir() or Path(path).is_dir():
-        raise ValueError(f"{argument}: expected a file in a folder that exists, got {path}")

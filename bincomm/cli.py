@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(call: Call, arguments: list[str]) -> int:
     """Find the command that the arguments begin with, parse the other arguments, and run it."""
-    arguments = [expand_home(argument) for argument in arguments]
+    arguments = [expand_argument(argument) for argument in arguments]
     if arguments[:1] == ["--version"]:
         print(f"bincomm {__version__}")
         return 0
@@ -171,7 +171,7 @@ def run(call: Call, arguments: list[str]) -> int:
             raise
 
 
-def expand_home(argument: str) -> str:
+def expand_argument(argument: str) -> str:
     """An argument with the home directory in place of ~/ at the start of its value, as `--output=~/x` has it:
     shells expand it in words of its own only."""
     option, equals, value = argument.partition("=")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bincomm.data.crops import Crops
-from bincomm.files import read_yaml
+from bincomm.files import expand_home, read_yaml
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with other values.
 # Those in the last row change results by rounding, and change which paths drop_path drops.
@@ -250,7 +250,7 @@ def located(source: Any) -> Any:
         return {located(name): weight for name, weight in source.items()}
     if not isinstance(source, str) or source in {"digits", *SETS}:
         return source
-    path = os.path.abspath(os.path.expanduser(source))
+    path = os.path.abspath(expand_home(source))
     is_path = os.path.exists(path) or os.sep in source or glob.has_magic(source) or source.endswith(".tar")
     return path if is_path else source
 

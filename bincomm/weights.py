@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from bincomm.backbone_arguments import check_backbone_arguments, check_backbone_name, is_plain_name
+from bincomm.files import expand_home
 
 
 def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") -> None:
@@ -61,7 +61,7 @@ def read_weights(source: str, argument: str) -> dict[str, Tensor]:
 
 def weights_file(source: str, argument: str) -> Path | None:
     """The file of a backbone's weights, given it or a run's directory; None for those of timm."""
-    path = Path(os.path.expanduser(source))
+    path = expand_home(source)
     if path.is_dir():
         if not (path / "backbone.safetensors").exists():
             raise ValueError(f"{argument}: {source} holds no finished run (there is no backbone.safetensors)")

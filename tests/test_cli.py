@@ -47,7 +47,7 @@ def test_help_version_and_unknown_commands(capsys):
 )  # fmt: skip
 def test_the_home_directory_in_arguments(argument, expanded, monkeypatch):
     monkeypatch.setenv("HOME", "HOME")
-    assert cli.expand_home(argument) == expanded
+    assert cli.expand_argument(argument) == expanded
 
 
 def test_the_home_directory_in_keys_and_in_the_cache(tmp_path, monkeypatch):
@@ -126,6 +126,27 @@ for name in cli.COMMANDS:
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pretrain", "--recipe=digits", "--data=none", "--output"],
+        ["compare", "--recipe=digits", "--data=none", "--output"],
+        ["evaluate", "none", "--data=none", "--output"],
+        ["encode", "none", "--data=none", "--output"],
+        ["codes", "none", "--data=none", "--output"],
+        ["search", "none", "--query=none", "--sheet"],
+        ["data", "look", "--recipe=digits", "--data=none", "--sheet"],
+        ["data", "verify", "--data=none", "--output"],
+        ["data", "shard", "--data=digits", "--output"],
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_first(arguments, capsys):
+    """Before other arguments, which are wrong too, are looked at."""
+    *others, option = arguments
+    assert cli.main([*others, f"{option}=/proc/none/x"]) == 2
+    assert f"{option.removeprefix('--')}: expected a f" in capsys.readouterr().err
 
 
 @pytest.mark.slow

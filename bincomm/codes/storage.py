@@ -218,7 +218,8 @@ def to_codes(messages: Tensor, bits: int) -> np.ndarray:
 @contextmanager
 def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        # Opened here, because Arrow takes only names that are UTF-8.
+        with open(path, "rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
         raise ValueError(

@@ -3,7 +3,6 @@ there are such images, or files that were skipped."""
 
 import argparse
 import logging
-from pathlib import Path
 
 from bincomm.commands.arguments import add_source
 from bincomm.parsing import parse_data
@@ -21,10 +20,9 @@ def run(options: argparse.Namespace) -> int:
     """Verify, and print how many images cannot be used."""
     from bincomm.data.export import verify, write_unusable
     from bincomm.data.sources import open_source
+    from bincomm.files import check_file
 
-    output = Path(options.output)
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"output: the folder of {output} does not exist")
+    output = check_file("output", options.output)
     source = open_source(parse_data(options.data))
     if source.about_split:
         logger.info(source.about_split)

@@ -1,8 +1,9 @@
 """The lock of a run's directory: one job at a time writes in it."""
 
 import logging
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from bincomm.distributed.ranks import Ranks
@@ -13,16 +14,19 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def open_run(output: str, ranks: Ranks) -> Iterator[Path]:
-    """Make a run's directory and hold it for these ranks.
+    """Make a run's directory and hold it for these ranks. It goes again if a ValueError, such as of a wrong
+    argument, ends the run before anything but its configuration was written.
 
     Raises:
         ValueError: the directory cannot be made or written in, or another process trains in it.
     """
     path = Path(output)
+    made: list[Path] = []  # the directory and those it lies in, as far as they are new
     with ExitStack() as stack:
 
         def lock_directory() -> None:
             try:
+                made.extend(folder for folder in (path, *path.parents) if not folder.exists())
                 path.mkdir(parents=True, exist_ok=True)
                 # The file is opened for writing, so this finds out about an unwritable directory too.
                 file = stack.enter_context(open(path / LOCK, "a"))
@@ -39,4 +43,13 @@ def open_run(output: str, ranks: Ranks) -> Iterator[Path]:
                     unfinished.unlink()
 
         ranks.first(lock_directory)
-        yield path
+        try:
+            yield path
+        except ValueError:
+            if path in made and set(os.listdir(path)) <= {LOCK, "config.yaml"}:
+                for name in os.listdir(path):
+                    (path / name).unlink()
+                with suppress(OSError):  # others use one of those it lies in
+                    for folder in made:
+                        folder.rmdir()
+            raise

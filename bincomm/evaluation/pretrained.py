@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, read_config
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
+from bincomm.files import expand_home
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone, feature_width
 from bincomm.weights import load_weights, read_metadata
 
@@ -89,7 +90,7 @@ def load_pretrained(
 def _load(
     weights: str, device: torch.device, backbone: str | None, preprocessing: dict[str, Any]
 ) -> Pretrained:
-    path = Path(os.path.expanduser(weights))
+    path = expand_home(weights)
     if path.suffix == ".ckpt":
         if not path.exists():
             raise ValueError(f"weights: expected a checkpoint, got {weights}, which does not exist")

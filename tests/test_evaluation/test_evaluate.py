@@ -396,8 +396,8 @@ def test_a_result_is_shown_though_what_follows_fails(run, tmp_path, capsys):
     "options, words",
     [
         (["--davis=unlabeled", "--protocols=knn"], "protocols: expected data to evaluate them on, got none"),
-        (["--output=nowhere/result.json"], "output: expected a file in a folder that exists"),
-        (["--output=unlabeled"], "output: expected a file in a folder that exists"),
+        (["--output=nowhere/result.json"], "output: expected a file in a folder that can be written"),
+        (["--output=unlabeled"], "output: expected a file in a folder that can be written"),
         (["--protocols=knn, mpa"], "protocols: there is none named 'mpa'"),
         (["--davis=nowhere"], "davis: expected a folder, got nowhere"),
         (["--segmentation=nowhere"], "segmentation: expected a folder, got nowhere"),
