@@ -161,7 +161,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     ("arguments", "words"),
     [
         (["search", "codes", "--query=a", "--k=1.5"], "k: expected an integer of at least 1, got '1.5'"),
-        (["evaluate", "runs/x", "--threads=0"], "threads: expected an integer of at least 1, got '0'"),
+        (["evaluate", "runs/x", "--threads=0"], "threads: expected an integer from 1 to 1024, got '0'"),
         (["evaluate", "", "--data=digits"], "expected a path or a name, got an empty string"),
         (["search", "codes"], "expected also --query"),
         (["codes"], "expected also WEIGHTS, --data, --output"),

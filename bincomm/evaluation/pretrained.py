@@ -123,11 +123,11 @@ def _from_state(state: Any, weights: str, device: torch.device, preprocessing: d
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"weights: {weights} does not fit the network of its config: {reason}") from error
-    model = Pretrained.of(teacher, config, device)
+    model = Pretrained.of(teacher, replace(config, **preprocessing), device)
     if "global_size" in preprocessing:
         feature_width(model.backbone.cpu(), [preprocessing["global_size"]])
         model.backbone.to(device)
-    return replace(model, name=weights, config=replace(config, **preprocessing))
+    return replace(model, name=weights)
 
 
 def _config(keys: dict[str, Any], weights: str) -> PretrainConfig:
