@@ -27,9 +27,15 @@ from bincomm.parsing import explain, key_parser, options_of, parse_options
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
 
 SAVED = 75  # EX_TEMPFAIL of sysexits.h
-# Errors of a run whose message says all that the user needs, by their modules. They are looked up by name,
-# because a bare install cannot import these modules.
-RUN_ERRORS = {"bincomm.engine.guard": "TrainingError", "bincomm.data.loader": "TooManyUnusableError"}
+# Errors by their modules, which are not imported here: a bare install lacks some, and others take seconds.
+FIRST_RANK_ERROR = {"bincomm.distributed.ranks": "FirstRankError"}
+INTERRUPTED = {"bincomm.engine.signals": "Interrupted"}
+# Those whose message says all that the user needs.
+RUN_ERRORS = {
+    "bincomm.engine.guard": "TrainingError",
+    "bincomm.data.loader": "TooManyUnusableError",
+    "torch": "OutOfMemoryError",
+}
 
 
 class Command(NamedTuple):
@@ -226,11 +232,6 @@ def status_of(error: BaseException, call: Call) -> int:
 
     Unexpected errors are raised again, with their traceback; under torchrun the traceback is printed.
     """
-    from torch import OutOfMemoryError
-
-    from bincomm.distributed.ranks import FirstRankError
-    from bincomm.engine.signals import Interrupted
-
     command = call.command
     if isinstance(error, KeyboardInterrupt):
         print(f"\ninterrupted; {interruption_outcome(call)}", file=sys.stderr)
@@ -239,9 +240,9 @@ def status_of(error: BaseException, call: Call) -> int:
         # The reader of the output, `head` for example, closed the pipe: Python must not write to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    if isinstance(error, FirstRankError):  # rank 0 prints its error itself
+    if isinstance(error, imported(FIRST_RANK_ERROR)):  # rank 0 prints its error itself
         return 1
-    if isinstance(error, Interrupted):
+    if isinstance(error, imported(INTERRUPTED)):
         if rank() == 0:
             name, output = signal.Signals(error.args[0]).name, call.options.config.output
             print(f"\n{name}: saved in {output}; run the same command again to resume", file=sys.stderr)
@@ -255,7 +256,7 @@ def status_of(error: BaseException, call: Call) -> int:
         # rank prints its own.
         during_run = call.configured and command.takes_run_keys
         return fail(str(error), once=not during_run)
-    if isinstance(error, (OSError, OutOfMemoryError, *run_errors())):
+    if isinstance(error, (OSError, *imported(RUN_ERRORS))):
         return fail(str(error), status=1)
     if ranks() == 1:
         raise error
@@ -263,11 +264,10 @@ def status_of(error: BaseException, call: Call) -> int:
     return 1
 
 
-def run_errors() -> list[type[Exception]]:
-    """The classes of `RUN_ERRORS` whose modules are imported; the others cannot have been raised."""
-    return [
-        getattr(sys.modules[module], name) for module, name in RUN_ERRORS.items() if module in sys.modules
-    ]
+def imported(errors: dict[str, str]) -> tuple[type[Exception], ...]:
+    """The classes of errors whose modules are imported; the others cannot have been raised."""
+    classes = (getattr(sys.modules.get(module), name, None) for module, name in errors.items())
+    return tuple(each for each in classes if each is not None)
 
 
 def interruption_outcome(call: Call) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from bincomm.ops import clip, library  # noqa: F401  (clip, to register its operation)
+# All, to register their operations.
+from bincomm.ops import clip, coding_rate, hamming, library, messages, sign_bce  # noqa: F401
 
 PACKAGES = {
     "triton": "the fused kernels for CUDA tensors; without it the slower PyTorch implementation runs",

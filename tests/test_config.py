@@ -98,6 +98,12 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
             ["--max_steps", "many"],
             "max_steps: expected an integer or null, got many; .* --max_steps=1000",
         ),
+        (["--beta", "much"], "beta: expected a number or auto, got much; for example --beta=auto"),
+        (["--warmup_epochs", "[1]"], "warmup_epochs: expected an integer or auto, got .1.; .*=auto"),
+        (
+            ["--local_scale", "0.05", "0.4"],
+            r"local_scale: expected 2 numbers, got 0.05; .* --local_scale='\[0",
+        ),
         (["--precision", "fp8"], "precision: expected one of bf16, fp32, got fp8"),
         (
             ["--jitter", "[0.1, 0]"],

@@ -40,7 +40,7 @@ def add_weights(parser: argparse.ArgumentParser, head: bool = True) -> None:
     parser.add_argument("--global_size", type=positive, metavar="PIXELS", help="side of the center crop")
     parser.add_argument(
         "--eval_crop",
-        type=float,
+        type=number,
         metavar="SHARE",
         help="side of the center crop, as a share of the resized image's side",
     )
@@ -79,6 +79,14 @@ def positive(value: str | int, largest: int = 2**31 - 1) -> int:
         limits = "of at least 1" if largest >= 2**31 - 1 else f"from 1 to {largest}"
         raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text[:30]!r}")
     return int(text)
+
+
+def number(text: str) -> float:
+    """A number, of which the configuration knows the limits."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, such as 0.875, got {text!r}") from error
 
 
 def thread_count(value: str) -> int:
