@@ -43,6 +43,9 @@ def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> Pretra
     inherited = inherited_keys(weights)
     if not inherited and keys.get("backbone") is None:
         raise ValueError(f"weights: {weights} does not name its backbone; give its timm name as backbone")
+    known, asked = inherited.get("backbone"), keys.get("backbone")
+    if known and asked and known.partition(".")[0] != asked.partition(".")[0]:  # whatever the weights' tags
+        raise ValueError(f"backbone: expected {known}, as {weights} says, got {asked}; leave it out")
     recipe_keys = read_recipe(recipe)
     taken = {key: value for key, value in inherited.items() if key not in recipe_keys or key in WEIGHTS_KEYS}
     if keys.get("minutes") is not None or recipe_keys.get("minutes") is not None:
