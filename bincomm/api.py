@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bincomm.files import expand_home
+from bincomm.logs import printable_name
 
 if TYPE_CHECKING:
     from bincomm.codes.encode import Encoded
@@ -263,7 +264,7 @@ def encode(
         if source.about_split:
             logger.info(source.about_split)
         for note in source.notes:
-            logger.info("note: %s", note)
+            logger.info("note: %s", printable_name(note))
         result = encode(model, source, output, features=features, ranks=ranks)
         if ranks.rank:
             return None
@@ -279,6 +280,7 @@ def search(
     *,
     weights: str | Path | None = None,
     sheet: str | Path | None = None,
+    root: str | Path | None = None,
 ) -> "list[Neighbor]":
     """The k images of an encoded folder whose codes are nearest to that of an image, the nearest first.
 
@@ -288,24 +290,30 @@ def search(
         k: number of images.
         weights: the weights that gave the codes; None: the path that the folder names.
         sheet: a PNG file for a picture of the query and its nearest images.
+        root: the folder below which images are shown there, because the codes may be someone else's and
+            name any file; None: the working directory. Those in bincomm's cache are shown, too.
 
     Raises:
         ValueError: the folder, the weights or the image do not fit; the message says which.
     """
     import torch
 
-    from bincomm.codes.search import contact_sheet, nearest
+    from bincomm.codes.search import MAX_SHOWN, contact_sheet, is_below, nearest
     from bincomm.codes.storage import open_parts
+    from bincomm.data.cache import cache_folder
     from bincomm.evaluation.pretrained import load_pretrained
     from bincomm.files import check_file, write_file
 
     folder, query = expand_home(folder), expand_home(query)
     if sheet is not None:
         sheet = check_file("sheet", sheet)
+    root = expand_home(root or os.curdir)
+    if not root.is_dir():
+        raise ValueError(f"root: expected a folder, got {root}")
     parts = open_parts(folder)
     metadata = parts[0].metadata
     if weights is None:
-        weights = metadata.get("weights", "")
+        weights = str(metadata.get("weights", ""))
         if not os.path.exists(weights):
             raise ValueError(
                 f"weights: those of the codes in {folder} were {weights or 'not noted'}, which does not "
@@ -317,7 +325,20 @@ def search(
     if len(parts) < files:
         logger.info("note: %d of %d files exist; `bincomm encode` writes the others", len(parts), files)
     if sheet is not None:
-        picture = contact_sheet(query, neighbors)
+        below = [root, cache_folder()]
+        picture = contact_sheet(query, neighbors, below)
+        outside = [one.path for one in neighbors[: MAX_SHOWN - 1] if not is_below(one.path, below)]
+        if outside:
+            folders = printable_name(
+                os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in outside])
+            )
+            logger.warning(
+                "%d images lie outside %s, so the picture has their paths only; if you trust the codes, show "
+                "them by --root %s",
+                len(outside),
+                root.absolute(),
+                folders,
+            )
         write_file(sheet, lambda file: picture.save(file, format="png"))
     return neighbors
 

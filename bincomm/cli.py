@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 from bincomm import __version__, logs
 from bincomm.commands.arguments import HelpFormatter, add_verbosity
 from bincomm.configuration import configure
-from bincomm.logs import did_you_mean, printable
+from bincomm.logs import did_you_mean, printable, printable_name
 from bincomm.parsing import explain, key_parser, options_of, parse_options
 
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
@@ -255,8 +255,10 @@ def status_of(error: BaseException, call: Call) -> int:
         # each rank works with its own device and images, so an error may be that of one rank alone, and every
         # rank prints its own.
         during_run = call.configured and command.takes_run_keys
-        return fail(str(error), once=not during_run)
-    if isinstance(error, (OSError, *imported(RUN_ERRORS))):
+        return fail(printable_name(str(error)), once=not during_run)
+    if isinstance(error, OSError):
+        return fail(printable_name(str(error)), status=1)
+    if isinstance(error, imported(RUN_ERRORS)):
         return fail(str(error), status=1)
     if ranks() == 1:
         raise error

@@ -23,9 +23,9 @@ PACKAGES = {
     "tqdm": "the bar; without it there is no training",
     "PIL": "images that DALI does not take; without it there is no training",
     "yaml": "recipes; without it there is no training",
-    "pyarrow": "codes in Parquet files; without it there are no encode, search and codes",
+    "pyarrow": "codes in files; without it there are no encode, search and codes",
     "faiss": "the index of encode --index; nothing else needs it",
-    "scipy": "the tests of factors in codes, and the data sets flowers102 and svhn",
+    "scipy": "the page about codes, evaluation on DAVIS, and the sets flowers102 and svhn need it",
 }
 EXTRAS = {"pyarrow": "eval", "faiss": "eval", "scipy": "eval"}  # that bring a package; else train
 DISTRIBUTIONS = {
@@ -138,10 +138,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         notes.append("no Triton kernels for CUDA tensors: sign_bce and the messages run in PyTorch there.")
     for package, installed in report["packages"].items():
         if installed is None:
-            extra = (
-                "pip install triton"
-                if package == "triton"
-                else f"pip install 'bincomm[{EXTRAS.get(package, 'train')}]'"
-            )
-            notes.append(f"{package} is not installed: {PACKAGES[package]}. {extra}")
+            extra = EXTRAS.get(package, "train")
+            what = "triton" if package == "triton" else f"'bincomm[{extra}]'"
+            notes.append(f"{package} is not installed: {PACKAGES[package]}. pip install {what}")
     return notes

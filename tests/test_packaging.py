@@ -25,6 +25,7 @@ HEAVY = (
     "tensorboard",
     "triton",
     "yaml",
+    "faiss",
 )
 
 
@@ -63,6 +64,7 @@ def test_operations_and_doctor_work_with_torch_alone():
         assert student.grad.isfinite().all()
         notes = " ".join(bincomm.doctor()["notes"])
         assert "timm is not installed" in notes and "triton is not installed" in notes, notes
+        assert "bincomm[train]" in notes and "faiss is not installed" in notes and "bincomm[eval]" in notes
         from bincomm import cli
         assert cli.main(["pretrain"]) == 1
     """

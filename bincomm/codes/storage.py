@@ -25,6 +25,7 @@ from torch import Tensor
 from bincomm.files import write_file
 
 METADATA_KEY, UNUSABLE_KEY = b"bincomm", b"bincomm.unusable"  # in the schema of every file
+COUNTS = ("bits", "features", "images", "rows")  # of the metadata; features: None where there are none
 ROW_GROUP = 1 << 13  # rows of a Parquet row group: what is read to find one path
 
 
@@ -99,6 +100,8 @@ def open_part(path: Path) -> Part:
         schema = file.schema_arrow
         try:
             metadata = dict(json.loads(schema.metadata[METADATA_KEY]))
+            if not all(type(n) is int and n > 0 for key in COUNTS if (n := metadata.get(key, 1)) is not None):
+                raise ValueError("counts are positive integers")
             unusable = [(name, why) for name, why in json.loads(schema.metadata[UNUSABLE_KEY])]
             if schema.field("code").type == pa.binary(-(-metadata["bits"] // 8)):
                 return Part(path, file.metadata.num_rows, metadata, unusable)

@@ -5,6 +5,7 @@ import argparse
 import logging
 
 from bincomm.commands.arguments import add_source
+from bincomm.logs import printable_name
 from bincomm.parsing import parse_data
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     if source.about_split:
         logger.info(source.about_split)
     for note in source.notes:
-        logger.info("note: %s", note)
+        logger.info("note: %s", printable_name(note))
     unusable = verify(source, threads=options.threads)
     write_unusable(output, unusable)
     print(f"{len(source.images)} images, {len(unusable)} cannot be used, listed in {output}")
