@@ -24,16 +24,22 @@ from bincomm import __version__, logs
 from bincomm.commands.arguments import HelpFormatter, add_verbosity
 from bincomm.configuration import configure
 from bincomm.interruption import interruptible
-from bincomm.logs import did_you_mean, tell
+from bincomm.logs import did_you_mean, printable_name, tell
 from bincomm.memory import check_limit, is_out_of_memory
 from bincomm.parsing import explain, key_parser, options_of, parse_options
 
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
 
 SAVED = 75  # EX_TEMPFAIL of sysexits.h
-# Errors of a run whose message says all that the user needs, by their modules. They are looked up by name,
-# because a bare install cannot import these modules.
-RUN_ERRORS = {"bincomm.engine.guard": "TrainingError", "bincomm.data.loader": "TooManyUnusableError"}
+# Errors by their modules, which are not imported here: a bare install lacks some, and others take seconds.
+FIRST_RANK_ERROR = {"bincomm.distributed.ranks": "FirstRankError"}
+INTERRUPTED = {"bincomm.engine.signals": "Interrupted"}
+# Those whose message says all that the user needs.
+RUN_ERRORS = {
+    "bincomm.engine.guard": "TrainingError",
+    "bincomm.data.loader": "TooManyUnusableError",
+    "torch": "OutOfMemoryError",
+}
 
 
 class Command(NamedTuple):
@@ -153,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(call: Call, arguments: list[str]) -> int:
     """Find the command that the arguments begin with, parse the other arguments, and run it."""
-    arguments = [expand_home(argument) for argument in arguments]
+    arguments = [expand_argument(argument) for argument in arguments]
     if arguments[:1] == ["--version"]:
         print(f"bincomm {__version__}")
         return 0
@@ -185,7 +191,7 @@ def run(call: Call, arguments: list[str]) -> int:
             raise
 
 
-def expand_home(argument: str) -> str:
+def expand_argument(argument: str) -> str:
     """An argument with the home directory in place of ~/ at the start of its value, as `--output=~/x` has it:
     shells expand it in words of its own only."""
     option, equals, value = argument.partition("=")
@@ -240,9 +246,6 @@ def status_of(error: BaseException, call: Call) -> int:
 
     Unexpected errors are raised again, with their traceback; under torchrun the traceback is printed.
     """
-    from bincomm.distributed.ranks import FirstRankError
-    from bincomm.engine.signals import Interrupted
-
     command = call.command
     if isinstance(error, KeyboardInterrupt):
         tell(f"\ninterrupted; {interruption_outcome(call)}")
@@ -251,9 +254,9 @@ def status_of(error: BaseException, call: Call) -> int:
         # The reader of the output, `head` for example, closed the pipe: Python must not write to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    if isinstance(error, FirstRankError):  # rank 0 prints its error itself
+    if isinstance(error, imported(FIRST_RANK_ERROR)):  # rank 0 prints its error itself
         return 1
-    if isinstance(error, Interrupted):
+    if isinstance(error, imported(INTERRUPTED)):
         if rank() == 0:
             name, output = signal.Signals(error.args[0]).name, call.options.config.output
             tell(f"\n{name}: saved in {output}; run the same command again to resume")
@@ -273,8 +276,10 @@ def status_of(error: BaseException, call: Call) -> int:
         # each rank works with its own device and images, so an error may be that of one rank alone, and every
         # rank prints its own.
         during_run = call.configured and command.takes_run_keys
-        return fail(str(error), once=not during_run)
-    if isinstance(error, (OSError, *run_errors())):
+        return fail(printable_name(str(error)), once=not during_run)
+    if isinstance(error, OSError):
+        return fail(printable_name(str(error)), status=1)
+    if isinstance(error, imported(RUN_ERRORS)):
         return fail(str(error), status=1)
     if ranks() == 1:
         raise error
@@ -282,11 +287,10 @@ def status_of(error: BaseException, call: Call) -> int:
     return 1
 
 
-def run_errors() -> list[type[Exception]]:
-    """The classes of `RUN_ERRORS` whose modules are imported; the others cannot have been raised."""
-    return [
-        getattr(sys.modules[module], name) for module, name in RUN_ERRORS.items() if module in sys.modules
-    ]
+def imported(errors: dict[str, str]) -> tuple[type[Exception], ...]:
+    """The classes of errors whose modules are imported; the others cannot have been raised."""
+    classes = (getattr(sys.modules.get(module), name, None) for module, name in errors.items())
+    return tuple(each for each in classes if each is not None)
 
 
 def interruption_outcome(call: Call) -> str:

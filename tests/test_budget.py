@@ -58,7 +58,7 @@ def test_minutes_and_other_lengths_are_refused_together():
         configure("digits", minutes=10, epochs=3)
     with pytest.raises(ValueError, match="got also epochs and max_steps$"):
         configure_comparison("digits", minutes=10, epochs=3, max_steps=4)
-    with pytest.raises(ValueError, match="minutes: expected a number > 0, got 0"):
+    with pytest.raises(ValueError, match="minutes: expected from 0.001 to 10000000, got 0"):
         configure("digits", minutes=0)
     with pytest.raises(ValueError, match="minutes: expected a number or null, got x; .* minutes: 10"):
         configure("digits", minutes="x")

@@ -30,6 +30,7 @@ from bincomm.files import write_file
 # In the schema of every file; files of earlier versions have no checksums.
 METADATA_KEY, UNUSABLE_KEY, CHECKSUMS_KEY = b"bincomm", b"bincomm.unusable", b"bincomm.checksums"
 TEXTS = pa.schema({"path": pa.string(), "label": pa.string()})
+COUNTS = ("bits", "features", "images", "rows")  # of the metadata; features: None where there are none
 ROW_GROUP = 1 << 13  # rows of a Parquet row group: what is read to find one path
 
 
@@ -116,6 +117,8 @@ def open_part(path: Path) -> Part:
         try:
             about = [schema.metadata[key].decode() for key in (METADATA_KEY, UNUSABLE_KEY)]
             metadata = dict(json.loads(about[0]))
+            if not all(type(n) is int and n > 0 for key in COUNTS if (n := metadata.get(key, 1)) is not None):
+                raise ValueError("counts are positive integers")
             unusable = [(name, why) for name, why in json.loads(about[1])]
             fits = schema.field("code").type == pa.binary(-(-metadata["bits"] // 8))
         except (KeyError, TypeError, ValueError):
@@ -266,7 +269,8 @@ def to_codes(messages: Tensor, bits: int) -> np.ndarray:
 def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
     """A file of codes to read; whatever goes wrong in it is an error that names it."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        # Opened here, because Arrow takes only names that are UTF-8.
+        with open(path, "rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
             yield file
     except Exception as error:  # what a damage makes of a file is of any kind
         raise ValueError(

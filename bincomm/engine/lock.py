@@ -41,16 +41,19 @@ def is_held(run: Path) -> bool:
 
 @contextmanager
 def open_run(output: str, ranks: Ranks) -> Iterator[Path]:
-    """Make a run's directory and hold it for these ranks.
+    """Make a run's directory and hold it for these ranks. It goes again if a ValueError, such as of a wrong
+    argument, ends the run before anything but its configuration was written.
 
     Raises:
         ValueError: the directory cannot be made or written in, or another process trains in it.
     """
     path = Path(output)
+    made: list[Path] = []  # the directory and those it lies in, as far as they are new
     with ExitStack() as stack:
 
         def lock_directory() -> None:
             try:
+                made.extend(folder for folder in (path, *path.parents) if not folder.exists())
                 path.mkdir(parents=True, exist_ok=True)
                 # The file is opened for writing, so this finds out about an unwritable directory too.
                 file = stack.enter_context(open(path / LOCK, "a"))
@@ -69,4 +72,13 @@ def open_run(output: str, ranks: Ranks) -> Iterator[Path]:
                     unfinished.unlink()
 
         ranks.first(lock_directory)
-        yield path
+        try:
+            yield path
+        except ValueError:
+            if path in made and set(os.listdir(path)) <= {LOCK, "config.yaml"}:
+                for name in os.listdir(path):
+                    (path / name).unlink()
+                with suppress(OSError):  # others use one of those it lies in
+                    for folder in made:
+                        folder.rmdir()
+            raise

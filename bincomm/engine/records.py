@@ -18,7 +18,7 @@ from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.run import keep_run
 from bincomm.engine.schedules import Hyperparameters, Schedule
 from bincomm.engine.step import StepOutput
-from bincomm.files import read_json_lines, write_text
+from bincomm.files import read_json_lines, tell_once, write_text
 from bincomm.logs import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Records:
                     line for line in read_json_lines(self.run / f"{name}.jsonl") if line["step"] <= steps_done
                 ]
                 write_text(self.run / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=steps_done + 1)
+            self.board = open_board(self.run, purge_step=steps_done + 1)
         self.bar = progress_bar(
             total=self.schedule.steps,
             initial=steps_done,
@@ -209,13 +209,25 @@ class Records:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run / "tensorboard"))
         try:
             if self.board is None or not (self.run / "tensorboard").exists():
-                self.board = SummaryWriter(str(self.run / "tensorboard"))
+                self.board = open_board(self.run)
+            if self.board is None:
+                return
             for key, value in values.items():
                 self.board.add_scalar(key, value, steps_done)
             self.board.flush()
         except OSError:
             self.board = None  # its thread has ended; another one is tried with the next metrics
             raise
+
+
+def open_board(run: Path, purge_step: int | None = None) -> SummaryWriter | None:
+    """The files of TensorBoard in a run's directory; None where its name is not UTF-8, which they need."""
+    try:
+        str(run).encode()
+    except UnicodeEncodeError:
+        tell_once(f"no files for TensorBoard, because the name of {run} is not UTF-8")
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=purge_step)
 
 
 def duration(seconds: float) -> str:

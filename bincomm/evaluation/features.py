@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import bincomm
-from bincomm.data.cache import cache_folder
+from bincomm.data.cache import cache_folder, make_folder
 from bincomm.data.evaluation_batches import eval_batches
 from bincomm.data.sources import Source
 from bincomm.distributed.ranks import ALONE, Ranks
@@ -124,7 +124,7 @@ def extract_features_cached(
 
     def look_up() -> bool:
         nonlocal path, cached
-        path = cache_folder() / "features" / f"{identity(model, source)}.safetensors"
+        path = cache_folder("features") / f"{identity(model, source)}.safetensors"
         cached = _read(path)
         return cached is not None
 
@@ -174,7 +174,7 @@ def _write(path: Path, values: Features, unusable: Unusable) -> None:
         name: (value.char() if name == "signs" else value).contiguous() for name, value in values.items()
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         data = safetensors.torch.save(stored, metadata={"unusable": json.dumps(unusable)})
         write_file(path, lambda file: file.write(data))
     except OSError:

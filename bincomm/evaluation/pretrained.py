@@ -14,6 +14,7 @@ from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, read_config
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
 from bincomm.engine.run import is_finished, read_result
+from bincomm.files import expand_home
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone, feature_width
 from bincomm.weights import load_weights, read_metadata
 
@@ -90,7 +91,7 @@ def load_pretrained(
 def _load(
     weights: str, device: torch.device, backbone: str | None, preprocessing: dict[str, Any]
 ) -> Pretrained:
-    path = Path(os.path.expanduser(weights))
+    path = expand_home(weights)
     if path.suffix == ".ckpt":
         if not path.exists():
             raise ValueError(f"weights: expected a checkpoint, got {weights}, which does not exist")
@@ -142,11 +143,11 @@ def _from_state(state: Any, weights: str, device: torch.device, preprocessing: d
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"weights: {weights} does not fit the network of its config: {reason}") from error
-    model = Pretrained.of(teacher, config, device)
+    model = Pretrained.of(teacher, replace(config, **preprocessing), device)
     if "global_size" in preprocessing:
         feature_width(model.backbone.cpu(), [preprocessing["global_size"]])
         model.backbone.to(device)
-    return replace(model, name=weights, config=replace(config, **preprocessing))
+    return replace(model, name=weights)
 
 
 def _config(keys: dict[str, Any], weights: str) -> PretrainConfig:

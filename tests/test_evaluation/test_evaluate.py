@@ -284,7 +284,9 @@ def test_features_are_cached_until_something_changes(run, sources, tmp_path, mon
 def test_ranks_compute_the_features_of_all_images_together(tmp_path, monkeypatch, configuration):
     """Two ranks, here threads with a cache each, of which the first one's alone counts."""
     local = threading.local()
-    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / f"cache{local.rank}")
+    monkeypatch.setattr(
+        module, "cache_folder", lambda *parts: tmp_path.joinpath(f"cache{local.rank}", *parts)
+    )
     source = open_source("digits").select(range(101))
     model = Pretrained.of(create_networks(configuration(), CPU)[1], configuration(), CPU)
     barrier, values, results = threading.Barrier(2, timeout=60), [None, None], [None, None]
@@ -417,8 +419,8 @@ def test_a_result_is_shown_though_what_follows_fails(run, tmp_path, capsys):
     "options, words",
     [
         (["--davis=unlabeled", "--protocols=knn"], "protocols: expected data to evaluate them on, got none"),
-        (["--output=nowhere/result.json"], "output: expected a file in a folder that exists"),
-        (["--output=unlabeled"], "output: expected a file in a folder that exists"),
+        (["--output=nowhere/result.json"], "output: expected a file in a folder that can be written"),
+        (["--output=unlabeled"], "output: expected a file in a folder that can be written"),
         (["--protocols=knn, mpa"], "protocols: there is none named 'mpa'"),
         (["--davis=nowhere"], "davis: expected a folder, got nowhere"),
         (["--segmentation=nowhere"], "segmentation: expected a folder, got nowhere"),
