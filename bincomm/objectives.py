@@ -7,9 +7,14 @@ has the keys of the objective's `scalars`, in their order: "loss", which alone h
 `predicts_bits` whether the sigmoid of a student's output is its probability of the teacher's bit.
 
 Arithmetic is fp32 (fp64 for fp64 outputs) for every dtype and under autocast; no gradient reaches the
-teacher. If torch.distributed is initialized, every rank must call with the same number of images, and
-gradients must be averaged over the ranks, as DistributedDataParallel does: the objective is then that of all
-ranks' images and does not depend on the number of ranks.
+teacher. NaN in the outputs, of the student or of the teacher, gives a loss that is NaN. Finite outputs of any
+size give neither NaN nor a wrong loss, with two limits: hard agreement sums in fp32, and may be infinite from
+outputs of 1e34 on; `DINO`, whose scores are at most 1 from a `PrototypeHead`, divides them by temperatures
+and sums them, which holds up to 1e30.
+
+If torch.distributed is initialized, every rank must call with the same number of images, and gradients must
+be averaged over the ranks, as DistributedDataParallel does: the objective is then that of all ranks' images
+and does not depend on the number of ranks.
 """
 
 import math
@@ -123,6 +128,10 @@ class DiscreteCommunication(nn.Module):
         self.tau = tau
         self.predicts_bits = agreement != "cosine"
 
+    def extra_repr(self) -> str:
+        values = f"beta={self.beta!r}, eps_squared={self.eps_squared}, agreement={self.agreement!r}"
+        return values + (f", tau={self.tau}" if self.agreement == "soft" else "")
+
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Student (V, n, K) and teacher (U, n, K) logits -> loss, agreement, rate (nats), beta."""
         if self.agreement == "hard":
@@ -178,10 +187,13 @@ class SimDINO(nn.Module):
         self.eps_squared = eps_squared
         self.expa_type = expa_type
 
+    def extra_repr(self) -> str:
+        return f"eps_squared={self.eps_squared}, expa_type={self.expa_type}"
+
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Student (V, n, K) and teacher (U, n, K) outputs -> loss, agreement, rate (nats)."""
         check_views(student, teacher)
-        student_rows, teacher_rows = unit_rows(student), unit_rows(teacher.detach())
+        student_rows, teacher_rows = reference.unit_rows(student), reference.unit_rows(teacher.detach())
         agreement = mean_over_pairs(student_rows, teacher_rows)
         group = all_ranks()
         if self.expa_type == 0:
@@ -238,6 +250,12 @@ class DINO(nn.Module):
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(prototypes))
 
+    def extra_repr(self) -> str:
+        return (
+            f"prototypes={len(self.center)}, student_temperature={self.student_temperature}, "
+            f"teacher_temperature={self.teacher_temperature}, center_momentum={self.center_momentum}"
+        )
+
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Student (V, n, P) and teacher (U, n, P) scores -> loss."""
         check_views(student, teacher)
@@ -267,9 +285,11 @@ def soft_bce(student: Tensor, teacher: Tensor, tau: float) -> Tensor:
     `t = σ(a_teacher/τ)` and the student's logits: (V, n, K) and (U, n, K) -> scalar, nats per bit."""
     check_views(student, teacher)
     a, b = reference.widen(student), reference.widen(teacher.detach()) / tau
-    ones = mean_over_pairs(F.logsigmoid(a), b.sigmoid())
-    zeros = mean_over_pairs(F.logsigmoid(-a), (-b).sigmoid())
-    return -(ones + zeros) / student.shape[-1]
+    # Divided before they are added: a sum of large logits may be infinite where their mean is not.
+    share = 1 / (len(teacher) * len(student) * student[0].numel())
+    ones = mean_over_pairs(F.logsigmoid(a) * share, b.sigmoid())
+    zeros = mean_over_pairs(F.logsigmoid(-a) * share, (-b).sigmoid())
+    return -(ones + zeros) * (len(teacher) * len(student) * student.shape[1])
 
 
 def cosine_to_signs(student: Tensor, teacher: Tensor) -> Tensor:
@@ -278,7 +298,7 @@ def cosine_to_signs(student: Tensor, teacher: Tensor) -> Tensor:
     check_views(student, teacher)
     b = reference.widen(teacher.detach())
     signs = torch.where(b > 0, 1.0, -1.0).to(b.dtype).masked_fill(b.isnan(), torch.nan)
-    return mean_over_pairs(unit_rows(student), signs) / math.sqrt(student.shape[-1])
+    return mean_over_pairs(reference.unit_rows(student), signs) / math.sqrt(student.shape[-1])
 
 
 def mean_over_pairs(student: Tensor, teacher: Tensor) -> Tensor:
@@ -303,11 +323,6 @@ def rate_of_rows(rows: Tensor, eps_squared: float, group: "dist.ProcessGroup | N
     of_images = group is None and rows.shape[-2] < rows.shape[-1]  # the smaller of two equal determinants
     matrix, _ = reference.regularized_gram(rows.double(), eps_squared, group, of_images, normalize=False)
     return reference.half_logdet(matrix).to(rows.dtype)
-
-
-def unit_rows(outputs: Tensor) -> Tensor:
-    """Rows L2-normalized, in fp32."""
-    return F.normalize(reference.widen(outputs), dim=-1, eps=reference.NORM_EPS)
 
 
 def balance(student: Tensor, group: "dist.ProcessGroup | None") -> float:

@@ -259,10 +259,49 @@ def test_degenerate_outputs_stay_finite(name, dtype, kind):
 
 @each_objective
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_number_that_is_none_shows_in_the_loss(name, side):
-    both = outputs(4, 2, 6, 9)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)])
+def test_a_number_that_is_none_shows_in_the_loss(name, side, dtypes):
+    both = [x.to(dtype) for x, dtype in zip(outputs(4, 2, 6, 9), dtypes, strict=True)]
     both[side][1, 2, 3] = torch.nan
     assert make(name, 9)(*both)["loss"].isnan()
+
+
+@each_objective
+@pytest.mark.parametrize("size", [1e15, 1e20, 1e30, 3e38])
+def test_finite_outputs_of_any_size(name, size):
+    """The squares of such outputs, and sums of the largest, are no numbers of fp32."""
+    size = min(size, 1e30) if name == "dino" else size
+    student, teacher = (x.clamp(-1, 1) * size for x in outputs(5, 2, 6, 9))
+    student[0, 0], teacher[0, 0] = student[0, 0] / size, teacher[0, 0] / size  # beside ordinary ones
+    if name == "dino":  # no ties, which the center would break in fp64 alone
+        teacher[:, :, 0] = size * 2
+    values, gradient = values_and_gradient(make(name, 9), student, teacher)
+    exact = make(name, 9, torch.float64)
+    expected, exact_gradient = values_and_gradient(exact, student.double(), teacher.double())
+    if name in ("auto", "hard") and size > 1e34:
+        assert not math.isnan(values["loss"])
+    else:
+        assert values == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert (gradient - exact_gradient).norm() <= 1e-3 * exact_gradient.norm()
+
+
+def test_bits_of_an_fp64_teacher_are_its_own():
+    """What would vanish in fp32 is no 0."""
+    student, teacher = outputs(4, 2, 6, 9)
+    tiny = teacher.double() * 1e-200
+    assert torch.equal(bincomm.sign_bce(student, tiny), bincomm.sign_bce(student, teacher))
+
+
+def test_an_objective_shows_its_values():
+    shown = [repr(make(name, 9)) for name in ("hard", "soft", "cosine", "simdino 0", "dino")]
+    assert shown == [
+        "DiscreteCommunication(beta=0.3, eps_squared=0.1, agreement='hard')",
+        "DiscreteCommunication(beta=0.3, eps_squared=0.1, agreement='soft', tau=0.5)",
+        "DiscreteCommunication(beta=0.3, eps_squared=0.1, agreement='cosine')",
+        "SimDINO(eps_squared=0.1, expa_type=0)",
+        "DINO(prototypes=9, student_temperature=0.2, teacher_temperature=0.3, center_momentum=0.7)",
+    ]
+    assert "beta='auto', eps_squared=0.1" in repr(make("auto", 9))
 
 
 @each_objective

@@ -33,7 +33,7 @@ from bincomm.files import write_json
 from bincomm.logs import progress_bar
 from bincomm.ops.messages import pack_signs
 
-FORMAT = 1  # of the files
+FORMAT = 2  # of the files, and of the crops that they are codes of
 METADATA = "encode.json"  # the weights and images of the codes, and the preprocessing of the images
 POLL_SECONDS = 0.2  # between two checks for the parts of other ranks
 READ_ERRORS = set(map(os.strerror, errno.errorcode))  # reasons for which an image may be readable later

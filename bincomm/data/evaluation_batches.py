@@ -1,5 +1,6 @@
 """All usable images of a source once, in order: as center crops for evaluation, or by any other pipeline."""
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,8 +25,6 @@ from bincomm.data.dali import (
 from bincomm.data.images import UnusableImageError, load
 from bincomm.data.sources import Source
 
-LONGEST = 64  # ratio of an image's sides above which the ends of the longer side are cut off
-
 
 def eval_batches(
     source: Source,
@@ -39,19 +38,19 @@ def eval_batches(
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Indices of m images in the source, and their center crops (m, 3, S, S), batch by batch in order.
 
-    S is the global crops' size, and the crops are normalized as in training. The shorter side is resized to
-    S/crop_ratio (bicubic, antialiased), of which the center is taken. `report` is called with the index of
-    each image that cannot be used, and the reason.
+    S is the global crops' size, and the crops are normalized as in training. Which pixels of an image they
+    show is what timm and torchvision define, see `center_windows`. `report` is called with the index of each
+    image that cannot be used, and the reason.
     """
+    shorter = math.floor(crops.global_size / crop_ratio)
 
     def build(feed: Feed) -> Pipeline:
+        def with_windows() -> tuple[list[np.ndarray], list[np.ndarray]]:
+            encoded, sizes = feed()
+            return encoded, list(center_windows(np.array(sizes), crops.global_size, shorter))
+
         return evaluation_pipeline(
-            crops,
-            feed,
-            resize_shorter=round(crops.global_size / crop_ratio),
-            batch_size=batch_size,
-            threads=threads,
-            device_id=device_number(device),
+            crops, with_windows, batch_size=batch_size, threads=threads, device_id=device_number(device)
         )
 
     for indices, (images,) in usable_batches(source, build, batch_size, device, threads, report):
@@ -68,7 +67,7 @@ def usable_batches(
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """All images of a source, in order, through a pipeline: the indices of a batch's images, and its outputs.
 
-    `build` creates the pipeline from a function that returns encoded images and their `center_regions`.
+    `build` creates the pipeline from a function that returns encoded images and their sizes, (height, width).
     Images that cannot be used are left out, and `report` is called with the index of each and the reason.
     """
     batch: tuple[list[np.ndarray], list[np.ndarray]] = [], []
@@ -91,7 +90,7 @@ def usable_batches(
                     loaded[image] = result
             while loaded:
                 encoded, sizes = zip(*loaded.values(), strict=True)
-                batch[0][:], batch[1][:] = encoded, center_regions(np.array(sizes))
+                batch[0][:], batch[1][:] = encoded, np.array(sizes)
                 pipeline = pipeline or build(lambda: batch)
                 try:
                     outputs = run_pipeline(pipeline, device)
@@ -109,33 +108,40 @@ def usable_batches(
                     break
 
 
-def center_regions(sizes: np.ndarray) -> np.ndarray:
-    """The part of each image that can be in a center crop, (n, 4) fp32: its upper left and its lower right
+def center_windows(sizes: np.ndarray, side: int, shorter: int) -> np.ndarray:
+    """The window of each image that is its center crop, (n, 4) fp32: its upper left and its lower right
     corner, (y, x) each, as shares of the sides.
 
-    That is the complete image, unless its sides have a ratio above `LONGEST`: resized, it would not fit into
-    memory.
+    The geometry is that of torchvision's `Resize(shorter)` and `CenterCrop(side)`: the resized image's longer
+    side is cut off to whole pixels, and half a pixel of the crop's place is rounded to the even one.
 
     Args:
         sizes: (n, 2) heights and widths of the images.
+        side: S, of the crop, and shorter: of the resized image's shorter side, at least S; in pixels.
     """
-    sizes = sizes.astype(np.float64)
-    shares = np.minimum(1, LONGEST * sizes.min(1, keepdims=True) / sizes)
-    return np.concatenate([(1 - shares) / 2, (1 + shares) / 2], 1).astype(np.float32)
+    sizes = sizes.astype(np.int64)
+    resized = shorter * sizes // sizes.min(1, keepdims=True)
+    first = np.rint((resized - side) / 2)  # to even, as Python's round
+    return (np.concatenate([first, first + side], 1) / np.tile(resized, 2)).astype(np.float32)
 
 
 def evaluation_pipeline(
-    crops: Crops, feed: Feed, *, resize_shorter: int, batch_size: int, threads: int, device_id: int | None
+    crops: Crops, feed: Feed, *, batch_size: int, threads: int, device_id: int | None
 ) -> Pipeline:
-    """The graph from encoded images and `center_regions` to center crops (n, 3, S, S) of the global crops'
-    size, once `resize_shorter` pixels are the shorter side.
+    """The graph from encoded images and `center_windows` to center crops (n, 3, S, S) of the global crops'
+    size.
+
+    Only the window is resized: a thin image would not fit into memory. On a CPU, four fifths of the values
+    are Pillow's, and nearly all others a gray level off, because Pillow rounds between columns and rows. More
+    (up to 9 were seen) where the kernel overshoots 0 or 255, and within two pixels of an image's edge, which
+    DALI repeats and Pillow does not.
     """
 
     @pipeline_def
     def graph() -> Any:
-        encoded, region = fn.external_source(source=feed, num_outputs=2, batch=True)
-        corners = {"roi_start": region[:2], "roi_end": region[2:], "roi_relative": True}
-        images = resize(decode(encoded, device_id is not None), resize_shorter=resize_shorter, **corners)
-        return normalize(images, crops, crop=(crops.global_size, crops.global_size))
+        encoded, window = fn.external_source(source=feed, num_outputs=2, batch=True)
+        corners = {"roi_start": window[:2], "roi_end": window[2:], "roi_relative": True}
+        size = (crops.global_size, crops.global_size)
+        return normalize(resize(decode(encoded, device_id is not None), size=size, **corners), crops)
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)

@@ -28,7 +28,7 @@ from bincomm.logs import printable_name, progress_bar
 Report = Callable[[int, str], None]  # of the index of an image that cannot be used, and the reason
 Unusable = list[tuple[int, str]]
 Features = dict[str, Tensor]  # see `extract_features`
-LAYOUT = 2  # of a cached file
+LAYOUT = 3  # of a cached file, and of the crops
 VERSIONS = tuple(package.__version__ for package in (bincomm, torch, timm, nvidia.dali, PIL))
 
 

@@ -4,6 +4,8 @@ This is the specification: the tests compare every kernel with these functions i
 use them as baselines. They run on any device and in the dtype of their input, half types in fp32.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,18 @@ NORM_EPS = 1e-12  # smallest norm a row of logits is divided by, as in torch.nn.
 def widen(x: Tensor) -> Tensor:
     """fp16 and bf16 as fp32; fp32 and fp64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Rows `a/‖a‖`, of any finite size; those shorter than `NORM_EPS` are divided by it."""
+    a = widen(x)
+    exponent = math.log2(torch.finfo(a.dtype).max)  # 128 for fp32
+    # Large rows are made smaller first, by a power of two, else their squares overflow (from 2⁶⁴ on in fp32).
+    values = a.detach()
+    largest = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))
+    is_large = largest > 2 ** (exponent * 3 / 8)
+    scale = torch.ones_like(largest).masked_fill(is_large, 2 ** (-exponent * 5 / 8))
+    return F.normalize(a * scale, dim=-1, eps=NORM_EPS)
 
 
 def pack_signs(logits: Tensor) -> Tensor:
@@ -99,7 +113,7 @@ def regularized_gram(
     """
     n, bits = logits.shape[-2:]
     with torch.autocast(logits.device.type, enabled=False):
-        z = F.normalize(widen(logits), dim=-1, eps=NORM_EPS) if normalize else widen(logits)
+        z = unit_rows(logits) if normalize else widen(logits)
         gram = z @ z.mT if of_images else z.mT @ z
         images = torch.full((), n, dtype=gram.dtype, device=gram.device)
         if group is not None:

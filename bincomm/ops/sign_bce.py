@@ -25,7 +25,7 @@ def sign_bce(student: Tensor, teacher: Tensor, *, pairs: str = "cross") -> Tenso
 
     Returns:
         Scalar, fp32 (fp64 for fp64 logits), in nats per bit: ln 2 ≈ 0.693 for logits of 0.
-        NaN logits on either side give NaN, as does n = 0.
+        NaN logits on either side give NaN, as does n = 0. Sums are fp32: logits of 1e34 or more may give inf.
 
     Raises:
         TypeError: an argument is not a tensor of the dtypes above.
@@ -35,8 +35,8 @@ def sign_bce(student: Tensor, teacher: Tensor, *, pairs: str = "cross") -> Tenso
     if uses_reference(student):
         return reference.sign_bce(student, teacher.detach(), pairs)
     refuse_tangent("student", student)
-    if teacher.dtype == torch.float64:
-        teacher = reference.pack_signs(teacher)
+    if teacher.dtype == torch.float64:  # as fp32 that keep the sign of what would vanish there, and NaN
+        teacher = (teacher > 0).to(torch.float32).masked_fill_(teacher.isnan(), torch.nan)
     return torch.ops.bincomm.sign_bce(student, teacher, pairs)[0]
 
 
