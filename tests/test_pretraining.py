@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -329,6 +330,28 @@ def test_metrics_may_be_reported_at_other_steps_after_a_resume(finished, tmp_pat
     assert [line["step"] for line in read_json_lines(tmp_path / "run/metrics.jsonl")] == [4, *range(8, 51, 2)]
     weights = [(run / "backbone.safetensors").read_bytes() for run in (finished[0], tmp_path / "run")]
     assert weights[0] == weights[1]
+
+
+def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
+    images = tmp_path / "a" / "images"
+    images.mkdir(parents=True)
+    for i in range(70):
+        Image.new("RGB", (20, 20), (3 * i, 0, 0)).save(images / f"{i:02}.png")
+    monkeypatch.chdir(tmp_path / "a")
+    config = configuration(tmp_path / "run", data="images", max_steps=3)
+    add = Records.add
+
+    def interrupted(self, *args):
+        add(self, *args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Records, "add", interrupted)
+        with pytest.raises(Interrupted):
+            pretrain(config)
+    monkeypatch.chdir(tmp_path)
+    pretrain(replace(config, data=str(images)))
+    assert newest(tmp_path / "run")["step"] == 3
 
 
 def test_a_run_that_failed_before_it_began_is_not_in_the_way(tmp_path):

@@ -179,6 +179,8 @@ class Records:
             OSError: there is no room.
             TrainingError: the run's directory was removed, and another process has begun a run there.
         """
+        if self.ranks.rank:
+            return
         keep_run(self.run, self.config)
         for name, lines in self.pending.items():
             if not lines:

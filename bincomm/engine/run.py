@@ -58,8 +58,12 @@ def take_steps(config: PretrainConfig, stored: dict[str, Any]) -> PretrainConfig
 
 def note_config(run: Path, config: PretrainConfig) -> None:
     """Write a run's config.yaml, which is a recipe that repeats the run from any directory."""
-    absolute = replace(config, data=located(config.data), init_from=located(config.init_from))
-    write_text(run / "config.yaml", dump_config(absolute))
+    write_text(run / "config.yaml", dump_config(from_anywhere(config)))
+
+
+def from_anywhere(config: PretrainConfig) -> PretrainConfig:
+    """A configuration whose data and initial weights mean the same from any directory."""
+    return replace(config, data=located(config.data), init_from=located(config.init_from))
 
 
 def keep_run(run: Path, config: PretrainConfig) -> None:

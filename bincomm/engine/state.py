@@ -14,7 +14,7 @@ from bincomm.distributed.sharding import gather_tensors
 from bincomm.engine.accumulation import get_random_state, set_random_state
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
 from bincomm.engine.metrics import MetricsWindow
-from bincomm.engine.run import keep_run, refuse_differences
+from bincomm.engine.run import from_anywhere, keep_run, refuse_differences
 
 
 class Part(Protocol):
@@ -118,7 +118,7 @@ class RunState:
     def collect(self, steps_done: int) -> dict[str, Any]:
         """The state after so many steps, copied to the CPU; complete on rank 0."""
         parts = {name: part.save(self.ranks) for name, part in self.parts.items()}
-        return {"step": steps_done, "config": self.config.as_dict(), **parts}
+        return {"step": steps_done, "config": from_anywhere(self.config).as_dict(), **parts}
 
     def save(self, steps_done: int) -> None:
         """Begin to write a checkpoint.
