@@ -111,6 +111,19 @@ def text_of(path: str) -> str:
         return ""
 
 
+def one_word(compiler: str, folder: Path) -> str:
+    """A compiler by a command of one word, which is all that torch and nvcc take: where there are several, as
+    in "ccache g++", a script in a folder."""
+    words = shlex.split(compiler)
+    if len(words) < 2:
+        return compiler
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / re.sub(r"\W+", "-", compiler)
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    script.chmod(0o755)
+    return str(script)
+
+
 def extension() -> tuple[list[Extension], type[build_ext]]:
     """The extension to build, and the command that builds it."""
     try:
@@ -177,6 +190,9 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
                 )
                 self.extensions = []
                 return
+            for variable in ("CC", "CXX"):
+                if variable in os.environ:
+                    os.environ[variable] = one_word(os.environ[variable], Path(self.build_temp).absolute())
             super().run()
 
     return [built], Build.with_options(no_python_abi_suffix=False)

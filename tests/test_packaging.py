@@ -159,6 +159,21 @@ def test_compilers_are_as_many_as_the_process_may_use(kind, tmp_path):
     assert process.stdout.splitlines()[-1:] == [expected], process.stderr
 
 
+def test_a_compiler_of_several_words_is_one_script(tmp_path):
+    code = f"""
+        import runpy, setuptools
+        from pathlib import Path
+        setuptools.setup = lambda **options: None
+        one_word = runpy.run_path("setup.py")["one_word"]
+        print(one_word("g++", Path("none")), one_word("env 'A=b c' echo -x", Path({str(tmp_path)!r}, "made")))
+    """
+    process = python(code, BINCOMM_CUDA="0")
+    plain, script = process.stdout.split()[-2:]
+    assert plain == "g++"
+    assert Path(script).parent == tmp_path / "made"
+    assert subprocess.run([script, "y z"], capture_output=True, text=True).stdout == "-x y z\n"
+
+
 def test_cuda_code_is_in_the_extension_when_nvcc_was_found():
     facts = bincomm.doctor()["extension"]
     if not facts.get("cuda"):
