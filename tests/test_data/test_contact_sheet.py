@@ -45,5 +45,5 @@ def test_on_the_command_line(tmp_path, capsys):
     assert len(lines) == 4
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (4 * MIN_WIDTH + 5 * GAP, TITLE + GAP + 2 * (24 + GAP))
-    assert cli.main(["data", "look", "--recipe", "digits", "--sheet", str(tmp_path / "no" / "x.png")]) == 1
+    assert cli.main(["data", "look", "--recipe", "digits", "--sheet", str(tmp_path / "no" / "x.png")]) == 2
     assert "No such file or directory" in capsys.readouterr().err

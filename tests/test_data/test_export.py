@@ -141,7 +141,7 @@ def test_nothing_usable_is_an_error(tmp_path, capsys):
         (["look", "--data", "/nowhere"], "data: '/nowhere' does not exist"),
         (
             ["verify", "--data", "digits", "--output", "/no/folder/x.txt"],
-            "output: the folder of /no/folder/x.txt",
+            "output: expected a file in a folder that can be written, got /no/folder/x.txt",
         ),
         (["look", "--global_sise", "3"], "did you mean --global_size?"),
     ],

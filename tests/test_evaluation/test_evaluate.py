@@ -75,6 +75,22 @@ def test_weights_that_give_nan_are_refused(run, sources, part):
         evaluate(model, *sources, ["bits"])
 
 
+def test_queries_that_map_leaves_out_are_counted(run, sources):
+    """A gallery without one of the classes."""
+    gallery, queries = sources
+    others = gallery.select([i for i, label in enumerate(gallery.labels) if label != 3][::5])
+    result = evaluate(load_pretrained(str(run), CPU), others, queries, ["map", "map_codes", "knn"])
+    missing = int((queries.labels == 3).sum())
+    assert result["unmatched_queries"] == missing > 0
+    shown = describe(result).splitlines()
+    assert [f"({missing} queries left out, whose class no image has)" in line for line in shown] == [
+        False, False, True, True
+    ]  # fmt: skip
+    complete = evaluate(load_pretrained(str(run), CPU), *sources, ["map"])
+    assert complete["unmatched_queries"] == 0
+    assert "left out" not in describe(complete)
+
+
 def test_a_run_whose_checkpoints_are_gone_has_a_backbone_alone(run, sources, tmp_path):
     for name in ("config.yaml", "backbone.safetensors"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
