@@ -348,11 +348,12 @@ def as_markdown(table: dict[str, Any]) -> str:
         "Features are those of the teacher's backbone, of one center crop, of "
         f"{pixels['gallery_images']} images and {pixels['query_images']} queries{overlap}. k-NN with k = 20; "
         f"mAP@ALL by the cosine of features and the Hamming distance of codes{left_out}; "
-        "d_eff, r_eff and use of bits are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
-        "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Transmitted bits "
-        "are those of a message that the student predicts, Σ max(0, entropy - cross-entropy), in the last "
-        "steps of training. Seconds are those of a run's training steps. All methods have the "
-        "hyperparameters above, and DINO none of its own: its last layer learns from the first epoch on.",
+        "d_eff, r_eff and use of bits are those of the queries. Codes are the signs of the head's K "
+        "logits; of SimDINO, the signs of its outputs, and of DINO, of its head's bottleneck: neither is "
+        "trained to be a code. Transmitted bits are those of a message that the student predicts, Σ "
+        "max(0, entropy - cross-entropy), in the last steps of training. Seconds are those of a run's "
+        "training steps. All methods have the hyperparameters above, and DINO none of its own: its last "
+        "layer learns from the first epoch on.",
         *(f"{run}: {reason}" for run, reason in failed.items()),
     )
     return "\n".join([*aligned, *(f"\n{textwrap.fill(note, 110)}" for note in notes)]) + "\n"
