@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,6 +64,15 @@ def pytest_xdist_make_scheduler(config, log):
             return nodeid if Path(file).name in SPREAD else file
 
     return Scheduler(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_are_not_ignored():
+    """As they are under nohup or in the background of a script: a run leaves ignored ones ignored."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in defaults.items():
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
