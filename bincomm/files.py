@@ -73,6 +73,8 @@ def check_folder(argument: str, path: str | os.PathLike[str]) -> Path:
     try:
         for parent in reversed((folder, *folder.parents)):
             if not parent.is_dir():
+                if parent.exists():
+                    raise NotADirectoryError(errno.ENOTDIR, f"{parent} is a file")
                 parent.mkdir(exist_ok=True)
                 made.append(parent)
         _try_to_write(folder / "x")
