@@ -202,11 +202,8 @@ def _check_segments(data: np.ndarray) -> None:
     content, offset = data.data, 2
     for _ in range(MOST_SEGMENTS):
         start = offset
-        while offset + 4 <= len(data) and content[offset] != 0xFF:
-            offset += 1
-            if offset - start > MOST_JUNK:
-                raise UnusableImageError(f"more than {MOST_JUNK} bytes between two segments of a JPEG")
-        while offset + 4 <= len(data) and content[offset + 1] == 0xFF:  # bytes that fill
+        # A marker is FF and another byte than FF, of which any number may fill up.
+        while offset + 4 <= len(data) and (content[offset] != 0xFF or content[offset + 1] == 0xFF):
             offset += 1
             if offset - start > MOST_JUNK:
                 raise UnusableImageError(f"more than {MOST_JUNK} bytes between two segments of a JPEG")
