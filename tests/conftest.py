@@ -84,16 +84,25 @@ def _own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def few_digits(tmp_path_factory):
-    """A folder of a quarter of the digits, 360 for training and 90 queries."""
+def every_nth_digit(tmp_path_factory):
+    """A function that returns a new folder of every n-th of the digits, with train/ and test/."""
     from bincomm.data.digits import digits
 
-    folder = tmp_path_factory.mktemp("digits")
-    for path in sorted(digits().glob("*/*/*.png"))[::4]:
-        copy = folder / path.relative_to(digits())
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.symlink_to(path)
-    return folder
+    def link(n):
+        folder = tmp_path_factory.mktemp("digits")
+        for path in sorted(digits().glob("*/*/*.png"))[::n]:
+            copy = folder / path.relative_to(digits())
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.symlink_to(path)
+        return folder
+
+    return link
+
+
+@pytest.fixture(scope="session")
+def few_digits(every_nth_digit):
+    """A folder of a quarter of the digits, 360 for training and 90 queries."""
+    return every_nth_digit(4)
 
 
 @pytest.fixture(autouse=True)

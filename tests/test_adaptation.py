@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-import time
 
 import pytest
 import safetensors.torch
@@ -307,20 +306,21 @@ def test_what_torch_saved_is_named_with_the_way_out(target, tmp_path, capsys):
 
 
 def test_without_a_network_the_weights_of_timm_are_missed_at_once(tmp_path, monkeypatch, capfd):
-    """Nothing is printed but the error: huggingface_hub would report several attempts."""
+    """After one attempt, and nothing is printed: huggingface_hub would make several, and report each."""
+    attempts = []
 
     def refuse(*arguments, **options):
+        attempts.append(arguments)
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr("socket.create_connection", refuse)
     monkeypatch.setattr("bincomm.weights.getproxies", dict)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    begin = time.monotonic()
     with pytest.raises(
         ValueError, match="init_from: timm has no weights of test_vit here: they are not on"
     ) as e:
         read_weights("test_vit", "init_from")
-    assert time.monotonic() - begin < 10
+    assert len(attempts) == 1
     assert "huggingface.co cannot be reached: Network is unreachable" in str(e.value)
     assert capfd.readouterr() == ("", "")
 

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from benchmarks import defaults, domains, learning
-from bincomm.data.digits import digits
 from bincomm.objectives import BetaControl, DiscreteCommunication
 from bincomm.pretraining import Interrupted
 
@@ -28,14 +27,9 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
+def images(every_nth_digit):
     """A tenth of the digits, 144 for training and 36 queries."""
-    folder = tmp_path_factory.mktemp("digits")
-    for path in sorted(digits().glob("*/*/*.png"))[::10]:
-        copy = folder / path.relative_to(digits())
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.symlink_to(path)
-    return folder
+    return every_nth_digit(10)
 
 
 @pytest.fixture(autouse=True)
