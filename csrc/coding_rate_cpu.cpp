@@ -407,7 +407,7 @@ void for_matrices(int64_t matrices, const Side& side, const Work& work) {
 template <class Work>
 void for_tiles(int64_t matrices, int64_t first, int64_t last, int64_t products, const Work& work) {
   const int64_t count = last - first;
-  const int64_t grain = (kTaskProducts + products - 1) / products;
+  const int64_t grain = (kTaskProducts + products - 1) / std::max<int64_t>(1, products);  // 0 where an input is empty
   torch::stable::parallel_for(0, matrices * count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) work(task / count, first + task % count);
   });
