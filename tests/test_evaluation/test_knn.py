@@ -1,3 +1,5 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from bincomm.evaluation import knn
 from bincomm.evaluation.knn import knn_accuracies, knn_accuracy
+from bincomm.evaluation.tie_breaks import chance_to_win, powers_on_circle
 
 
 def parts(images, labels, gallery=1200):
@@ -42,22 +45,43 @@ def test_each_of_several_k_has_its_own_ties():
 
 
 @pytest.mark.slow
-def test_codes_equally_near_share_the_last_votes():
-    """Against the mean vote over many random choices among those that tie."""
+@pytest.mark.parametrize("k", [10, 50])
+def test_codes_are_classified_as_on_average_over_tie_breaks(k):
+    """Against the mean accuracy over many random choices among those that tie."""
     images, labels = load_digits(return_X_y=True)
-    gallery, y, queries, z = parts(codes_of(images), labels)
-    hits, rng = 0, np.random.default_rng(0)
-    distances = ((24 - queries @ gallery.T) / 2).numpy()
-    for row, actual in zip(distances[:200], z, strict=False):
-        votes = np.zeros(10)
-        for _ in range(200):
+    gallery, y, queries, z = parts(codes_of(images, 16), labels)
+    queries, z = queries[:150], z[:150]
+    rng, repeats = np.random.default_rng(0), 400
+    hits = np.zeros((len(z), repeats))
+    distances = ((16 - queries @ gallery.T) / 2).numpy()
+    for row, actual, hit in zip(distances, z.tolist(), hits, strict=True):
+        for number in range(repeats):
             # Distances are whole numbers: of those that tie, any may come first.
-            nearest = (row + 0.5 * rng.random(len(row))).argpartition(19)[:20]
-            votes += np.bincount(y.numpy()[nearest], np.exp((1 - row[nearest] / 12) / 0.07), 10)
-        hits += votes.argmax() == int(actual)
-    accuracy = knn_accuracy(gallery, y, queries[:200], z[:200])
-    assert accuracy == pytest.approx(hits / 200, abs=0.011)  # two queries whose votes are nearly equal
-    assert accuracy > 0.6
+            nearest = (row + 0.5 * rng.random(len(row))).argpartition(k - 1)[:k]
+            votes = np.bincount(y.numpy()[nearest], np.exp((1 - row[nearest] / 8) / 0.07), 10)
+            hit[number] = votes.round(3).argmax() == actual
+    error = np.sqrt(hits.var(1).sum() / repeats) / len(z)
+    assert error < 0.002
+    accuracy = knn_accuracy(gallery, y, queries, z, k=k)
+    assert accuracy == pytest.approx(hits.mean(), abs=4 * error)
+
+
+def test_chances_against_all_draws():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        classes = int(rng.integers(1, 5))
+        tied = rng.integers(0, 4, classes)
+        if tied.sum() < 2:
+            continue
+        left, own = int(rng.integers(1, tied.sum())), int(rng.integers(classes))
+        votes, weight = rng.integers(0, 4, classes) * rng.choice([1, 1.7, 0.5]), rng.choice([1, 0.5, 0.37])
+        images = np.repeat(np.arange(classes), tied)
+        draws = [
+            votes + weight * np.bincount(drawn, minlength=classes) for drawn in combinations(images, left)
+        ]
+        expected = np.mean([draw.round(9).argmax() == own for draw in draws])
+        chance = chance_to_win(votes, tied, weight, left, own, powers_on_circle(left))
+        assert chance == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
