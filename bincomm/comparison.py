@@ -339,13 +339,15 @@ def as_markdown(table: dict[str, Any]) -> str:
     overlap = (
         "" if table["queries_held_out"] else ", whose images, but not their labels, were used in training"
     )
+    unmatched = pixels.get("unmatched_queries", 0)
+    left_out = f", without {unmatched} queries whose class no image has" if unmatched else ""
     notes = (
         f"{config['data']}: {config['backbone']}, {budget}, batches of {config['batch_size']}, "
         f"{config['bits']} bits; {spread if len(seeds) > 1 else f'seed {seeds[0]}'}.",
         "Features are those of the teacher's backbone, of one center crop, of "
         f"{pixels['gallery_images']} images and {pixels['query_images']} queries{overlap}. k-NN with k = 20; "
-        "mAP@ALL by the cosine of features and the Hamming distance of codes; d_eff, r_eff and use of bits "
-        "are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
+        f"mAP@ALL by the cosine of features and the Hamming distance of codes{left_out}; "
+        "d_eff, r_eff and use of bits are those of the queries. Codes are the signs of the head's K logits; of SimDINO, the signs of its "
         "outputs, and of DINO, of its head's bottleneck: neither is trained to be a code. Transmitted bits "
         "are those of a message that the student predicts, Σ max(0, entropy - cross-entropy), in the last "
         "steps of training. Seconds are those of a run's training steps. All methods have the "

@@ -53,9 +53,10 @@ def evaluate(
         report_unusable: "gallery", "queries" or both: those whose unusable images are logged.
 
     Returns:
-        "gallery_images", "query_images" (those that can be used) and "classes": numbers; "preprocessing":
-        {"global_size", "eval_crop"}; "seconds": of "features" and of each protocol; and by protocol, shares
-        from 0 to 1 and entropies in bits:
+        "gallery_images", "query_images" (those that can be used), "unmatched_queries" (those whose class no
+        image of the gallery has: mAP leaves them out, others count them as wrong) and "classes": numbers;
+        "preprocessing": {"global_size", "eval_crop"}; "seconds": of "features" and of each protocol; and by
+        protocol, shares from 0 to 1 and entropies in bits:
 
         - "knn" by cosine and "knn_codes" by Hamming distance: accuracy by k, {"10", "20", "100", "200"}; the
           number of the gallery's images stands for every k above it, see `figure`;
@@ -94,6 +95,7 @@ def evaluate(
     # In the order of the sources; features and codes are on the CPU.
     labels = [torch.from_numpy(source.labels)[values[name]["indices"]] for name, source in sources.items()]
     result["gallery_images"], result["query_images"] = map(len, labels)
+    result["unmatched_queries"] = int((~torch.isin(labels[1], labels[0])).sum())
     result["classes"] = len(torch.cat(labels).unique())
     result["preprocessing"] = {"global_size": model.config.global_size, "eval_crop": model.config.eval_crop}
     seconds["features"] = time.perf_counter() - started
@@ -189,7 +191,9 @@ def describe(result: dict[str, Any]) -> str:
             )
     for name, title in (("map", "mAP of features"), ("map_codes", "mAP of codes")):
         if name in result:
-            lines.append(f"  {title:22} {result[name]:.2%}")
+            unmatched = result.get("unmatched_queries", 0)
+            left_out = f"  ({unmatched} queries left out, whose class no image has)" if unmatched else ""
+            lines.append(f"  {title:22} {result[name]:.2%}{left_out}")
     if "lookup" in result:
         lookup = result["lookup"]
         lines.append(
