@@ -13,11 +13,13 @@ ARGS ?=
   gpu-bench-step clean
 .DELETE_ON_ERROR:
 
-setup: $(VENV)/ready
+# One at a time: a second one waits, and then finds it done.
+setup:
+	@$(if $(shell command -v flock),flock pyproject.toml )$(MAKE) --no-print-directory $(VENV)/ready
 
-# The stamp is written last, so an interrupted set-up is taken up again.
+# The stamp is written last, so an interrupted set-up is taken up again; without pip the environment is made anew.
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch 'setuptools>=70.1' ninja pybind11
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[all]"

@@ -4,11 +4,12 @@ The metadata is in pyproject.toml; this file only builds. C++ is always compiled
 
     BINCOMM_CUDA=auto|0|1   auto (default) builds CUDA if possible and prints why not; 1 makes that an error
     TORCH_CUDA_ARCH_LIST    GPU architectures, like "8.0;9.0+PTX"; default: ARCHITECTURES, if nvcc has them
-    MAX_JOBS                compiler processes; default: one per core, fewer where memory is short
+    MAX_JOBS                compiler processes; default: one per usable CPU, fewer where memory is short
 
 The extension is written against PyTorch's stable ABI: one binary serves torch 2.11 and every later release.
 """
 
+import math
 import os
 import re
 import shlex
@@ -70,11 +71,44 @@ def supported_architectures(cuda_home: str) -> str:
 
 
 def limit_jobs() -> None:
-    """Leave MEMORY_PER_JOB of memory for each compiler process, unless MAX_JOBS is set."""
-    if "MAX_JOBS" not in os.environ and Path("/proc/meminfo").exists():
-        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-        fit = int(available.group(1)) * 1024 // MEMORY_PER_JOB if available else 1
-        os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, fit)))
+    """A compiler process for each CPU that this process may use, and MEMORY_PER_JOB of memory for each of
+    them, unless MAX_JOBS is set."""
+    if "MAX_JOBS" in os.environ:
+        return
+    cpus, memory = group_limits()
+    if hasattr(os, "sched_getaffinity"):
+        cpus = min(cpus, len(os.sched_getaffinity(0)))
+    available = re.search(r"MemAvailable:\s*(\d+) kB", text_of("/proc/meminfo"))
+    if available:
+        memory = min(memory, int(available.group(1)) * 1024)
+    os.environ["MAX_JOBS"] = str(max(1, int(min(cpus, memory / MEMORY_PER_JOB, os.cpu_count() or 1))))
+
+
+def group_limits(root: str = "/") -> tuple[float, float]:
+    """CPUs and bytes of memory that Linux's control groups give this process, as containers and schedulers
+    limit them; infinity without a limit."""
+    cpus, memory = [math.inf], [math.inf]
+    for line in text_of(f"{root}/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)  # no controllers: version 2 of control groups
+        for folder in (Path(path), *Path(path).parents):  # a limit of any of them holds
+            group = f"{root}/sys/fs/cgroup/{controllers}{folder}"
+            quota, _, period = text_of(f"{group}/cpu.max").partition(" ")
+            if not quota:
+                quota, period = (text_of(f"{group}/cpu.cfs_{name}_us") for name in ("quota", "period"))
+            if quota.strip().isdigit() and period.strip().isdigit():  # neither max nor -1
+                cpus.append(int(quota) / int(period))
+            limit = (text_of(f"{group}/memory.max") or text_of(f"{group}/memory.limit_in_bytes")).strip()
+            if limit.isdigit():
+                memory.append(int(limit))
+    return min(cpus), min(memory)
+
+
+def text_of(path: str) -> str:
+    """What a file holds; "" where there is none."""
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def extension() -> tuple[list[Extension], type[build_ext]]:

@@ -176,7 +176,7 @@ def is_unseen(factor: str, factors: Tensor) -> Tensor:
 
 def meaning_of(bits: Tensor, factors: Tensor, new_bits: Tensor, new_factors: Tensor) -> dict[str, Any]:
     """What becomes of the bits' meaning on new scenes, by factor; None where it is not defined."""
-    names = ("correlation", "agreement", "agreement_chance", "deviation")
+    names = ("correlation", "accuracy", "accuracy_chance", "deviation")
     kept = keeps_meaning(bits, factors, new_bits, new_factors)
     result = {
         name: [x if math.isfinite(x) else None for x in value.tolist()]  # JSON has no NaN
@@ -225,7 +225,7 @@ def channel(results: dict[str, Any]) -> list[str]:
     lines = [
         "## The channel, at the end of training",
         "",
-        "| augmentation | bits that agree | by sending the more frequent value | bit entropy |",
+        "| augmentation | equal bits | by sending the more frequent value | bit entropy |",
         "|---|---|---|---|",
     ]
     entropy = results["networks"][UNTRAINED]["bit_entropy"]
@@ -304,7 +304,7 @@ def meaning(results: dict[str, Any]) -> list[str]:
     for name, network in results["networks"].items():
         for group, of in network["meaning"].items():
             correlations.append(line(f"{name}, {group}", of["correlation"], 1, 2, of["deviation"], 2))
-            pairs = zip(of["agreement"], of["agreement_chance"], strict=True)
+            pairs = zip(of["accuracy"], of["accuracy_chance"], strict=True)
             gain = [None if by_value is None else by_value - by_all for by_value, by_all in pairs]
             gains.append(line(f"{name}, {group}", gain, 100, 1))
     groups = results["networks"][UNTRAINED]["meaning"].items()
@@ -321,7 +321,7 @@ def meaning(results: dict[str, Any]) -> list[str]:
         *head(),
         *correlations,
         "",
-        "The same as agreement: by how many points the more frequent bit of a factor's value predicts the "
+        "The same as accuracy: by how many points the more frequent bit of a factor's value predicts the "
         "bits of these scenes better than the more frequent bit of all.",
         "",
         *head(),

@@ -32,6 +32,8 @@ from bincomm.data.dali import decode, fn, pipeline_def
 from bincomm.data.loader import Loader
 from bincomm.data.sources import Files, Source, open_source
 from bincomm.distributed.ranks import join_ranks
+from bincomm.engine.lock import open_run
+from bincomm.engine.run import begin_run
 from bincomm.files import write_file, write_json, write_text
 from bincomm.pretraining import Signals, train
 
@@ -135,8 +137,9 @@ def training(folder: str) -> dict[str, Any]:
             "log_every": steps // 4,
         }
         config = configure(**options, output=output)
-        with join_ranks(DEVICE.type) as ranks, Signals(Path(output)) as signals:
-            train(config, open_source(folder), Path(output), ranks, signals)
+        with join_ranks(DEVICE.type) as ranks, open_run(output, ranks) as run, Signals(run) as signals:
+            begin_run(run, config)
+            train(config, open_source(folder), run, ranks, signals)
         lines = [json.loads(line) for line in (Path(output) / "speed.jsonl").read_text().splitlines()]
     later = lines[1:]  # the first steps wait for the pipeline to be built
     return {

@@ -13,7 +13,7 @@ from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.evaluation.evaluate import figure
 from bincomm.evaluation.pretrained import Pretrained, evaluation_device
 from bincomm.evaluation.run import evaluate_reproducibly
-from bincomm.files import write_json
+from bincomm.files import expand_home, write_json
 from bincomm.pretraining import pretrain
 from bincomm.recipes import read_recipe
 from bincomm.weights import read_metadata
@@ -43,6 +43,9 @@ def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> Pretra
     inherited = inherited_keys(weights)
     if not inherited and keys.get("backbone") is None:
         raise ValueError(f"weights: {weights} does not name its backbone; give its timm name as backbone")
+    known, asked = inherited.get("backbone"), keys.get("backbone")
+    if known and asked and known.partition(".")[0] != asked.partition(".")[0]:  # whatever the weights' tags
+        raise ValueError(f"backbone: expected {known}, as {weights} says, got {asked}; leave it out")
     recipe_keys = read_recipe(recipe)
     taken = {key: value for key, value in inherited.items() if key not in recipe_keys or key in WEIGHTS_KEYS}
     if keys.get("minutes") is not None or recipe_keys.get("minutes") is not None:
@@ -55,8 +58,8 @@ def inherited_keys(weights: str) -> dict[str, Any]:
     """The keys that an adaptation takes over: of a run all but `TARGET_KEYS`, and but the max_steps that came
     from minutes; of other weights `WEIGHTS_KEYS`."""
     keys, names = read_metadata(weights, "weights"), list(WEIGHTS_KEYS)
-    if os.path.isdir(os.path.expanduser(weights)):
-        keys |= read_config(Path(weights).expanduser(), "weights")
+    if expand_home(weights).is_dir():
+        keys |= read_config(expand_home(weights), "weights")
         left_out = {*TARGET_KEYS, *(["max_steps"] if keys.get("minutes") is not None else [])}
         names = [field.name for field in fields(PretrainConfig) if field.name not in left_out]
     return {name: keys[name] for name in names if name in keys}

@@ -11,6 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bincomm.files import expand_home
+from bincomm.logs import printable_name
+
 if TYPE_CHECKING:
     from bincomm.codes.encode import Encoded
     from bincomm.codes.search import Neighbor
@@ -83,7 +86,7 @@ def compare(
         seeds: every method has a run for each seed; None: only the key seed.
         prototypes: number of prototypes of dino; None: one that fits the number of images.
         recipe: as in `pretrain`.
-        keys: keys of `PretrainConfig`, which all runs share; without output it is runs/compare-RECIPE.
+        keys: keys of `PretrainConfig`, which all runs share; without output it is runs/compare-DATA-RECIPE.
 
     Returns:
         The content of table.json.
@@ -163,18 +166,17 @@ def evaluate(
     from bincomm.evaluation.evaluate import evaluate as evaluate_images
     from bincomm.evaluation.pretrained import load_pretrained
     from bincomm.evaluation.video import evaluate_davis
-    from bincomm.files import write_json
+    from bincomm.files import check_file, write_json
 
     if not (data or davis or segmentation):
         raise ValueError("evaluate: expected at least one of data, davis and segmentation, got none")
     if protocols and not data:
         raise ValueError("protocols: expected data to evaluate them on, got none")
     for name, folder in (("davis", davis), ("segmentation", segmentation)):
-        if folder and not Path(folder).expanduser().is_dir():
+        if folder and not expand_home(folder).is_dir():
             raise ValueError(f"{name}: expected a folder, got {folder}")
     if output:
-        output = Path(output).expanduser()
-        check_file("output", output)
+        output = check_file("output", output)
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
 
     with join_ranks(device) as ranks:
@@ -247,21 +249,22 @@ def encode(
     from bincomm.data.sources import open_source
     from bincomm.distributed.ranks import join_ranks
     from bincomm.evaluation.pretrained import load_pretrained
+    from bincomm.files import check_folder
 
     if index and not find_spec("faiss"):
         raise ImportError("no module named 'faiss'", name="faiss")
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
-    output = Path(output).expanduser()
-    weights = os.path.expanduser(os.fspath(weights))
-    if os.path.exists(weights):  # so that `search` finds them from any working directory
-        weights = os.path.abspath(weights)
+    if expand_home(weights).exists():  # so that `search` finds them from any working directory
+        weights = expand_home(weights).absolute()
+    output = expand_home(output)
     with join_ranks(device) as ranks:
+        ranks.first(lambda: check_folder("output", output))
         model = load_pretrained(weights, ranks.device, **preprocessing)
         source = ranks.leaders_first(lambda: open_source(data))
         if source.about_split:
             logger.info(source.about_split)
         for note in source.notes:
-            logger.info("note: %s", note)
+            logger.info("note: %s", printable_name(note))
         result = encode(model, source, output, features=features, ranks=ranks)
         if ranks.rank:
             return None
@@ -277,6 +280,7 @@ def search(
     *,
     weights: str | Path | None = None,
     sheet: str | Path | None = None,
+    root: str | Path | None = None,
 ) -> "list[Neighbor]":
     """The k images of an encoded folder whose codes are nearest to that of an image, the nearest first.
 
@@ -286,25 +290,30 @@ def search(
         k: number of images.
         weights: the weights that gave the codes; None: the path that the folder names.
         sheet: a PNG file for a picture of the query and its nearest images.
+        root: the folder below which images are shown there, because the codes may be someone else's and
+            name any file; None: the working directory. Those in bincomm's cache are shown, too.
 
     Raises:
         ValueError: the folder, the weights or the image do not fit; the message says which.
     """
     import torch
 
-    from bincomm.codes.search import contact_sheet, nearest
+    from bincomm.codes.search import MAX_SHOWN, contact_sheet, is_below, nearest
     from bincomm.codes.storage import open_parts
+    from bincomm.data.cache import cache_folder
     from bincomm.evaluation.pretrained import load_pretrained
-    from bincomm.files import write_file
+    from bincomm.files import check_file, write_file
 
-    folder, query = Path(folder).expanduser(), Path(query).expanduser()
+    folder, query = expand_home(folder), expand_home(query)
     if sheet is not None:
-        sheet = Path(sheet).expanduser()
-        check_file("sheet", sheet)
+        sheet = check_file("sheet", sheet)
+    root = expand_home(root or os.curdir)
+    if not root.is_dir():
+        raise ValueError(f"root: expected a folder, got {root}")
     parts = open_parts(folder)
     metadata = parts[0].metadata
     if weights is None:
-        weights = metadata.get("weights", "")
+        weights = str(metadata.get("weights", ""))
         if not os.path.exists(weights):
             raise ValueError(
                 f"weights: those of the codes in {folder} were {weights or 'not noted'}, which does not "
@@ -316,7 +325,20 @@ def search(
     if len(parts) < files:
         logger.info("note: %d of %d files exist; `bincomm encode` writes the others", len(parts), files)
     if sheet is not None:
-        picture = contact_sheet(query, neighbors)
+        below = [root, cache_folder()]
+        picture = contact_sheet(query, neighbors, below)
+        outside = [one.path for one in neighbors[: MAX_SHOWN - 1] if not is_below(one.path, below)]
+        if outside:
+            folders = printable_name(
+                os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in outside])
+            )
+            logger.warning(
+                "%d images lie outside %s, so the picture has their paths only; if you trust the codes, show "
+                "them by --root %s",
+                len(outside),
+                root.absolute(),
+                folders,
+            )
         write_file(sheet, lambda file: picture.save(file, format="png"))
     return neighbors
 
@@ -350,20 +372,16 @@ def report(
     """
     from bincomm.codes.report import report
     from bincomm.data.sources import open_source
+    from bincomm.files import check_folder
 
+    output = check_folder("output", output)
     model = load_pretrained(weights, device, **preprocessing)
     return report(
         model,
         open_source(os.fspath(data) if isinstance(data, os.PathLike) else data),
-        Path(output).expanduser(),
-        attributes=None if attributes is None else Path(attributes).expanduser(),
+        output,
+        attributes=None if attributes is None else expand_home(attributes),
         classes=classes,
         bits=None if bits is None else list(bits),
         other=None if other is None else load_pretrained(other, device, **preprocessing),
     )
-
-
-def check_file(argument: str, path: str | Path) -> None:
-    """Refuse a path at which no file can be written, before the work starts."""
-    if not Path(path).parent.is_dir() or Path(path).is_dir():
-        raise ValueError(f"{argument}: expected a file in a folder that exists, got {path}")

@@ -21,7 +21,15 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
     arguments = dict(config.backbone_args)
     if config.drop_path:
         arguments["drop_path_rate"] = config.drop_path
-    backbone, _ = create_backbone(config.backbone, config.global_size, **arguments)
+    try:
+        backbone, _ = create_backbone(config.backbone, config.global_size, **arguments)
+    except ValueError as error:
+        if config.drop_path and "drop_path_rate" in str(error):
+            raise ValueError(
+                f"drop_path: expected 0, because {config.backbone} has no stochastic depth, got "
+                f"{config.drop_path}; for example drop_path: 0, or --drop_path 0"
+            ) from error
+        raise
     sizes = [config.global_size] + [config.local_size] * (config.local_crops > 0)
     width = feature_width(backbone, sizes)
     if config.method == "dino":

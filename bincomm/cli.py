@@ -1,7 +1,8 @@
 """The command line, `bincomm COMMAND`: finds the command, and turns every error into a message and a status.
 
 Exit statuses: 0: done; 1: failed; 2: wrong arguments or data; 75 (SAVED): a signal ended a run after it was
-saved, and the same command resumes it; 130: interrupted; 141: broken pipe (the reader closed it).
+saved, and the same command resumes it; 130: interrupted, or 128 and the number of another signal; 141: broken
+pipe (the reader closed it).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import re
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -21,15 +23,23 @@ from typing import Any, NamedTuple, NoReturn
 from bincomm import __version__, logs
 from bincomm.commands.arguments import HelpFormatter, add_verbosity
 from bincomm.configuration import configure
-from bincomm.logs import did_you_mean, printable
+from bincomm.interruption import interruptible
+from bincomm.logs import did_you_mean, printable_name, tell
+from bincomm.memory import check_limit, is_out_of_memory
 from bincomm.parsing import explain, key_parser, options_of, parse_options
 
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
 
 SAVED = 75  # EX_TEMPFAIL of sysexits.h
-# Errors of a run whose message says all that the user needs, by their modules. They are looked up by name,
-# because a bare install cannot import these modules.
-RUN_ERRORS = {"bincomm.engine.guard": "TrainingError", "bincomm.data.loader": "TooManyUnusableError"}
+# Errors by their modules, which are not imported here: a bare install lacks some, and others take seconds.
+FIRST_RANK_ERROR = {"bincomm.distributed.ranks": "FirstRankError"}
+INTERRUPTED = {"bincomm.engine.signals": "Interrupted"}
+# Those whose message says all that the user needs.
+RUN_ERRORS = {
+    "bincomm.engine.guard": "TrainingError",
+    "bincomm.data.loader": "TooManyUnusableError",
+    "torch": "OutOfMemoryError",
+}
 
 
 class Command(NamedTuple):
@@ -118,6 +128,9 @@ class CommandParser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command, and return the exit status."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell: else the next file opened takes its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names may contain any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("MPLBACKEND", "").startswith("module://"):
@@ -125,23 +138,28 @@ def main(arguments: list[str] | None = None) -> int:
         # commands draw into files only.
         del os.environ["MPLBACKEND"]
     call = Call()
-    try:
-        status = run(call, sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-    except (Exception, KeyboardInterrupt) as error:
-        status = status_of(error, call)
+    # Several processes have a launcher that ends them, and may wait for each other where no handler runs.
+    with interruptible() if ranks() == 1 else nullcontext():
+        try:
+            status = run(call, sys.argv[1:] if arguments is None else arguments)
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
+            status = status_of(error, call)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # on a full disk; Python must not try again at exit, for that changes the status
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if "torch.distributed" in sys.modules and ranks() > 1:
         # DistributedDataParallel keeps threads of the process group alive. With them the interpreter takes
         # long to exit, or aborts, although its work is done.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     return status
 
 
 def run(call: Call, arguments: list[str]) -> int:
     """Find the command that the arguments begin with, parse the other arguments, and run it."""
-    arguments = [expand_home(argument) for argument in arguments]
+    arguments = [expand_argument(argument) for argument in arguments]
     if arguments[:1] == ["--version"]:
         print(f"bincomm {__version__}")
         return 0
@@ -157,6 +175,8 @@ def run(call: Call, arguments: list[str]) -> int:
     call.name = name
     if call.command.single_process and ranks() > 1:
         raise ValueError(f"{name}: expected one process; start it without torchrun")
+    if call.command.extra:
+        check_limit()
     module = importlib.import_module(f"bincomm.commands.{name.replace(' ', '_')}")
     options = call.options = parse(call, module, arguments[words:])
     level = logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO
@@ -171,7 +191,7 @@ def run(call: Call, arguments: list[str]) -> int:
             raise
 
 
-def expand_home(argument: str) -> str:
+def expand_argument(argument: str) -> str:
     """An argument with the home directory in place of ~/ at the start of its value, as `--output=~/x` has it:
     shells expand it in words of its own only."""
     option, equals, value = argument.partition("=")
@@ -226,26 +246,28 @@ def status_of(error: BaseException, call: Call) -> int:
 
     Unexpected errors are raised again, with their traceback; under torchrun the traceback is printed.
     """
-    from torch import OutOfMemoryError
-
-    from bincomm.distributed.ranks import FirstRankError
-    from bincomm.engine.signals import Interrupted
-
     command = call.command
     if isinstance(error, KeyboardInterrupt):
-        print(f"\ninterrupted; {interruption_outcome(call)}", file=sys.stderr)
-        return 128 + signal.SIGINT
+        tell(f"\ninterrupted; {interruption_outcome(call)}")
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     if isinstance(error, BrokenPipeError):
         # The reader of the output, `head` for example, closed the pipe: Python must not write to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    if isinstance(error, FirstRankError):  # rank 0 prints its error itself
+    if isinstance(error, imported(FIRST_RANK_ERROR)):  # rank 0 prints its error itself
         return 1
-    if isinstance(error, Interrupted):
+    if isinstance(error, imported(INTERRUPTED)):
         if rank() == 0:
             name, output = signal.Signals(error.args[0]).name, call.options.config.output
-            print(f"\n{name}: saved in {output}; run the same command again to resume", file=sys.stderr)
+            tell(f"\n{name}: saved in {output}; run the same command again to resume")
         return SAVED
+    if is_out_of_memory(error):
+        logger.debug("too little memory", exc_info=error)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        smaller = "lower batch_size, global_size or threads"
+        if command.takes_run_keys:
+            smaller += ", raise accumulate (by which batch_size must be divisible)"
+        return fail(f"memory: most likely there is too little ({reason}); {smaller}, or free some", status=1)
     if isinstance(error, ImportError) and command.extra:
         packages = f"pip install 'bincomm[{command.extra}]'"
         return fail(f"{call.name} needs more packages ({error}): {packages}", status=1)
@@ -254,8 +276,10 @@ def status_of(error: BaseException, call: Call) -> int:
         # each rank works with its own device and images, so an error may be that of one rank alone, and every
         # rank prints its own.
         during_run = call.configured and command.takes_run_keys
-        return fail(str(error), once=not during_run)
-    if isinstance(error, (OSError, OutOfMemoryError, *run_errors())):
+        return fail(printable_name(str(error)), once=not during_run)
+    if isinstance(error, OSError):
+        return fail(printable_name(str(error)), status=1)
+    if isinstance(error, imported(RUN_ERRORS)):
         return fail(str(error), status=1)
     if ranks() == 1:
         raise error
@@ -263,11 +287,10 @@ def status_of(error: BaseException, call: Call) -> int:
     return 1
 
 
-def run_errors() -> list[type[Exception]]:
-    """The classes of `RUN_ERRORS` whose modules are imported; the others cannot have been raised."""
-    return [
-        getattr(sys.modules[module], name) for module, name in RUN_ERRORS.items() if module in sys.modules
-    ]
+def imported(errors: dict[str, str]) -> tuple[type[Exception], ...]:
+    """The classes of errors whose modules are imported; the others cannot have been raised."""
+    classes = (getattr(sys.modules.get(module), name, None) for module, name in errors.items())
+    return tuple(each for each in classes if each is not None)
 
 
 def interruption_outcome(call: Call) -> str:
@@ -284,7 +307,7 @@ def fail(message: str, status: int = 2, once: bool = False) -> int:
     """Print an error, `once` by the first rank alone, and return the exit status."""
     where = f"rank {rank()}: " if rank() else ""
     if not (once and rank()):
-        print(printable(f"bincomm: error: {where}{message}"), file=sys.stderr, flush=True)
+        tell(f"bincomm: error: {where}{message}")
     return status
 
 

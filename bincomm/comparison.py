@@ -27,7 +27,7 @@ from bincomm.engine.run import has_begun, is_finished, take_steps
 from bincomm.evaluation.evaluate import figure
 from bincomm.evaluation.pretrained import Pretrained, evaluation_device
 from bincomm.evaluation.run import evaluate_reproducibly
-from bincomm.files import read_json_lines, write_file, write_json, write_text
+from bincomm.files import check_folder, read_json_lines, write_file, write_json, write_text
 from bincomm.networks import Network
 from bincomm.pretraining import TrainingError, pretrain
 
@@ -114,6 +114,7 @@ def compare(
             raise ValueError(f"{key}: compare takes it from the method's name: {', '.join(METHODS)}")
     if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):
         raise ValueError(f"output: expected another folder than that of the images, got {config.output}")
+    check_folder("output", config.output)
     source = open_source(config.data)
     evaluation = evaluation_sources(config.data, source)
     if evaluation is None:

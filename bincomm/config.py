@@ -2,21 +2,33 @@
 `bincomm.configuration`."""
 
 import glob
-import math
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from bincomm.data.crops import Crops
-from bincomm.files import read_yaml
+from bincomm.data.crops import Crops, check_limits
+from bincomm.files import expand_home, read_yaml
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with other values.
 # Those in the last row change results by rounding, and change which paths drop_path drops.
 INCIDENTAL = (
-    "output", "threads", "save_every", "max_unusable", "resume", "keep",
-    "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp",
+    "output", "threads", "save_every", "log_every", "max_unusable", "resume", "keep",
+    "device", "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp", "channels_last",
 )  # fmt: skip
+
+# The smallest and largest value of every number: those beyond are mistakes, or more than a run can compute or
+# hold. Those of the crops are in `bincomm.data.crops`.
+LIMITS: dict[str, tuple[float, float]] = {
+    "tau": (1e-3, 1e3), "prototypes": (1, 2**24), "seed": (0, 2**63 - 1), "epochs": (1, 10**9),
+    "max_steps": (1, 10**12), "minutes": (1e-3, 10**7), "batch_size": (1, 2**24), "bits": (1, 2**16),
+    "hidden": (1, 2**16), "head_std": (1e-6, 100), "reset_every": (0, 10**9), "beta": (0, 10**6),
+    "eps_squared": (1e-6, 10**6), "lr": (0, 10), "min_lr": (0, 10), "warmup_epochs": (0, 10**9),
+    "weight_decay": (0, 10), "weight_decay_end": (0, 10), "clip": (0, 10**9), "drop_path": (0, 1),
+    "momentum": (0, 1), "accumulate": (1, 2**24), "eval_crop": (0.01, 1), "threads": (1, 1024),
+    "max_unusable": (0, 1), "log_every": (1, 10**6), "save_every": (1, 10**9), "keep": (1, 10**9),
+}  # fmt: skip
+WEIGHTS = (1e-6, 10**6)  # of sources in a mix
 
 
 @dataclass(frozen=True)
@@ -162,18 +174,7 @@ class PretrainConfig:
         for key in ("output", "init_from"):  # ~ in a recipe and from Python, too
             if isinstance(value := getattr(self, key), str):
                 object.__setattr__(self, key, os.path.expanduser(value))
-        at_least = {
-            "epochs": 1, "batch_size": 1, "bits": 1, "hidden": 1, "reset_every": 0, "beta": 0, "lr": 0,
-            "min_lr": 0, "warmup_epochs": 0, "weight_decay": 0, "weight_decay_end": 0, "clip": 0,
-            "threads": 1, "log_every": 1, "save_every": 1, "keep": 1, "accumulate": 1, "prototypes": 1,
-        }  # fmt: skip
-        for key, smallest in at_least.items():
-            value = getattr(self, key)
-            if value != "auto" and not value >= smallest:
-                raise ValueError(f"{key}: expected at least {smallest}, got {value}")
-        for key, value in self.as_dict().items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key}: expected a finite number, got {value}")
+        check_limits(vars(self), LIMITS)
         for key in ("output", "init_from"):  # empty where a variable of the shell is not set
             if getattr(self, key) == "":
                 raise ValueError(f"{key}: expected a path, got an empty string")
@@ -187,23 +188,10 @@ class PretrainConfig:
             raise ValueError("cuda_graph: expected false with checkpoint_activations, got true")
         if not self.data:
             raise ValueError(f"data: expected a source of images, got {self.data!r}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes: expected a number > 0, got {self.minutes}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected from 0 to 2⁶³ - 1, got {self.seed}")
-        for key in ("eps_squared", "head_std", "tau"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}: expected a number > 0, got {getattr(self, key)}")
-        for key in ("drop_path", "momentum"):
-            value = getattr(self, key)
-            if value != "auto" and not 0 <= value <= 1:
-                raise ValueError(f"{key}: expected a number from 0 to 1, got {value}")
-        if not 0 <= self.max_unusable <= 1:
-            raise ValueError(f"max_unusable: expected a share from 0 to 1, got {self.max_unusable}")
-        if not 0 < self.eval_crop <= 1:
-            raise ValueError(f"eval_crop: expected a number above 0 and at most 1, got {self.eval_crop}")
+        if isinstance(self.data, dict):
+            for name, weight in self.data.items():
+                if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+                    raise ValueError(f"data: expected a weight from 1e-6 to 1e6 for {name}, got {weight}")
         self.crops  # noqa: B018  (its own checks)
 
     def steps(self, epoch_steps: int) -> int:
@@ -250,7 +238,7 @@ def located(source: Any) -> Any:
         return {located(name): weight for name, weight in source.items()}
     if not isinstance(source, str) or source in {"digits", *SETS}:
         return source
-    path = os.path.abspath(os.path.expanduser(source))
+    path = os.path.abspath(expand_home(source))
     is_path = os.path.exists(path) or os.sep in source or glob.has_magic(source) or source.endswith(".tar")
     return path if is_path else source
 

@@ -1,5 +1,7 @@
 """Configurations of runs from keys: those given, before those of a recipe, before the defaults."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,8 @@ from bincomm.recipes import choose_recipe, read_recipe
 
 
 def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
-    """The configuration of a run: the keys given, before those of a recipe, before the defaults.
+    """The configuration of a run: the keys given, before those of a recipe, before the defaults. Without an
+    output among them it is runs/RECIPE, or runs/DATA-RECIPE for other data than the recipe's.
 
     Args:
         recipe: a name in `bincomm.recipes.recipe_names()`, or a YAML file; None: the one that fits the
@@ -27,7 +30,21 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
     if keys.get("backbone", values.get("backbone")) != values.get("backbone"):
         values.pop("backbone_args", None)  # those of the recipe's own
     values = without_other_lengths(values, keys)
-    return PretrainConfig(**{"output": f"runs/{Path(recipe).stem}", **values, **keys})
+    return PretrainConfig(**{"output": f"runs/{run_name(recipe, values, keys)}", **values, **keys})
+
+
+def run_name(recipe: str, values: dict[str, Any], keys: dict[str, Any]) -> str:
+    """The name of a run that is given none: that of its data, where they are not the recipe's own, and of its
+    recipe."""
+    name, data = Path(recipe).stem, keys.get("data")
+    if data in (None, values.get("data", "digits")):
+        return name
+    stems = [
+        Path(os.path.abspath(source)).name.partition(".")[0]
+        for source in ([data] if isinstance(data, str) else data)
+    ]
+    words = [re.sub(r"\W*\{.*|[^\w.-]+", "_", stem).strip("_-") for stem in stems]
+    return "-".join([*filter(None, words), name])
 
 
 def without_other_lengths(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
@@ -36,15 +53,15 @@ def without_other_lengths(values: dict[str, Any], keys: dict[str, Any]) -> dict[
     by_minutes = keys.get("minutes") is not None
     if by_minutes and given:
         raise ValueError(f"minutes: expected without epochs and max_steps, got also {' and '.join(given)}")
-    if by_minutes or (given and values.get("minutes") is not None):
-        # With minutes in a recipe, such as a run's config.yaml, its max_steps is what they came to.
+    # With minutes in a recipe, such as a run's config.yaml, its max_steps is what they came to.
+    if by_minutes or given == ["epochs"] or (given and values.get("minutes") is not None):
         return {key: value for key, value in values.items() if key not in ("minutes", "max_steps")}
     return values
 
 
 def configure_comparison(recipe: str | None = None, **keys: Any) -> PretrainConfig:
     """As `configure`, for `bincomm.comparison.compare`: without an output among the keys it is
-    runs/compare-RECIPE, whatever the recipe says.
+    runs/compare-DATA-RECIPE, whatever the recipe says.
 
     Raises:
         ValueError: the key method is given, or as `configure`.
@@ -55,4 +72,5 @@ def configure_comparison(recipe: str | None = None, **keys: Any) -> PretrainConf
             "method: compare trains several methods; name them in methods, for example bits-reset,dino"
         )
     recipe = recipe or choose_recipe(keys.get("data", "digits"))
-    return configure(recipe, **{"output": f"runs/compare-{Path(recipe).stem}", **keys})
+    values = read_recipe(recipe)
+    return configure(recipe, **{"output": f"runs/compare-{run_name(recipe, values, keys)}", **keys})

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from bincomm.ops import clip, library  # noqa: F401  (clip, to register its operation)
+# All, to register their operations.
+from bincomm.ops import clip, coding_rate, hamming, library, messages, sign_bce  # noqa: F401
 
 PACKAGES = {
     "triton": "the fused kernels for CUDA tensors; without it the slower PyTorch implementation runs",
@@ -22,12 +23,17 @@ PACKAGES = {
     "tqdm": "the bar; without it there is no training",
     "PIL": "images that DALI does not take; without it there is no training",
     "yaml": "recipes; without it there is no training",
+    "pyarrow": "codes in files; without it there are no encode, search and codes",
+    "faiss": "the index of encode --index; nothing else needs it",
+    "scipy": "the page about codes, evaluation on DAVIS, and the sets flowers102 and svhn need it",
 }
+EXTRAS = {"pyarrow": "eval", "faiss": "eval", "scipy": "eval"}  # that bring a package; else train
 DISTRIBUTIONS = {
     "nvidia.dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
     "sklearn": ("scikit-learn",),
     "PIL": ("pillow",),
     "yaml": ("pyyaml",),
+    "faiss": ("faiss-cpu", "faiss-gpu"),
 }
 
 
@@ -132,6 +138,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         notes.append("no Triton kernels for CUDA tensors: sign_bce and the messages run in PyTorch there.")
     for package, installed in report["packages"].items():
         if installed is None:
-            extra = "pip install triton" if package == "triton" else "pip install 'bincomm[train]'"
-            notes.append(f"{package} is not installed: {PACKAGES[package]}. {extra}")
+            extra = EXTRAS.get(package, "train")
+            what = "triton" if package == "triton" else f"'bincomm[{extra}]'"
+            notes.append(f"{package} is not installed: {PACKAGES[package]}. pip install {what}")
     return notes

@@ -1,11 +1,13 @@
 """Files that are written completely or not at all, and JSON in them."""
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -23,7 +25,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         OSError: it cannot be written, for example because the disk is full; the message names `path`.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.unfinished")  # short, whatever path's length
     try:
         with open(temporary, "xb") as file:
             write(file)
@@ -36,6 +38,64 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """A path with the home directory in place of a ~ at its start; where there is none, it stays."""
+    return Path(os.path.expanduser(path))
+
+
+def check_file(argument: str, path: str | os.PathLike[str]) -> Path:
+    """Try, before any work is done for it, whether `write_file` can write a file; returns its expanded path.
+
+    Raises:
+        ValueError: it cannot; the message names the argument.
+    """
+    file = expand_home(path)
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        _try_to_write(file)
+    except (OSError, ValueError) as error:  # the latter for a name that has no bytes in this locale
+        raise _refused(argument, "file in a folder that can be written", path, error) from error
+    return file
+
+
+def check_folder(argument: str, path: str | os.PathLike[str]) -> Path:
+    """Try, before any work is done for it, whether files can be written in a folder, which is not left behind
+    if it does not exist; returns its expanded path.
+
+    Raises:
+        ValueError: it cannot be made or written; the message names the argument.
+    """
+    folder = expand_home(path)
+    made: list[Path] = []
+    try:
+        for parent in reversed((folder, *folder.parents)):
+            if not parent.is_dir():
+                parent.mkdir(exist_ok=True)
+                made.append(parent)
+        _try_to_write(folder / "x")
+    except (OSError, ValueError) as error:
+        raise _refused(argument, "folder that can be made and written", path, error) from error
+    finally:
+        for parent in reversed(made):
+            with suppress(OSError):  # another process has begun to use it
+                parent.rmdir()
+    return folder
+
+
+def _try_to_write(file: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.lstat(file)  # refuses a name that is too long
+    probe = file.with_name(f".{secrets.token_hex(8)}.unfinished")
+    with open(probe, "xb"):
+        probe.unlink()
+
+
+def _refused(argument: str, expected: str, path: str | os.PathLike[str], error: Exception) -> ValueError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return ValueError(f"{argument}: expected a {expected}, got {os.fspath(path)}: {reason}")
 
 
 def sync_folder(path: Path) -> None:

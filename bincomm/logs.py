@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class TerminalHandler(logging.Handler):
             tqdm = sys.modules.get("tqdm")  # without it there are no bars
             write = print if tqdm is None else tqdm.tqdm.write
             write(printable(text), file=sys.stderr)
+        except OSError:  # its disk is full, or its terminal or reader gone: that ends no work
+            pass
         except Exception:
             self.handleError(record)
 
@@ -68,6 +70,12 @@ def progress_bar(**options: Any) -> "tqdm":
 
     hidden = options.pop("disable", False) or ROOT.level > logging.INFO
     return tqdm(dynamic_ncols=True, disable=True if hidden else None, **options)
+
+
+def tell(text: str) -> None:
+    """Print on standard error, if it takes it."""
+    with suppress(OSError):
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:

@@ -67,8 +67,9 @@ def feature_width(backbone: nn.Module, sizes: list[int]) -> int:
         try:
             width = backbone(torch.zeros(1, 3, size, size)).shape[-1]
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split()) or "its parts do not fit this size"
             raise ValueError(
-                f"backbone: {type(backbone).__name__} cannot take crops of {size} pixels: {error}"
+                f"backbone: {type(backbone).__name__} cannot take crops of {size} pixels: {reason}"
             ) from error
     backbone.train(training)
     return width

@@ -172,6 +172,8 @@ def explain(error: str, options: Iterable[str] = ()) -> str:
         if match[1].startswith("-"):
             return f"there is no option {match[1]}{did_you_mean(match[1], options)}"
         return f"unexpected {match[1]!r}; lists are written as in {LIST_EXAMPLE}"
+    elif match := re.match(r"argument --(\w+): invalid choice: (.*) \(choose from (.*)\)", error):
+        return f"{match[1]}: expected one of {match[3]}, got {match[2]}".replace("'", "")
     elif match := re.match(r"argument --(\w+): (.*)", error, re.DOTALL):
         return match[2] if match[2].startswith(f"{match[1]}: ") else f"{match[1]}: {match[2]}"
     elif match := re.match(r"the following arguments are required: (.*)", error):
@@ -196,8 +198,8 @@ def kind(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"{len(arguments)} numbers"
     if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if isinstance(hint, types.UnionType):
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(map(kind, arguments))
     return "a mapping"
 

@@ -20,7 +20,7 @@ from bincomm.engine.lock import open_run
 from bincomm.engine.run import begin_run, read_result
 from bincomm.engine.signals import Interrupted, Signals
 from bincomm.evaluation.run import evaluate_run
-from bincomm.files import write_json
+from bincomm.files import check_folder, write_json
 from bincomm.networks import Network
 
 __all__ = ["Interrupted", "TooManyUnusableError", "TrainingError", "pretrain", "train"]
@@ -37,12 +37,13 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
             the key.
         TrainingError: the loss or its gradient was not finite in several steps in a row.
         TooManyUnusableError: more images than `config.max_unusable` allows cannot be used.
-        Interrupted: SIGINT or SIGTERM came; the run is saved.
+        Interrupted: SIGINT or another signal that ends processes came; the run is saved.
         OSError: a result file could not be written.
     """
     if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):
         raise ValueError(f"output: expected another folder than that of the images, got {config.output}")
     with join_ranks(config.device) as ranks:
+        ranks.first(lambda: check_folder("output", config.output))
         source = ranks.leaders_first(lambda: open_source(config.data))
         labeled = ranks.leaders_first(lambda: evaluation_sources(config.data, source))
         with open_run(config.output, ranks) as run:

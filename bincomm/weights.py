@@ -2,9 +2,13 @@
 
 import difflib
 import json
-import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import safetensors.torch
 import timm
@@ -14,6 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from bincomm.backbone_arguments import check_backbone_arguments, check_backbone_name, is_plain_name
+from bincomm.files import expand_home
 
 
 def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") -> None:
@@ -52,16 +57,37 @@ def read_weights(source: str, argument: str) -> dict[str, Tensor]:
         try:
             return safetensors.torch.load_file(file)
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"{argument}: {file} cannot be read as safetensors: {error}") from error
+            raise _unreadable(file, argument, error) from error
+    with without_retries() as unreachable:
+        try:
+            return timm.create_model(source, pretrained=True, num_classes=0).state_dict()
+        except Exception as error:  # of whatever library timm fetches them with
+            reason = unreachable or " ".join(str(error).split())
+            raise ValueError(f"{argument}: timm has no weights of {source} here: {reason}") from error
+
+
+@contextmanager
+def without_retries() -> Iterator[str]:
+    """Let weights come from the disk alone where their server cannot be reached: else every attempt to reach
+    it is printed, for a minute. Yields what to say then, "" where it can be reached, or through a proxy."""
+    from huggingface_hub import constants
+
+    server, unreachable, before = urlsplit(constants.ENDPOINT), "", constants.HF_HUB_OFFLINE
+    if not getproxies() and not before:
+        try:
+            socket.create_connection((server.hostname or "", server.port or 443), timeout=5).close()
+        except OSError as error:
+            unreachable = f"they are not on this machine, and {server.hostname} cannot be reached: {error}"
+    constants.HF_HUB_OFFLINE = before or bool(unreachable)
     try:
-        return timm.create_model(source, pretrained=True, num_classes=0).state_dict()
-    except Exception as error:  # of whatever library timm fetches them with
-        raise ValueError(f"{argument}: timm has no weights of {source} here: {error}") from error
+        yield unreachable
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def weights_file(source: str, argument: str) -> Path | None:
     """The file of a backbone's weights, given it or a run's directory; None for those of timm."""
-    path = Path(os.path.expanduser(source))
+    path = expand_home(source)
     if path.is_dir():
         if not (path / "backbone.safetensors").exists():
             raise ValueError(f"{argument}: {source} holds no finished run (there is no backbone.safetensors)")
@@ -75,6 +101,23 @@ def weights_file(source: str, argument: str) -> Path | None:
     raise ValueError(
         f"{argument}: expected a run's directory, a .safetensors file or a timm model, got {source!r}{hint}"
     )
+
+
+def _unreadable(file: Path, argument: str, error: Exception) -> ValueError:
+    """The error for a file that is not safetensors; one of torch.save is named, and how to convert it."""
+    try:
+        with open(file, "rb") as opened:
+            begin = opened.read(4)
+    except OSError:
+        begin = b""
+    if begin[:2] == b"\x80\x02" or begin == b"PK\x03\x04":
+        if file.suffix == ".ckpt":
+            return ValueError(f"{argument}: {file} is a checkpoint; give the run's directory that it is of")
+        return ValueError(
+            f"{argument}: {file} was written by torch.save, as .pth files are, and may run code when it is "
+            "loaded; convert it once to .safetensors, as docs/training.md says, and name its backbone, too"
+        )
+    return ValueError(f"{argument}: {file} cannot be read as safetensors: {error}")
 
 
 def read_metadata(source: str, argument: str = "init_from") -> dict[str, Any]:
@@ -101,7 +144,7 @@ def read_metadata(source: str, argument: str = "init_from") -> dict[str, Any]:
         with safetensors.safe_open(file, "pt") as opened:
             text = (opened.metadata() or {}).get("create_model")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{argument}: {file} cannot be read as safetensors: {error}") from error
+        raise _unreadable(file, argument, error) from error
     if text is None:
         return {}
     try:

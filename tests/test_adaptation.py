@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 
 import pytest
 import safetensors.torch
@@ -26,6 +27,7 @@ from bincomm.evaluation.knn import knn_accuracy
 from bincomm.evaluation.linear import linear_probe
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.pretraining import pretrain
+from bincomm.weights import read_weights
 
 OPTIONS = {
     "recipe": "digits",
@@ -282,7 +284,45 @@ def test_a_wrong_source_takes_one_line(source, target, tmp_path, capsys, kind, w
 
 def test_weights_of_another_backbone_are_refused(source, target, tmp_path, capsys):
     assert cli.main(arguments(source, target, tmp_path / "run", backbone="resnet18", backbone_args="{}")) == 2
+    assert f"backbone: expected resnetv2_18, as {source} says, got resnet18" in capsys.readouterr().err
+    options = {"backbone_args": '{"layers": [2, 1]}'}
+    assert cli.main(arguments(source, target, tmp_path / "run", **options)) == 2
     assert "holds weights of another backbone" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    config = configure("resnet18.a1_in1k", data=str(target), backbone="resnet18")  # the same one
+    assert config.backbone == "resnet18"
+
+
+def test_what_torch_saved_is_named_with_the_way_out(target, tmp_path, capsys):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "dino.pth")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.ckpt")
+    for name, words in (
+        ("dino.pth", "written by torch.save"),
+        ("old.pth", "to .safetensors"),
+        ("x.ckpt", "run's"),
+    ):
+        assert cli.main(["adapt", f"--from={tmp_path / name}", f"--data={target}"]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_without_a_network_the_weights_of_timm_are_missed_at_once(tmp_path, monkeypatch, capfd):
+    """Nothing is printed but the error: huggingface_hub would report several attempts."""
+
+    def refuse(*arguments, **options):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+    monkeypatch.setattr("bincomm.weights.getproxies", dict)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    begin = time.monotonic()
+    with pytest.raises(
+        ValueError, match="init_from: timm has no weights of test_vit here: they are not on"
+    ) as e:
+        read_weights("test_vit", "init_from")
+    assert time.monotonic() - begin < 10
+    assert "huggingface.co cannot be reached: Network is unreachable" in str(e.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_init_from_is_not_an_option(source, target, tmp_path, capsys):

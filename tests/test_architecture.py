@@ -22,7 +22,16 @@ LAYERS = {
     "parsing": {"parsing"},
     "keys": {"config", "recipes", "weights"},
     "parts": {"data", "objectives", "networks", "diagnosis"},
-    "ground": {"distributed", "ops", "files", "bits", "logs", "backbone_arguments"},
+    "ground": {
+        "distributed",
+        "ops",
+        "files",
+        "bits",
+        "interruption",
+        "logs",
+        "memory",
+        "backbone_arguments",
+    },
     "compiled": {"kernels", "_C"},
 }
 # Packages that a part must do without.

@@ -58,10 +58,17 @@ def test_minutes_and_other_lengths_are_refused_together():
         configure("digits", minutes=10, epochs=3)
     with pytest.raises(ValueError, match="got also epochs and max_steps$"):
         configure_comparison("digits", minutes=10, epochs=3, max_steps=4)
-    with pytest.raises(ValueError, match="minutes: expected a number > 0, got 0"):
+    with pytest.raises(ValueError, match="minutes: expected from 0.001 to 10000000, got 0"):
         configure("digits", minutes=0)
     with pytest.raises(ValueError, match="minutes: expected a number or null, got x; .* minutes: 10"):
         configure("digits", minutes="x")
+
+
+def test_epochs_that_are_given_replace_the_steps_of_the_recipe():
+    assert configure("digits").max_steps == 440
+    assert (configure("digits", epochs=7).epochs, configure("digits", epochs=7).max_steps) == (7, None)
+    assert configure("digits", epochs=7, max_steps=9).max_steps == 9
+    assert configure("digits", batch_size=256).steps(epoch_steps=5) == 440
 
 
 def test_a_length_that_is_given_replaces_that_of_the_recipe(tmp_path):
@@ -159,13 +166,20 @@ def test_too_few_minutes_give_the_fewest_steps_and_say_so(tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seconds", "told"), [(9.0, 1), (0.1, 0)])
-def test_a_run_tells_once_how_long_it_will_take(tmp_path, monkeypatch, caplog, seconds, told):
+@pytest.mark.parametrize(
+    ("seconds", "steps", "told"),
+    [
+        (9.0, 25, "about 3 minutes for the 22 steps that remain, at 7.11 images/s"),  # after a few slow steps
+        (0.9, 90, "about 1 minute for the 75 steps that remain, at 71.1 images/s"),
+        (0.1, 25, ""),
+    ],
+)
+def test_a_run_tells_once_how_long_it_will_take(tmp_path, monkeypatch, caplog, seconds, steps, told):
     caplog.set_level(logging.INFO)
     Clock(monkeypatch, seconds)
-    pretrain(configure(**TINY, output=tmp_path / "run", max_steps=25))
-    assert caplog.text.count("that remain") == told
-    assert ("about 2 minutes for the 10 steps that remain, at 7.11 images/s" in caplog.text) == told
+    pretrain(configure(**TINY, output=tmp_path / "run", max_steps=steps, epochs=100))
+    assert caplog.text.count("that remain") == bool(told)
+    assert told in caplog.text
     assert all("second" not in key for key in read_json_lines(tmp_path / "run" / "metrics.jsonl")[-1])
 
 

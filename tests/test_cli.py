@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import bincomm
 from bincomm import cli
@@ -47,7 +49,7 @@ def test_help_version_and_unknown_commands(capsys):
 )  # fmt: skip
 def test_the_home_directory_in_arguments(argument, expanded, monkeypatch):
     monkeypatch.setenv("HOME", "HOME")
-    assert cli.expand_home(argument) == expanded
+    assert cli.expand_argument(argument) == expanded
 
 
 def test_the_home_directory_in_keys_and_in_the_cache(tmp_path, monkeypatch):
@@ -113,19 +115,42 @@ def test_help_names_the_methods_and_protocols_there_are():
 
 
 @pytest.mark.slow
-def test_help_needs_no_package_that_trains():
+def test_help_and_errors_of_the_parser_are_quick_because_they_import_no_large_package():
     code = """
 import sys
-sys.modules.update(dict.fromkeys(("timm", "nvidia", "matplotlib", "sklearn", "pyarrow", "faiss")))
+sys.modules.update(dict.fromkeys(("torch", "timm", "nvidia", "matplotlib", "sklearn", "pyarrow", "faiss")))
 from bincomm import cli
 for name in cli.COMMANDS:
     try:
         cli.main([*name.split(), "--help"])
     except SystemExit as ended:
         assert ended.code == 0
+assert cli.main(["--help"]) == cli.main(["--version"]) == 0
+assert cli.main(["pretrain", "--epochs=many"]) == cli.main(["pretrian"]) == 2
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pretrain", "--recipe=digits", "--data=none", "--output"],
+        ["compare", "--recipe=digits", "--data=none", "--output"],
+        ["evaluate", "none", "--data=none", "--output"],
+        ["encode", "none", "--data=none", "--output"],
+        ["codes", "none", "--data=none", "--output"],
+        ["search", "none", "--query=none", "--sheet"],
+        ["data", "look", "--recipe=digits", "--data=none", "--sheet"],
+        ["data", "verify", "--data=none", "--output"],
+        ["data", "shard", "--data=digits", "--output"],
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_first(arguments, capsys):
+    """Before other arguments, which are wrong too, are looked at."""
+    *others, option = arguments
+    assert cli.main([*others, f"{option}=/proc/none/x"]) == 2
+    assert f"{option.removeprefix('--')}: expected a f" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -140,10 +165,12 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     ("arguments", "words"),
     [
         (["search", "codes", "--query=a", "--k=1.5"], "k: expected an integer of at least 1, got '1.5'"),
-        (["evaluate", "runs/x", "--threads=0"], "threads: expected an integer of at least 1, got '0'"),
+        (["evaluate", "runs/x", "--threads=0"], "threads: expected an integer from 1 to 1024, got '0'"),
         (["evaluate", "", "--data=digits"], "expected a path or a name, got an empty string"),
         (["search", "codes"], "expected also --query"),
         (["codes"], "expected also WEIGHTS, --data, --output"),
+        (["evaluate", "x", "--device=gpu"], "device: expected one of auto, cpu, cuda, got gpu"),
+        (["evaluate", "x", "--eval_crop=y"], "eval_crop: expected a number, such as 0.875, got 'y'"),
         (["doctor", "--jason"], "there is no option --jason; did you mean --json?"),
         (["data", "verify", "--dat=x", "--data=x"], "there is no option --dat; did you mean --data?"),
     ],
@@ -248,6 +275,37 @@ def test_every_error_of_training_has_its_status(ends, tmp_path, capsys):
         "interrupted; run the same command again to resume from the last checkpoint"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:134] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("Failed to decode sample #23:\nCurrent pipeline object is no longer valid."),
+        ImportError("libdali.so: failed to map segment from shared object"),
+    ],
+)
+def test_too_little_memory_is_told_in_one_line(ends, capsys, error):
+    assert ends(error, "--quiet") == 1
+    text = capsys.readouterr().err
+    assert text.startswith("bincomm: error: memory: most likely there is too little (")
+    assert "lower batch_size, global_size or threads, raise accumulate" in text
+    assert text.count("\n") == 1
+
+
+def test_a_limit_below_what_imports_need_is_told_before_they_abort(ends, capsys, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (3_000_000 << 10, resource.RLIM_INFINITY))
+    assert ends(None, "--quiet") == 1
+    assert "ulimit -v allows 2.9 GB of address space, imports alone take 4" in capsys.readouterr().err
+
+
+def test_a_name_is_no_reason_to_speak_of_memory(ends, capsys):
+    assert ends(FileNotFoundError(2, "No such file or directory", "out of memory.png"), "--quiet") == 1
+    assert "memory: " not in capsys.readouterr().err
 
 
 def test_what_is_not_expected_keeps_its_traceback(ends, monkeypatch, capsys):

@@ -62,6 +62,23 @@ def test_without_a_recipe_the_images_decide(tmp_path):
         assert choose_recipe(str(folder)) == expected
 
 
+@pytest.mark.parametrize(
+    ("keys", "output"),
+    [
+        ({}, "runs/digits"),
+        ({"data": "digits"}, "runs/digits"),
+        ({"data": "cifar10"}, "runs/cifar10-digits"),
+        ({"data": "~/my pictures/"}, "runs/my_pictures-digits"),
+        ({"data": "/x/train-{000..127}.tar"}, "runs/train-digits"),
+        ({"data": "list.txt"}, "runs/list-digits"),
+        ({"data": {"a/photos": 3, "cifar10": 1}}, "runs/photos-cifar10-digits"),
+    ],
+)
+def test_a_run_is_named_after_its_data_and_recipe(keys, output):
+    assert configure("digits", **keys).output == output
+    assert configure_comparison("digits", **keys).output == output.replace("runs/", "runs/compare-")
+
+
 def test_a_recipe_names_its_output(tmp_path):
     (tmp_path / "config.yaml").write_text("output: runs/x\n")
     recipe = ["--recipe", str(tmp_path / "config.yaml")]
@@ -98,6 +115,12 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
             ["--max_steps", "many"],
             "max_steps: expected an integer or null, got many; .* --max_steps=1000",
         ),
+        (["--beta", "much"], "beta: expected a number or auto, got much; for example --beta=auto"),
+        (["--warmup_epochs", "[1]"], "warmup_epochs: expected an integer or auto, got .1.; .*=auto"),
+        (
+            ["--local_scale", "0.05", "0.4"],
+            r"local_scale: expected 2 numbers, got 0.05; .* --local_scale='\[0",
+        ),
         (["--precision", "fp8"], "precision: expected one of bf16, fp32, got fp8"),
         (
             ["--jitter", "[0.1, 0]"],
@@ -107,7 +130,7 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
         (["--backbone_args", "3"], 'backbone_args: expected a mapping, got 3; .*{"layers"'),
         (["--backbone_args.layers=[1]"], "backbone_args: expected all of it, got a part"),
         (["stray"], "unexpected 'stray'; lists are written as in"),
-        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["--epochs", "0"], "epochs: expected from 1 to 1000000000, got 0"),
         (["--momentum", "1.5"], "momentum: .*1.5"),
         (["--global_scale", "[0, 1]"], "global_scale"),
         (["--eps_squared", "0"], "eps_squared"),
@@ -117,10 +140,10 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
         (["--data", "{'digits': 1}"], "data: expected one source or a mapping"),
         (["--output="], "output: expected a path, got an empty string"),
         (["--init_from="], "init_from: expected a path, got an empty string"),
-        (["--beta", "1e400"], "beta: expected a finite number, got inf"),
-        (["--std", "[0.2, 0, 0.2]"], "std: expected three numbers > 0"),
+        (["--beta", "1e400"], "beta: expected from 0 to 1000000, got inf"),
+        (["--std", "[0.2, 0, 0.2]"], "std: expected from 0.001 to 1000, got"),
         (["--cuda_graph=true", "--checkpoint_activations=true"], "cuda_graph: expected false with"),
-        (["--max_unusable", "1.5"], "max_unusable: expected a share from 0 to 1, got 1.5"),
+        (["--max_unusable", "1.5"], "max_unusable: expected from 0 to 1, got 1.5"),
     ],
 )
 def test_what_is_wrong_is_named(arguments, words):
@@ -150,7 +173,7 @@ def test_python_says_keys_as_the_command_line_does(tmp_path):
         ({"epoch": 3}, "there is no key 'epoch'; did you mean epochs?"),
         ({"epochs": "many"}, "epochs: expected an integer, got many; for example epochs: 100"),
         ({"jitter": (1, 2)}, "jitter: expected 4 numbers, got [1, 2]"),
-        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"epochs": 0}, "epochs: expected from 1 to 1000000000, got 0"),
         ({"recipe": "digit"}, "did you mean digits?"),
     ],
 )
@@ -166,7 +189,8 @@ def test_a_comparison_has_an_output_of_its_own(tmp_path):
     assert configure_comparison("digits", output="runs/y").output == "runs/y"
     Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
     config = configure_comparison(data=tmp_path)  # a path from Python, for which the images choose
-    assert (config.data, config.output) == (str(tmp_path), f"runs/compare-{choose_recipe(str(tmp_path))}")
+    name = f"{tmp_path.name}-{choose_recipe(str(tmp_path))}"
+    assert (config.data, config.output) == (str(tmp_path), f"runs/compare-{name}")
     with pytest.raises(ValueError, match="method: compare trains several methods"):
         configure_comparison("digits", method="dino")
 
@@ -239,6 +263,8 @@ def test_differences_leave_out_what_changes_nothing():
     del older["mean"]  # a key that came later had its default
     assert config.differences(older) == {}
     assert PretrainConfig(mean=(0, 0, 0)).differences(older).keys() == {"mean"}
+    carried_out = {"log_every": 7, "device": "cpu", "channels_last": True}
+    assert PretrainConfig(**carried_out).differences(config.as_dict()) == {}
     assert PretrainConfig(data="images/").differences(PretrainConfig(data="./images").as_dict()) == {}
 
 

@@ -84,6 +84,7 @@ def resolved(config, epoch_steps, features):
         momentum=schedule.momentum,
         warmup_epochs=schedule.warmup / epoch_steps,
         reset_every=schedule.reset_every,
+        epochs=schedule.steps // epoch_steps,
     )
 
 

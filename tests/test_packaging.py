@@ -25,6 +25,7 @@ HEAVY = (
     "tensorboard",
     "triton",
     "yaml",
+    "faiss",
 )
 
 
@@ -63,6 +64,7 @@ def test_operations_and_doctor_work_with_torch_alone():
         assert student.grad.isfinite().all()
         notes = " ".join(bincomm.doctor()["notes"])
         assert "timm is not installed" in notes and "triton is not installed" in notes, notes
+        assert "bincomm[train]" in notes and "faiss is not installed" in notes and "bincomm[eval]" in notes
         from bincomm import cli
         assert cli.main(["pretrain"]) == 1
     """
@@ -125,6 +127,36 @@ def test_setup_refuses_what_it_cannot_do(environment, words):
     )
     assert process.returncode != 0
     assert words in process.stderr
+
+
+GROUPS = {
+    "version 2": {"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+                  "sys/fs/cgroup/a/cpu.max": "150000 100000\n", "sys/fs/cgroup/a/memory.max": "3000000000\n",
+                  "sys/fs/cgroup/memory.max": "max\n"},
+    "version 1": {"proc/self/cgroup": "4:memory:/a\n3:cpu,cpuacct:/a\n2:x:/\n0::/\n",
+                  "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_quota_us": "150000\n",
+                  "sys/fs/cgroup/cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+                  "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+                  "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "3000000000\n"},
+    "none": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_compilers_are_as_many_as_the_process_may_use(kind, tmp_path):
+    for name, text in GROUPS[kind].items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code = f"""
+        import os, runpy, setuptools
+        os.environ.pop("MAX_JOBS", None)
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+        setuptools.setup = lambda **options: None
+        print(*runpy.run_path("setup.py")["group_limits"]({str(tmp_path)!r}), os.environ["MAX_JOBS"])
+    """
+    process = python(code, BINCOMM_CUDA="0")
+    expected = "inf inf 1" if kind == "none" else "1.5 3000000000 1"
+    assert process.stdout.splitlines()[-1:] == [expected], process.stderr
 
 
 def test_cuda_code_is_in_the_extension_when_nvcc_was_found():

@@ -5,8 +5,11 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,6 +59,9 @@ BATCH_NORM = {
     "drop_path": 0,
 }
 
+
+# What schedulers and closed terminals send, beside SIGTERM.
+SIGNALS = ("HUP", "USR1", "USR2", "XCPU")
 
 pytestmark = pytest.mark.slow
 
@@ -195,18 +201,96 @@ def test_ctrl_c_saves_and_resumes(finished, tmp_path):
     same_end(finished[0], tmp_path / "run")
 
 
-@pytest.mark.parametrize("moment", ["add", "report"])
-def test_a_signal_at_any_moment_is_saved_before_it_ends_the_run(tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(
+    ("moment", "number"), [("add", "TERM"), ("report", "TERM"), *(("add", s) for s in SIGNALS)]
+)
+def test_a_signal_at_any_moment_is_saved_before_it_ends_the_run(tmp_path, monkeypatch, moment, number):
     method = getattr(Records, moment)
 
     def interrupted(self, *args):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), getattr(signal, f"SIG{number}"))
         return method(self, *args)
 
     monkeypatch.setattr(Records, moment, interrupted)
     with pytest.raises(Interrupted):
         pretrain(configuration(tmp_path / "run", log_every=2, save_every=1000))
     assert newest(tmp_path / "run")["step"] == (1 if moment == "add" else 2)
+
+
+def test_what_ignores_signals_goes_on_ignoring_them(tmp_path, monkeypatch):
+    """As `nohup` and what a shell's script starts in the background do."""
+    add = Records.add
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGINT)
+        return add(self, *args)
+
+    monkeypatch.setattr(Records, "add", interrupted)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGINT)}
+    try:
+        assert cli.main(["pretrain", *arguments(tmp_path / "run", max_steps=2)]) == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_the_run_begins_ends_it_in_order(tmp_path, monkeypatch, capsys, number):
+    """Nothing can be saved yet; a file that is being written is not left unfinished."""
+    fsync = os.fsync
+
+    def interrupted(descriptor):
+        os.kill(os.getpid(), number)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    assert cli.main(["pretrain", *arguments(tmp_path / "run")]) == 128 + number
+    assert "interrupted; nothing was saved" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "run") == [".bincomm.lock"]
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_log_on_a_full_disk_ends_nothing(tmp_path, monkeypatch):
+    """Neither the run, nor that a signal saves it."""
+    add = Records.add
+
+    def interrupted(self, step, *args):
+        add(self, step, *args)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    streams = [open("/dev/full", "w", buffering=1) for _ in range(2)]  # noqa: SIM115
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        monkeypatch.setattr(sys, name, stream)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Records, "add", interrupted)
+        status = cli.main(["pretrain", *arguments(tmp_path / "run", max_steps=4, log_every=1)])
+    assert status == cli.SAVED
+    assert newest(tmp_path / "run")["step"] == 3
+    assert cli.main(["pretrain", *arguments(tmp_path / "run", max_steps=4, log_every=1)]) == 1  # no summary
+    assert (tmp_path / "run" / "result.json").exists()
+    for stream in streams:
+        stream.close()  # what it could not take went elsewhere
+
+
+@pytest.mark.parametrize("removed", ["run", "run/metrics.jsonl", "run/checkpoints"])
+def test_what_is_removed_while_a_run_trains_is_made_again(tmp_path, monkeypatch, caplog, removed):
+    add = Records.add
+
+    def remove(self, step, *args):
+        if step == 9:
+            path = tmp_path / removed
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        add(self, step, *args)
+
+    monkeypatch.setattr(Records, "add", remove)
+    pretrain(configuration(tmp_path / "run", max_steps=14))
+    assert newest(tmp_path / "run")["step"] == 14
+    left = {"config.yaml", "metrics.jsonl", "backbone.safetensors", "result.json", ".bincomm.lock"}
+    assert left <= set(os.listdir(tmp_path / "run"))
+    assert read_json_lines(tmp_path / "run/metrics.jsonl")[-1]["step"] == 14
+    assert ("was removed" in caplog.text) == (removed != "run/checkpoints")
 
 
 def test_a_finished_run_is_not_trained_again(finished, capsys):
@@ -220,6 +304,54 @@ def test_a_finished_run_is_not_trained_again(finished, capsys):
 def test_a_run_of_another_configuration_is_refused(finished, capsys):
     assert cli.main(["pretrain", *arguments(finished[0], beta=0.7)]) == 2
     assert "beta was auto, now 0.7" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_lengthened_but_followed_by_another(finished, capsys):
+    assert cli.main(["pretrain", *arguments(finished[0], epochs=30, max_steps=90)]) == 2
+    error = capsys.readouterr().err
+    assert "epochs was 3, now 30; max_steps was 50, now 90" in error
+    assert f"choose another --output; to train its network further, add --init_from {finished[0]}" in error
+    assert cli.main(["pretrain", *arguments(finished[0], log_every=7, device="cpu")]) == 0
+
+
+def test_metrics_may_be_reported_at_other_steps_after_a_resume(finished, tmp_path, monkeypatch):
+    add = Records.add
+
+    def interrupted(self, step, *args):
+        add(self, step, *args)
+        if step == 7:  # three steps after a report
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Records, "add", interrupted)
+        with pytest.raises(Interrupted):
+            pretrain(configuration(tmp_path / "run"))
+    pretrain(configuration(tmp_path / "run", log_every=2))
+    assert [line["step"] for line in read_json_lines(tmp_path / "run/metrics.jsonl")] == [4, *range(8, 51, 2)]
+    weights = [(run / "backbone.safetensors").read_bytes() for run in (finished[0], tmp_path / "run")]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
+    images = tmp_path / "a" / "images"
+    images.mkdir(parents=True)
+    for i in range(70):
+        Image.new("RGB", (20, 20), (3 * i, 0, 0)).save(images / f"{i:02}.png")
+    monkeypatch.chdir(tmp_path / "a")
+    config = configuration(tmp_path / "run", data="images", max_steps=3)
+    add = Records.add
+
+    def interrupted(self, *args):
+        add(self, *args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Records, "add", interrupted)
+        with pytest.raises(Interrupted):
+            pretrain(config)
+    monkeypatch.chdir(tmp_path)
+    pretrain(replace(config, data=str(images)))
+    assert newest(tmp_path / "run")["step"] == 3
 
 
 def test_a_run_that_failed_before_it_began_is_not_in_the_way(tmp_path):

@@ -285,3 +285,13 @@ def test_names_are_shown_and_do_not_act(tmp_path, capfd):
     assert "\x1b]0" not in shown
     assert "\x07" not in shown
     assert not any(line.startswith("forged") for line in shown.splitlines())
+
+
+def test_errors_are_one_line_whatever_names_they_have(capsys):
+    for arguments in (
+        ["data", "verify", "--data=none\nforged: all is well"],
+        ["search", "none\nforged: all is well", "--query=x"],
+        ["evaluate", "none\nforged: all is well", "--data=digits"],
+    ):
+        assert main(arguments) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

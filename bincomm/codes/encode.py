@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bincomm.codes.storage import Part, describe_difference, open_part, open_parts, to_codes, write_part
+from bincomm.codes.storage import (
+    Part,
+    describe_difference,
+    open_part,
+    open_parts,
+    to_codes,
+    verify_part,
+    write_part,
+)
 from bincomm.data.export import write_unusable
 from bincomm.data.images import UnusableImageError, read
 from bincomm.data.sources import Source
@@ -67,7 +75,7 @@ def encode(
 
     Raises:
         ValueError: the weights have no head, or give NaN; the folder is of other weights, images or options,
-            or another process writes in it; no image can be used.
+            holds a damaged file, or another process writes in it; no image can be used.
         OSError: it cannot be written, for want of space for example.
     """
     if model.head is None:
@@ -88,8 +96,10 @@ def encode(
         def begin() -> tuple[dict[str, Any], list[int]]:
             metadata = _write_or_compare_metadata(folder, _metadata(model, source, features, rows))
             for start, path in zip(starts, paths, strict=True):
-                if path.exists() and _can_be_completed(open_part(path), ImageRange(source, start, rows)):
-                    path.unlink()
+                if path.exists():
+                    verify_part(part := open_part(path))
+                    if _can_be_completed(part, ImageRange(source, start, rows)):
+                        path.unlink()
             return metadata, [number for number, path in enumerate(paths) if not path.exists()]
 
         metadata, missing = ranks.first(begin)
@@ -210,10 +220,6 @@ def _encode_part(model: Pretrained, images: ImageRange, metadata: dict[str, Any]
     source = Source(images)
     for batch in forward_batches(model, source, lambda image, why: unusable.append((image, why))):
         assert batch.logits is not None  # the model has a head
-        wrong = batch.logits.isnan().any(-1)
-        if wrong.any():
-            name = images.name(batch.indices[int(wrong.nonzero()[0])])
-            raise ValueError(f"weights: {model.name} gives logits that are NaN for {name}; expected numbers")
         numbers += batch.indices
         messages.append(pack_signs(batch.logits).cpu())
         if features:

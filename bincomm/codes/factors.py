@@ -152,19 +152,19 @@ class Meaning(NamedTuple):
     strength: Tensor
     strength_chance: Tensor
     correlation: Tensor
-    agreement: Tensor
-    agreement_chance: Tensor
+    accuracy: Tensor
+    accuracy_chance: Tensor
     deviation: Tensor  # (F,)
 
     def by_factor(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Correlation, agreement and agreement by chance, each (F,): means over bits, weighted by how far
+        """Correlation, accuracy and accuracy by chance, each (F,): means over bits, weighted by how far
         their strength lies above chance. NaN for a factor about which no bit says anything, and where one of
         the three is NaN."""
         weights = _weights(self.strength, self.strength_chance)
-        correlation, agreement, chance = (
-            (weights * values).sum(0) for values in (self.correlation, self.agreement, self.agreement_chance)
+        correlation, accuracy, chance = (
+            (weights * values).sum(0) for values in (self.correlation, self.accuracy, self.accuracy_chance)
         )
-        return correlation, agreement, chance
+        return correlation, accuracy, chance
 
 
 def keeps_meaning(
@@ -183,10 +183,10 @@ def keeps_meaning(
     - deviation: that of the weighted mean over bits that `Meaning.by_factor` gives, if the values' meanings
       were permuted. Bits are not independent witnesses, so that of many bits may be hardly smaller than that
       of one: for a factor with few values a correlation then proves little.
-    - agreement: share of the unseen images whose bit is the one more frequent on seen images of the same
+    - accuracy: share of the unseen images whose bit is the one more frequent on seen images of the same
       value. Its chance level ignores the value: the one more frequent on all seen images.
 
-    Noise lowers correlation and agreement as a loss of meaning does: compare them with the same for other
+    Noise lowers correlation and accuracy as a loss of meaning does: compare them with the same for other
     images of the seen classes, and use bits whose strength is above chance, as `Meaning.by_factor` does.
 
     Args:
@@ -196,7 +196,7 @@ def keeps_meaning(
 
     Returns:
         Each (K, F) fp64, deviation (F,). Correlation is NaN for a factor of which both share fewer than two
-        values, agreement where they share none, deviation also where no bit's strength is above chance.
+        values, accuracy where they share none, deviation also where no bit's strength is above chance.
 
     Raises:
         TypeError, ValueError: see `check_factors`, or shapes that do not fit.
@@ -249,18 +249,18 @@ def _meaning_of(
     ones, images, new_ones, new_images = ones[:, both], images[both], new_ones[:, both], new_images[both]
     majority_of_value = ones > images / 2  # (K, V)
     majority_of_all = (all_ones > n / 2)[:, None]
-    agreement, agreement_chance = (
+    accuracy, accuracy_chance = (
         torch.where(bit, new_ones, new_images - new_ones).sum(1) / new_images.sum()
         for bit in (majority_of_value, majority_of_all)
     )
     if both.sum() < 2:
         correlation = torch.full_like(mean, torch.nan)
-        return strength, chance, correlation, agreement, agreement_chance, mean.new_tensor(torch.nan)
+        return strength, chance, correlation, accuracy, accuracy_chance, mean.new_tensor(torch.nan)
     s, u = (_unit(x - x.mean(1, keepdim=True)) for x in (ones / images, new_ones / new_images))
     weights = _weights(strength, chance)
     # C = Σ_v A_vv, and with the values of u permuted Σ_v A_vπ(v); rows and columns of A sum to 0.
     deviation = ((weights[:, None] * s).T @ u).norm() / math.sqrt(len(images) - 1)
-    return strength, chance, (s * u).sum(1), agreement, agreement_chance, deviation
+    return strength, chance, (s * u).sum(1), accuracy, accuracy_chance, deviation
 
 
 def _weights(strength: Tensor, chance: Tensor) -> Tensor:

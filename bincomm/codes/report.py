@@ -8,7 +8,6 @@ import torch
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from bincomm.codes.agreement import predicted_from, stability
 from bincomm.codes.attributes import Attribute, read_attributes
 from bincomm.codes.classes import (
     class_difference,
@@ -20,6 +19,7 @@ from bincomm.codes.classes import (
 from bincomm.codes.distances import distance_histograms, neighbor_overlap, precision_by_bits, separation
 from bincomm.codes.observations import Observations, augmented_signs, most_certain, observe
 from bincomm.codes.page import draw_page
+from bincomm.codes.stability import predicted_from, stability
 from bincomm.codes.usage import (
     bit_entropies,
     block_entropies,
@@ -31,7 +31,7 @@ from bincomm.codes.usage import (
 from bincomm.data.sources import Source
 from bincomm.evaluation.features import forward_batches
 from bincomm.evaluation.pretrained import Pretrained
-from bincomm.files import write_json, write_text
+from bincomm.files import check_folder, write_json, write_text
 from bincomm.ops.hamming import hamming_distance
 from bincomm.ops.messages import pack_signs
 
@@ -86,7 +86,7 @@ def report(
     if attributes is not None:
         columns, misfits = read_attributes(attributes, list(source.images.names()))
         notes += misfits
-    _check_writable(output)  # before the network sees all images
+    output = check_folder("output", output)  # before the network sees all images
     observed = observe(model, source, bits)
     if len(observed.indices) < 2:
         raise ValueError(f"data: expected at least 2 images that can be used, got {len(observed.indices)}")
@@ -124,13 +124,6 @@ def report(
     write_text(output / "codes.html", page)
     write_json(output / "codes.json", result)
     return result
-
-
-def _check_writable(output: Path) -> None:
-    existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        why = "no file can be made there" if existing.is_dir() else f"{existing} is a file"
-        raise ValueError(f"output: expected a folder, or where one can be made, got {output}: {why}")
 
 
 def _check_finite(argument: str, model: Pretrained, logits: Tensor) -> None:

@@ -149,11 +149,14 @@ def nearest(
     return [[Neighbor(*next(images), distance) for distance in of_query] for of_query in distances.tolist()]
 
 
-def contact_sheet(query: str | Path, neighbors: Sequence[Neighbor]) -> Image.Image:
+def contact_sheet(
+    query: str | Path, neighbors: Sequence[Neighbor], below: Sequence[Path] | None = None
+) -> Image.Image:
     """The query and its neighbors, MAX_SHOWN images at most, as a picture, with distance and label (or name)
     under each.
 
-    An image that can no longer be opened is a gray tile with its path.
+    An image that can no longer be opened is a gray tile with its path, and so is a neighbor outside the
+    folders `below`, of which nothing is read; None: any may be read.
     """
     tiles = [(str(query), ("query", os.path.basename(query)))]
     for path, label, distance in neighbors[: MAX_SHOWN - 1]:
@@ -164,8 +167,9 @@ def contact_sheet(query: str | Path, neighbors: Sequence[Neighbor]) -> Image.Ima
     sheet = Image.new("RGB", size, "white")
     drawing = ImageDraw.Draw(sheet)
     for number, (path, caption) in enumerate(tiles):
+        folders = below if number else None  # the query is the user's own
         left, top = GAP + number % columns * (TILE + GAP), GAP + number // columns * (TILE + CAPTION + GAP)
-        sheet.paste(_tile(path), (left, top))
+        sheet.paste(_tile(path, folders), (left, top))
         for line, text in enumerate(caption):
             corner = left, top + TILE + 3 + line * CAPTION // 2
             drawing.text(corner, _fitting(drawing, text), fill="black")
@@ -213,19 +217,34 @@ def _stamp(part: Part) -> list[Any]:
     return [part.path.name, stat.st_size, stat.st_mtime_ns]
 
 
-def _read(path: str) -> bytes:
-    """The bytes of an image, of a file or of a shard's member."""
+def is_below(path: str, folders: Sequence[Path]) -> bool:
+    """Whether a path lies below one of some folders, both as it is written, so that nothing elsewhere is even
+    looked up, and after its links are followed."""
+    written = os.path.abspath(path)
+    return any(
+        any(written.startswith(os.path.join(start, "")) for start in (os.path.abspath(folder), real))
+        and os.path.realpath(written).startswith(os.path.join(real, ""))
+        for folder in folders
+        for real in [os.path.realpath(folder)]
+    )
+
+
+def _read(path: str, below: Sequence[Path] | None) -> bytes:
+    """The bytes of an image, of a file or of a shard's member, below one of some folders if any are given."""
+    path = path if below is None else os.path.abspath(path)  # what `is_below` judges
     for end in re.finditer(r"\.tar(?=/)", path):
         shard, member = path[: end.end()], path[end.end() + 1 :]
-        if os.path.isfile(shard):
+        if (below is None or is_below(shard, below)) and os.path.isfile(shard):
             shards, _, _ = open_shards([shard])
             return shards.read(shards.members.index(member)).tobytes()
+    if below is not None and not is_below(path, below):
+        raise PermissionError(path)
     return Files([path]).read(0).tobytes()
 
 
-def _tile(path: str) -> Image.Image:
+def _tile(path: str, below: Sequence[Path] | None) -> Image.Image:
     try:
-        image = open_encoded(_read(path))
+        image = open_encoded(_read(path, below))
         image.draft("RGB", (TILE, TILE))
         image = ImageOps.exif_transpose(eight_bits(image)).convert("RGB")
         scale = TILE / max(image.size)  # at least a pixel is left of the shorter side

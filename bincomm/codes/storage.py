@@ -4,13 +4,16 @@ A row is an image: its `path` (string), its `label` (string, null where the data
 optionally the backbone's `features` (D numbers, fp32: as the network gave them, in a type all readers have).
 The code of K bits is ⌈K/8⌉ bytes: bit j is bit j % 8 of byte j // 8, unused bits are 0. That is the message
 of `pack_signs`, whose bit j of word w is bit 32w + j, low bytes of the words first, cut to ⌈K/8⌉ bytes.
-The schema of a file has two keys, both JSON: `bincomm` describes the codes as encode.json does, and
-`bincomm.unusable` lists the images of the file's range that have no row, and why. Whatever reads Parquet
-reads FOLDER/part-*.parquet; in a name that is not UTF-8 the odd bytes are written as \\udcXX.
+The schema of a file has three keys, all JSON: `bincomm` describes the codes as encode.json does,
+`bincomm.unusable` lists the images of the file's range that have no row, and why, and `bincomm.checksums` has
+the CRC-32 of these two and the number of rows, of all codes, and of each row group's paths and labels:
+Parquet's own checksums leave out how its pages are to be read. Whatever reads Parquet reads
+FOLDER/part-*.parquet; in a name that is not UTF-8 the odd bytes are written as \\udcXX.
 """
 
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +27,10 @@ from torch import Tensor
 
 from bincomm.files import write_file
 
-METADATA_KEY, UNUSABLE_KEY = b"bincomm", b"bincomm.unusable"  # in the schema of every file
+# In the schema of every file; files of earlier versions have no checksums.
+METADATA_KEY, UNUSABLE_KEY, CHECKSUMS_KEY = b"bincomm", b"bincomm.unusable", b"bincomm.checksums"
+TEXTS = pa.schema({"path": pa.string(), "label": pa.string()})
+COUNTS = ("bits", "features", "images", "rows")  # of the metadata; features: None where there are none
 ROW_GROUP = 1 << 13  # rows of a Parquet row group: what is read to find one path
 
 
@@ -35,6 +41,7 @@ class Part(NamedTuple):
     rows: int
     metadata: dict[str, Any]  # what describes its codes, as in encode.json
     unusable: list[tuple[str, str]]  # images of its range without a code, and why
+    checksums: dict[str, Any] | None  # of its content; None: of an earlier version
 
 
 def write_part(
@@ -70,7 +77,17 @@ def write_part(
         numbers = pa.array(np.ascontiguousarray(features, np.float32).reshape(-1))
         columns["features"] = pa.FixedSizeListArray.from_arrays(numbers, type=kind)
     fields = [pa.field(name, column.type, nullable=name == "label") for name, column in columns.items()]
-    schema = pa.schema(fields, {METADATA_KEY: json.dumps(metadata), UNUSABLE_KEY: json.dumps(list(unusable))})
+    about = {METADATA_KEY: json.dumps(metadata), UNUSABLE_KEY: json.dumps(list(unusable))}
+    texts = [columns["path"], columns["label"]]
+    checksums = {
+        "about": _checksum_about(about.values(), len(codes)),
+        "code": zlib.crc32(codes.data),
+        "rows": [
+            _checksum_texts([column.slice(first, ROW_GROUP) for column in texts])
+            for first in range(0, len(codes), ROW_GROUP)
+        ],
+    }
+    schema = pa.schema(fields, {**about, CHECKSUMS_KEY: json.dumps(checksums)})
     table = pa.Table.from_arrays(list(columns.values()), schema=schema)
 
     def write(file: Any) -> None:
@@ -98,13 +115,21 @@ def open_part(path: Path) -> Part:
     with _open_parquet(path) as file:
         schema = file.schema_arrow
         try:
-            metadata = dict(json.loads(schema.metadata[METADATA_KEY]))
-            unusable = [(name, why) for name, why in json.loads(schema.metadata[UNUSABLE_KEY])]
-            if schema.field("code").type == pa.binary(-(-metadata["bits"] // 8)):
-                return Part(path, file.metadata.num_rows, metadata, unusable)
+            about = [schema.metadata[key].decode() for key in (METADATA_KEY, UNUSABLE_KEY)]
+            metadata = dict(json.loads(about[0]))
+            if not all(type(n) is int and n > 0 for key in COUNTS if (n := metadata.get(key, 1)) is not None):
+                raise ValueError("counts are positive integers")
+            unusable = [(name, why) for name, why in json.loads(about[1])]
+            fits = schema.field("code").type == pa.binary(-(-metadata["bits"] // 8))
         except (KeyError, TypeError, ValueError):
-            pass
-        raise pa.ArrowInvalid("no column `code` with a description of it")
+            fits = False
+        if not fits:
+            raise pa.ArrowInvalid("no column `code` with a description of it")
+        checksums = None
+        if CHECKSUMS_KEY in schema.metadata:
+            checksums = dict(json.loads(schema.metadata[CHECKSUMS_KEY]))
+            _compare(_checksum_about(about, file.metadata.num_rows), checksums["about"])
+        return Part(path, file.metadata.num_rows, metadata, unusable, checksums)
 
 
 def open_parts(folder: str | Path) -> list[Part]:
@@ -130,14 +155,36 @@ def open_parts(folder: str | Path) -> list[Part]:
 
 
 def iterate_codes(parts: Iterable[Part]) -> Iterator[np.ndarray]:
-    """The codes of files in their order, (n, ⌈K/8⌉) uint8, at most 65536 at a time."""
+    """The codes of files in their order, (n, ⌈K/8⌉) uint8, at most 65536 at a time.
+
+    Raises:
+        ValueError: a file cannot be read, or is damaged, which may show only at its end.
+    """
     for part in parts:
-        width = -(-part.metadata["bits"] // 8)
+        width, rows, checksum = -(-part.metadata["bits"] // 8), 0, 0
         with _open_parquet(part.path) as file:
             for batch in file.iter_batches(8 * ROW_GROUP, columns=["code"]):
                 column = batch.column(0)
                 values = np.frombuffer(column.buffers()[1], np.uint8)[column.offset * width :]
-                yield values[: len(column) * width].reshape(len(column), width)
+                values = values[: len(column) * width].reshape(len(column), width)
+                rows, checksum = rows + len(column), zlib.crc32(values.data, checksum)
+                if rows <= part.rows:  # else it is damaged; callers have room for as many as it promised
+                    yield values
+            if rows != part.rows:
+                raise pa.ArrowInvalid(f"it has {rows} codes and says {part.rows}")
+            if part.checksums is not None:
+                _compare(checksum, part.checksums["code"])
+
+
+def verify_part(part: Part) -> None:
+    """Compare all checksums of a file.
+
+    Raises:
+        ValueError: it is damaged, or cannot be read.
+    """
+    for _ in iterate_codes([part]):
+        pass
+    read_rows([part], range(0, part.rows, ROW_GROUP))
 
 
 def read_codes(folder: str | Path) -> tuple[np.ndarray, int]:
@@ -178,7 +225,10 @@ def read_rows(parts: Sequence[Part], rows: Sequence[int] | np.ndarray) -> list[t
                 last = first + file.metadata.row_group(group).num_rows
                 of_group = [row for row in of_part if first <= row < last]
                 if of_group:
-                    table = file.read_row_group(group, ["path", "label"])
+                    table = file.read_row_group(group, ["path", "label"]).cast(TEXTS)
+                    if part.checksums is not None:
+                        texts = [column.combine_chunks() for column in table.columns]
+                        _compare(_checksum_texts(texts), part.checksums["rows"][group])
                     names, labels = table.take([row - first for row in of_group]).to_pydict().values()
                     pairs = zip(map(_from_utf8, names), labels, strict=True)
                     result |= zip(of_group, pairs, strict=True)
@@ -217,14 +267,38 @@ def to_codes(messages: Tensor, bits: int) -> np.ndarray:
 
 @contextmanager
 def _open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
+    """A file of codes to read; whatever goes wrong in it is an error that names it."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        # Opened here, because Arrow takes only names that are UTF-8.
+        with open(path, "rb") as opened, pq.ParquetFile(opened, page_checksum_verification=True) as file:
             yield file
-    except (OSError, pa.ArrowException) as error:
+    except Exception as error:  # what a damage makes of a file is of any kind
         raise ValueError(
             f"folder: {path} cannot be read: {error}; expected a file of codes; once it is removed, the same "
             "`bincomm encode` makes it again"
         ) from error
+
+
+def _checksum_about(texts: Iterable[str], rows: int) -> int:
+    """The CRC-32 of what describes a file, and of its number of rows."""
+    return zlib.crc32(json.dumps([*texts, rows]).encode())
+
+
+def _checksum_texts(columns: Iterable[pa.StringArray]) -> int:
+    """The CRC-32 of columns of texts: of each one's lengths, of which are null, and of their bytes."""
+    checksum = 0
+    for column in columns:
+        _, ends, data = column.buffers()
+        ends = np.frombuffer(ends, np.int32)[column.offset :][: len(column) + 1] if len(column) else [0]
+        checksum = zlib.crc32(np.diff(ends).data, checksum)
+        checksum = zlib.crc32(column.is_null().to_numpy(zero_copy_only=False).data, checksum)
+        checksum = zlib.crc32((data or pa.py_buffer(b""))[ends[0] : ends[-1]], checksum)
+    return checksum
+
+
+def _compare(checksum: int, expected: int) -> None:
+    if checksum != expected:
+        raise pa.ArrowInvalid("it is damaged, for a checksum is wrong")
 
 
 def _to_utf8(name: str) -> str:

@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+from bincomm.config import LIMITS
 
 PREPROCESSING = ("global_size", "eval_crop", "batch_size", "threads")
 
@@ -37,12 +40,12 @@ def add_weights(parser: argparse.ArgumentParser, head: bool = True) -> None:
     parser.add_argument("--global_size", type=positive, metavar="PIXELS", help="side of the center crop")
     parser.add_argument(
         "--eval_crop",
-        type=float,
+        type=number,
         metavar="SHARE",
         help="side of the center crop, as a share of the resized image's side",
     )
     parser.add_argument("--batch_size", type=positive, metavar="N", help="images at a time, 256 at most")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads that read images")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help="CPU threads that read images")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU if there is one"
     )
@@ -56,7 +59,7 @@ def preprocessing(options: argparse.Namespace) -> dict[str, Any]:
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add a source of images, and the threads that read them."""
     parser.add_argument("--data", required=True, help="images, as in `bincomm pretrain`")
-    parser.add_argument("--threads", type=positive, default=4, metavar="N", help="CPU threads")
+    parser.add_argument("--threads", type=thread_count, default=4, metavar="N", help="CPU threads")
 
 
 def path_or_name(text: str) -> str:
@@ -69,12 +72,26 @@ def path_or_name(text: str) -> str:
 # jsonargparse also calls the following functions with values that they have returned.
 
 
-def positive(value: str | int) -> int:
+def positive(value: str | int, largest: int = 2**31 - 1) -> int:
     """An integer of at least 1."""
     text = str(value)
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    if not (re.fullmatch(r"0*[1-9]\d{0,9}", text, re.ASCII) and int(text) <= largest):
+        limits = "of at least 1" if largest >= 2**31 - 1 else f"from 1 to {largest}"
+        raise argparse.ArgumentTypeError(f"expected an integer {limits}, got {text[:30]!r}")
     return int(text)
+
+
+def number(text: str) -> float:
+    """A number, of which the configuration knows the limits."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, such as 0.875, got {text!r}") from error
+
+
+def thread_count(value: str) -> int:
+    """A number of threads that a process may have, as the key threads of a run."""
+    return positive(value, int(LIMITS["threads"][1]))
 
 
 def names(value: str | list[str]) -> list[str]:

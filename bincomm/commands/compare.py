@@ -46,7 +46,9 @@ def add_arguments(parser: "ArgumentParser") -> None:
         "of images, at most 65536",
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", help="folder for the runs and the table; default runs/compare-RECIPE"
+        "--output",
+        metavar="FOLDER",
+        help="folder for the runs and the table; default runs/compare-DATA-RECIPE",
     )
     parser.add_argument("--method", help=argparse.SUPPRESS)  # refused with a reason
     add_recipe(parser)

@@ -1,7 +1,6 @@
 """Draw the crops of the images that a run begins with into a contact sheet, one row per image."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bincomm.commands.arguments import positive, stem
@@ -24,13 +23,14 @@ def run(options: argparse.Namespace) -> None:
     """Write the sheet, and print the names of its images."""
     from bincomm.data.contact_sheet import contact_sheet
     from bincomm.data.sources import open_source
-    from bincomm.files import write_file
+    from bincomm.files import check_file, write_file
 
     config = options.config
+    path = check_file("sheet", options.sheet)
     sheet, image_names = contact_sheet(
         open_source(config.data), config.crops, seed=config.seed, images=options.images
     )
-    write_file(Path(options.sheet), lambda file: sheet.save(file, format="png"))
+    write_file(path, lambda file: sheet.save(file, format="png"))
     print(f"recipe {stem(options.recipe)}, data {config.data}")
     print("\n".join(map(printable_name, image_names)))
-    print(f"in {options.sheet}, a row each")
+    print(f"in {path}, a row each")

@@ -3,9 +3,9 @@ there are such images, or files that were skipped."""
 
 import argparse
 import logging
-from pathlib import Path
 
 from bincomm.commands.arguments import add_source
+from bincomm.logs import printable_name
 from bincomm.parsing import parse_data
 
 logger = logging.getLogger(__name__)
@@ -21,15 +21,14 @@ def run(options: argparse.Namespace) -> int:
     """Verify, and print how many images cannot be used."""
     from bincomm.data.export import verify, write_unusable
     from bincomm.data.sources import open_source
+    from bincomm.files import check_file
 
-    output = Path(options.output)
-    if not output.absolute().parent.is_dir():
-        raise ValueError(f"output: the folder of {output} does not exist")
+    output = check_file("output", options.output)
     source = open_source(parse_data(options.data))
     if source.about_split:
         logger.info(source.about_split)
     for note in source.notes:
-        logger.info("note: %s", note)
+        logger.info("note: %s", printable_name(note))
     unusable = verify(source, threads=options.threads)
     write_unusable(output, unusable)
     print(f"{len(source.images)} images, {len(unusable)} cannot be used, listed in {output}")

@@ -12,6 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--query", required=True, metavar="IMAGE", help="image file")
     parser.add_argument("--weights", help="weights that gave the codes; default: those that the folder names")
     parser.add_argument("--k", type=positive, default=20, metavar="N", help="number of images")
+    parser.add_argument(
+        "--root",
+        metavar="FOLDER",
+        help="images below this folder are shown, others only named; default: the working directory",
+    )
     parser.add_argument("--sheet", default="nearest.png", metavar="FILE", help="PNG file to write")
 
 
@@ -20,9 +25,19 @@ def run(options: argparse.Namespace) -> None:
     from bincomm.api import search
     from bincomm.codes.search import MAX_SHOWN
 
-    neighbors = search(options.folder, options.query, options.k, weights=options.weights, sheet=options.sheet)
+    neighbors = search(
+        options.folder,
+        options.query,
+        options.k,
+        weights=options.weights,
+        sheet=options.sheet,
+        root=options.root,
+    )
     print(" bits  image")
-    for neighbor in neighbors:
+    shown = neighbors[: MAX_SHOWN - 1]
+    for neighbor in shown:
         label = f"  ({printable_name(neighbor.label)})" if neighbor.label else ""
         print(f"{neighbor.distance:5}  {printable_name(neighbor.path)}{label}")
-    print(f"in {options.sheet}: the query and {'these' if len(neighbors) < MAX_SHOWN else 'the first'}")
+    if len(shown) < len(neighbors):
+        print(f"and {len(neighbors) - len(shown)} more, which bincomm.api.search returns")
+    print(f"in {options.sheet}: the query and these")

@@ -1,6 +1,16 @@
 """The crops and augmentations of a recipe, with torchvision's meaning."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+# The smallest and largest value of every number, also of those in a tuple.
+LIMITS: dict[str, tuple[float, float]] = {
+    "global_size": (1, 4096), "local_size": (1, 4096), "local_crops": (0, 1000),
+    "global_scale": (1e-6, 1), "local_scale": (1e-6, 1),
+    "flip": (0, 1), "jitter_p": (0, 1), "gray": (0, 1), "blur": (0, 1), "solarize": (0, 1),
+    "jitter": (0, 100), "mean": (-1000, 1000), "std": (1e-3, 1000),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,23 +40,25 @@ class Crops:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        for key, smallest in (("global_size", 1), ("local_crops", 0), ("local_size", 1)):
-            if getattr(self, key) < smallest:
-                raise ValueError(f"{key}: expected at least {smallest}, got {getattr(self, key)}")
+        check_limits(vars(self), LIMITS)
         for key in ("global_scale", "local_scale"):
             low, high = getattr(self, key)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{key}: expected 0 < low ≤ high ≤ 1, got {getattr(self, key)}")
-        for key in ("flip", "jitter_p", "gray", "blur", "solarize"):
-            value = getattr(self, key)
-            if not all(0 <= p <= 1 for p in (value if isinstance(value, tuple | list) else [value])):
-                raise ValueError(f"{key}: expected probabilities from 0 to 1, got {value}")
-        if not min(self.std) > 0:
-            raise ValueError(f"std: expected three numbers > 0, got {self.std}")
-        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
-            raise ValueError(f"jitter: expected strengths ≥ 0, the hue's at most 0.5, got {self.jitter}")
+            if low > high:
+                raise ValueError(f"{key}: expected the smaller number first, got {getattr(self, key)}")
+        if self.jitter[3] > 0.5:
+            raise ValueError(f"jitter: expected at most 0.5 for the hue, got {self.jitter}")
 
     @property
     def views(self) -> int:
         """V, the number of crops of an image."""
         return 2 + self.local_crops
+
+
+def check_limits(values: Mapping[str, Any], limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raise ValueError, naming the key, unless every number of `values` that has limits is within them. None
+    and "auto" stand for no number."""
+    for key, (low, high) in limits.items():
+        value = values[key]
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if not all(number in (None, "auto") or low <= number <= high for number in numbers):
+            raise ValueError(f"{key}: expected from {low} to {high}, got {value}")

@@ -17,7 +17,7 @@ from bincomm.data.dali import Feed, Pipeline, decoding_pipeline
 from bincomm.data.evaluation_batches import usable_batches
 from bincomm.data.images import UnusableImageError, examine, open_encoded, read
 from bincomm.data.sources import Source
-from bincomm.files import write_text
+from bincomm.files import check_folder, expand_home, write_text
 from bincomm.logs import progress_bar
 
 BATCH = 64  # images decoded or read at once
@@ -68,14 +68,15 @@ def write_shards(
         (name, reason) of each image that was left out, because it cannot be read or is incomplete.
 
     Raises:
-        ValueError: the folder exists.
+        ValueError: the folder exists, or cannot be made.
         OSError: it cannot be written, for example because the disk is full; the message names the folder.
     """
-    output = Path(output).expanduser().absolute()
-    if output.exists():
+    output = expand_home(output).absolute()
+    if os.path.lexists(output):
         raise ValueError(f"output: expected the name of a new folder, {output} exists already")
+    check_folder("output", output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
+    unfinished = output.with_name(f".{secrets.token_hex(8)}.unfinished")
     unfinished.mkdir()
     left_out: list[tuple[str, str]] = []
     try:

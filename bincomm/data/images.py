@@ -12,11 +12,19 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
-LARGEST_FILE = 1 << 30  # bytes; larger files are not read
+LARGEST_FILE = 1 << 29  # bytes; larger files are not read
 LARGEST = 1 << 23  # pixels, 24 MiB as RGB; DALI decodes no larger images, they are reduced here,
 REDUCED = 1 << 21  # to at most this many pixels
 WEBP_CHUNKS = 100  # that are looked at; images have fewer than ten
-HUGE = 1 << 26  # pixels; of larger images only one at a time is decoded
+HUGE = 1 << 26  # pixels; of larger images only one at a time is decoded, and no WebP, which needs most memory
+# Limits on the time of one file. Photographs have some ten scans, some twenty segments, and a chunk for every
+# eight kilobytes.
+MOST_SCANS = 20  # of a progressive JPEG with
+SCANNED_PIXELS = 1 << 28  # more pixels than these in all of its scans together
+MOST_SEGMENTS = 512  # of a JPEG before its first scan
+MOST_JUNK = 1 << 16  # bytes between two segments, which Pillow reads one by one
+MOST_CHUNKS = 1 << 16  # of a PNG
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 # Formats and modes that DALI decodes as Pillow does, and survives when damaged; Pillow decodes all others.
 DECODED_BY_DALI = {
@@ -143,11 +151,16 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     if not len(data):
         raise UnusableImageError("the file is empty")
     try:
+        data = bounded(data)
         image = open_encoded(data)
         if image.mode in WITHOUT_RANGE:
             raise UnusableImageError(f"its {WITHOUT_RANGE[image.mode]} pixels have no known range")
         pixels = image.width * image.height
+        if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
+            check_scans(data, pixels)
         if pixels > HUGE:
+            if image.format == "WEBP":
+                raise UnusableImageError(f"{pixels} pixels, more than {HUGE}, the most of a WebP")
             with _one_huge:
                 return _decoded(image)
         decodable = image.mode in DECODED_BY_DALI.get(image.format or "", ())
@@ -163,10 +176,68 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         raise UnusableImageError(str(error) or type(error).__name__) from None
 
 
+def bounded(data: np.ndarray) -> np.ndarray:
+    """An encoded image that Pillow opens in a bounded time: a PNG without texts, others as they are.
+
+    Raises:
+        UnusableImageError: its structure would take too long to read.
+    """
+    if data[:8].tobytes() == b"\x89PNG\r\n\x1a\n":
+        return _without_texts(data)
+    if data[:3].tobytes() == b"\xff\xd8\xff":
+        _check_segments(data)
+    return data
+
+
+def check_scans(data: np.ndarray, pixels: int) -> None:
+    """Refuse a progressive JPEG that has many scans; each takes as long as an image."""
+    # Within a scan a byte FF is followed by other bytes than DA; in a thumbnail there may be a few.
+    scans = data.tobytes().count(b"\xff\xda")
+    if scans > MOST_SCANS and scans * pixels > SCANNED_PIXELS:
+        raise UnusableImageError(f"a progressive JPEG of {scans} scans, which take too long to decode")
+
+
+def _check_segments(data: np.ndarray) -> None:
+    """Refuse a JPEG with too many segments before its first scan, or too many bytes between them."""
+    content, offset = data.data, 2
+    for _ in range(MOST_SEGMENTS):
+        start = offset
+        while offset + 4 <= len(data) and content[offset] != 0xFF:
+            offset += 1
+            if offset - start > MOST_JUNK:
+                raise UnusableImageError(f"more than {MOST_JUNK} bytes between two segments of a JPEG")
+        while offset + 4 <= len(data) and content[offset + 1] == 0xFF:  # bytes that fill
+            offset += 1
+            if offset - start > MOST_JUNK:
+                raise UnusableImageError(f"more than {MOST_JUNK} bytes between two segments of a JPEG")
+        if offset + 4 > len(data) or content[offset + 1] in (0xDA, 0xD9):
+            return
+        marker = content[offset + 1]
+        alone = marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8  # markers without a length
+        offset += 2 if alone else 2 + int.from_bytes(content[offset + 2 : offset + 4], "big")
+    raise UnusableImageError(f"a JPEG of more than {MOST_SEGMENTS} segments")
+
+
+def _without_texts(data: np.ndarray) -> np.ndarray:
+    """A PNG without its texts: Pillow refuses an image for a megabyte of them."""
+    kept, start, offset = [], 0, 8
+    for _ in range(MOST_CHUNKS):
+        if offset + 12 > len(data):
+            break
+        end = offset + 12 + int.from_bytes(data[offset : offset + 4], "big")
+        if data[offset + 4 : offset + 8].tobytes() in PNG_TEXTS:
+            kept.append(data[start:offset])
+            start = end
+        offset = end
+    else:
+        raise UnusableImageError(f"a PNG of more than {MOST_CHUNKS} chunks")
+    return np.concatenate([*kept, data[start:]]) if kept else data
+
+
 def decoding_error(data: np.ndarray) -> str:
     """The reason why Pillow cannot decode an encoded image completely; "" if it can."""
     try:
-        with open_encoded(data) as image:
+        with open_encoded(bounded(data)) as image:
             image.load()
     except Exception as error:  # see `examine`
         return str(error) or type(error).__name__

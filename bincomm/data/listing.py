@@ -7,14 +7,15 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bincomm.data.cache import cache_folder
+from bincomm.data.cache import cache_folder, leads_out, read_cached, write_cached
 from bincomm.data.images import EXTENSIONS, read_file
-from bincomm.files import LOCK, write_text
+from bincomm.files import LOCK
 
 FORMAT = f"2 {EXTENSIONS}"  # of the cache; files of another format are ignored
 RECENT = 2_000_000_000  # ns; a folder changed since then may change again without another time stamp
@@ -67,7 +68,7 @@ def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
     """
     root = os.path.abspath(folder)
     key = hashlib.sha256(os.fsencode(f"{FORMAT} {root}")).hexdigest()[:32]
-    path = cache_folder() / "listings" / f"{key}.json"
+    path = cache_folder("listings") / f"{key}.json"
     cached = _load(path)
     listing: dict[str, list[Any]] = {}
     visited = set()
@@ -138,10 +139,14 @@ def _scan(parent: str) -> tuple[bool, bool, list[str], str, dict[str, int]]:
 
 def _load(path: Path) -> dict[str, list[Any]]:
     try:
-        cached = json.loads(path.read_text())
+        cached = json.loads(read_cached(path))
         types = [int, bool, list, str, dict]
         valid = isinstance(cached, dict) and all(
-            isinstance(entry, list) and [type(part) for part in entry] == types for entry in cached.values()
+            isinstance(entry, list)
+            and [type(part) for part in entry] == types
+            and all(isinstance(name, str) and "/" not in name and not leads_out(name) for name in entry[2])
+            and not leads_out(entry[3])
+            for entry in cached.values()
         )
         return cached if valid else {}
     except (OSError, ValueError):
@@ -150,8 +155,5 @@ def _load(path: Path) -> dict[str, list[Any]]:
 
 def _save(path: Path, listing: dict[str, list[Any]]) -> None:
     """Write a listing into the cache; if that fails the next start reads all folders again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(listing))
-    except OSError:
-        pass
+    with suppress(OSError):
+        write_cached(path, json.dumps(listing))

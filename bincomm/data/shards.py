@@ -7,18 +7,20 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bincomm.data.cache import cache_folder
+from bincomm.data.cache import cache_folder, read_cached, write_cached
 from bincomm.data.images import EXTENSIONS, read_file
-from bincomm.files import write_text
 
-FORMAT = f"5 {EXTENSIONS}"  # of an index; one of another format is ignored
+FORMAT = f"6 {EXTENSIONS}"  # of an index; one of another format is ignored
 PARALLEL = 4  # number of shards without an index from which starting several processes pays off
 MAX_PADDING = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
+MAX_HEADER = 1 << 20  # bytes of a member's header; those of long names have a few hundred
 MAX_LINKS = 40  # length of a chain of links that is followed
 Span = tuple[int, int]  # offset and size in a shard, bytes
 
@@ -105,7 +107,7 @@ def _index_path(path: str) -> Path:
     """The path of a shard's index, which is different for each file and for each state of it."""
     status = os.stat(path)
     key = f"{FORMAT} {path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
-    return cache_folder() / "indices" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.tsv"
+    return cache_folder("indices") / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.tsv"
 
 
 def _index_in_parallel(paths: list[str]) -> None:
@@ -145,7 +147,7 @@ def _index(path: str) -> tuple[str, list[list[str]]]:
     """A note on a shard's damage, and offset, size, class and name of each of its images, from its index."""
     index = _index_path(path)
     try:
-        first, *lines = os.fsdecode(index.read_bytes()).split("\n")[:-1]
+        first, *lines = os.fsdecode(read_cached(index)).split("\n")[:-1]
         count, note = first.split("\t")
         rows = [line.split("\t", 3) for line in lines]
         if len(rows) == int(count) and all(
@@ -155,11 +157,8 @@ def _index(path: str) -> tuple[str, list[list[str]]]:
     except (OSError, ValueError):
         pass
     note, rows = _read_tar(path)
-    try:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        write_text(index, "".join("\t".join(row) + "\n" for row in [[str(len(rows)), note], *rows]))
-    except OSError:
-        pass  # it is built again the next time
+    with suppress(OSError):  # it is built again the next time
+        write_cached(index, "".join("\t".join(row) + "\n" for row in [[str(len(rows)), note], *rows]))
     return note, rows
 
 
@@ -168,7 +167,7 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
     contents = Contents([], {}, {}, {})
     note = ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with HeadersOnly(path) as headers, tarfile.open(path, "r:", fileobj=headers) as tar:
             try:
                 for member in tar:
                     _add(tar, member, contents)
@@ -207,6 +206,17 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
         word = words.get(os.path.splitext(name)[0], words.get(_sample(name), ""))
         rows.append([str(offset), str(size), word, name])
     return " ".join(note.split()), rows
+
+
+class HeadersOnly(FileIO):
+    """A file of which only little is read at a time: a tar's header may declare any length, and tarfile
+    would read it into memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As of a file; ReadError for more than `MAX_HEADER` bytes."""
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
 
 
 class Contents(NamedTuple):

@@ -16,6 +16,7 @@ from bincomm.data.images import EXTENSIONS, Images, SelectableImages
 from bincomm.data.listing import Files, list_images
 from bincomm.data.shards import expand_braces, open_shards
 from bincomm.data.standard import SETS, open_standard
+from bincomm.files import expand_home
 
 # Names of the parts of a data set, in lower case.
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -137,7 +138,7 @@ def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple
         return _standard(data, "gallery"), _standard(data, "queries"), True
     if source.labels is None:
         return None
-    split = _split_folders(digits() if data == "digits" else Path(os.path.expanduser(data)))
+    split = _split_folders(digits() if data == "digits" else expand_home(data))
     # A single folder of queries is a class only if the pretraining images have that class.
     queries = _open_folder(split[1], min_classes=1) if split else None
     if split and queries and (len(queries.classes) > 1 or set(queries.classes) & set(source.classes)):
@@ -164,7 +165,7 @@ def _open_one(data: str) -> Source:
         return _open_folder(digits() / "train")
     if data in SETS:
         return _standard(data, "pretraining")
-    path = Path(os.path.expanduser(data))
+    path = expand_home(data)
     if path.is_dir() and data:
         split = _split_folders(path)
         if split is None:

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bincomm.data.cache import cache_folder
+from bincomm.data.cache import (
+    cache_folder,
+    leads_out,
+    make_folder,
+    read_cached,
+    unwritable,
+    write_cached,
+)
 from bincomm.files import lock
 
 INDEX = "index.json"
@@ -118,17 +125,24 @@ def open_standard(name: str, part: str) -> tuple[list[str], np.ndarray | None, l
         pretraining: None, and no classes.
 
     Raises:
-        ValueError: the set is not in the cache, and cannot be fetched, unpacked or written there.
+        ValueError: the set is not in the cache, and cannot be fetched, unpacked or written there; or its
+            index is damaged, or names files elsewhere.
     """
-    folder = cache_folder().absolute() / "sets" / name
-    index = folder / "files" / INDEX
-    if not index.exists():
-        _fetch(name, folder)
-    content = json.loads(index.read_text())
-    splits = [content["splits"][split] for split in PARTS[part] if split in content["splits"]]
-    prefix = os.path.join(index.parent, "")
-    paths = [prefix + path for split in splits for path, _ in split]
-    labels = np.array([label for split in splits for _, label in split], np.int64)
+    files = cache_folder("sets", name, "files").absolute()
+    if not (files / INDEX).exists():
+        _fetch(name, files.parent)
+    try:
+        content = json.loads(read_cached(files / INDEX))
+        splits = [content["splits"][split] for split in PARTS[part] if split in content["splits"]]
+        stored = [path for split in splits for path, _ in split]
+        labels = np.array([label for split in splits for _, label in split], np.int64)
+        if outside := next(filter(leads_out, stored), None):
+            raise ValueError(f"it names a file elsewhere, {outside}")
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"data: {files / INDEX} cannot be used: {error}; remove {files} to have {name} unpacked again"
+        ) from error
+    paths = [os.path.join(files, path) for path in stored]
     if (labels < 0).any():  # how torchvision marks images without one
         return paths, None, []
     return paths, labels, content["classes"]
@@ -144,7 +158,10 @@ def _fetch(name: str, folder: Path) -> None:
         ) from error
     standard = SETS[name]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+    except OSError as error:
+        raise unwritable(error) from error
+    try:
         with open(folder / "lock", "w") as file:
             lock(file, wait=True)  # without locks, two processes fetch it twice
             if not (folder / "files" / INDEX).exists():  # else another process was faster
@@ -170,6 +187,7 @@ def _unpack(standard: Standard, dataset_class: Any, folder: Path) -> None:
     if not standard.checked:
         shutil.rmtree(fetched, ignore_errors=True)  # torchvision would not notice half an archive in it
     fetched.mkdir(exist_ok=True)
+    make_folder(unfinished)
     root = unfinished / "set"
     links = [root / standard.subfolder / archive for archive in standard.archives]
     try:
@@ -198,7 +216,7 @@ def _unpack(standard: Standard, dataset_class: Any, folder: Path) -> None:
             link.unlink()
         if (unfinished / "train").exists():
             shutil.rmtree(root)  # its pictures were all written as files
-        (unfinished / INDEX).write_text(json.dumps({"classes": classes, "splits": splits}))
+        write_cached(unfinished / INDEX, json.dumps({"classes": classes, "splits": splits}))
         os.rename(unfinished, folder / "files")
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,5 +1,6 @@
 """Signs of life between the ranks, so that none waits for one that is gone."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -124,4 +125,5 @@ class Heartbeat:
     def _print_end(self, reason: str) -> None:
         # Not by logging: this process ends at once, and every rank has its own reason.
         text = f"bincomm: error: rank {self.rank} ends, because {reason}"
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # on a full disk
+            print(text, file=sys.stderr, flush=True)

@@ -72,9 +72,10 @@ class CollapseMonitor:
             "narrow": f"a bit carries {metrics['bit_entropy']:.2f} of the 1 bit it could. {stronger}",
             "flat": f"the coding rate, {metrics['rate']:.1f} nats, is near its least, {self.floor:.1f} (its "
             f"ceiling is {self.ceiling:.1f}): all images give the same output. {stronger}",
-            "mute": f"nothing is transmitted: the student hears {metrics.get('transmitted_bits', 0):.1f} of "
-            f"{self.bits} bits; it gets {metrics['bit_accuracy']:.1%} of them right, always guessing the "
-            f"more frequent value {metrics['bit_majority']:.1%}; the rate is at {share:.0%} of its range. "
+            "mute": "next to nothing is transmitted: the student hears "
+            f"{metrics.get('transmitted_bits', 0):.1f} of {self.bits} bits; it gets "
+            f"{metrics['bit_accuracy']:.1%} of them right, and would get {metrics['bit_majority']:.1%} by "
+            f"always guessing the more frequent value; the rate is at {share:.0%} of its range. "
             f"{weaker}",
         }
 

@@ -95,6 +95,10 @@ class MetricsWindow:
         """What this rank has gathered."""
         return {name: getattr(self, name).to("cpu", copy=True) for name in self.STATE}
 
+    def fits(self, state: dict[str, Tensor]) -> bool:
+        """Whether a state is of a window as long as this one."""
+        return state["scalars"].shape == self.scalars.shape
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue with what a rank had gathered."""
         for name in self.STATE:

@@ -15,9 +15,10 @@ from bincomm.config import PretrainConfig
 from bincomm.distributed.ranks import Ranks
 from bincomm.engine.collapse import CollapseMonitor
 from bincomm.engine.metrics import MetricsWindow
+from bincomm.engine.run import keep_run
 from bincomm.engine.schedules import Hyperparameters, Schedule
 from bincomm.engine.step import StepOutput
-from bincomm.files import read_json_lines, write_text
+from bincomm.files import read_json_lines, tell_once, write_text
 from bincomm.logs import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,15 @@ LINE = {  # formats of the progress line
     "data_wait": "data {:.0%}",
 }
 
+# What a bar shows: with its own text this fits into 120 columns.
+SHORT_LINE = ("loss", "transmitted_bits", "rate", "images_per_second", "data_wait")
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
 # Steps of this process after which the time that remains is told, and the first of them, which are not
-# measured: they are slow, but have batches that were made in advance, so that slow data does not show.
+# measured: they are slow, but have batches that were made in advance, so that slow data does not show. Where
+# steps are so slow that nothing would be seen for long, it is told sooner, from all but the first.
 FORECAST_AFTER, NOT_MEASURED = 15, 5
+LONG = 10.0  # seconds without a word
 SHORT = 60.0  # seconds; of a run that ends sooner it is not told
 
 
@@ -69,7 +76,9 @@ class Records:
         self.board: SummaryWriter | None = None
         self.bar = progress_bar(total=schedule.steps, unit="step", disable=True)
         self.started_at, self.waited, self.images = 0.0, 0.0, 0
-        self.steps_here, self.measured_since = 0, 0.0  # of this process, to forecast the time
+        # Of this process, to forecast the time.
+        self.steps_here, self.has_forecast = 0, False
+        self.measured_from = 0, 0.0  # a step, and when it ended
 
     def start(self, steps_done: int) -> None:
         """Open the files and the bar, and begin to measure the time."""
@@ -79,9 +88,13 @@ class Records:
                     line for line in read_json_lines(self.run / f"{name}.jsonl") if line["step"] <= steps_done
                 ]
                 write_text(self.run / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=steps_done + 1)
+            self.board = open_board(self.run, purge_step=steps_done + 1)
         self.bar = progress_bar(
-            total=self.schedule.steps, initial=steps_done, unit="step", disable=self.ranks.rank > 0
+            total=self.schedule.steps,
+            initial=steps_done,
+            unit="step",
+            disable=self.ranks.rank > 0,
+            bar_format=BAR,
         )
         self.started_at = time.perf_counter()
 
@@ -114,10 +127,14 @@ class Records:
     def forecast(self, steps_done: int) -> None:
         """Tell once, after the first steps of this process, how long the others will take."""
         self.steps_here += 1
-        if self.steps_here == NOT_MEASURED:
-            self.measured_since = time.perf_counter()
-        if self.steps_here == FORECAST_AFTER and self.ranks.rank == 0:
-            seconds = (time.perf_counter() - self.measured_since) / (FORECAST_AFTER - NOT_MEASURED)
+        now = time.perf_counter()
+        if self.steps_here in (1, NOT_MEASURED):
+            self.measured_from = self.steps_here, now
+        first, since = self.measured_from
+        is_slow = self.steps_here > first and now - since > LONG
+        if not self.has_forecast and (is_slow or self.steps_here == FORECAST_AFTER) and self.ranks.rank == 0:
+            self.has_forecast = True
+            seconds = (now - since) / (self.steps_here - first)
             remaining = self.schedule.steps - steps_done
             if remaining * seconds > SHORT:
                 logger.info(
@@ -145,30 +162,39 @@ class Records:
                 logger.warning("metrics could not be written (%s); they are kept until there is room", error)
             self.has_warned = True
         values = metrics | speed
-        text = "  ".join(
-            words.format(values[key], bits=self.config.bits) for key, words in LINE.items() if key in values
-        )
+        texts = {
+            key: words.format(values[key], bits=self.config.bits)
+            for key, words in LINE.items()
+            if key in values
+        }
         if self.bar.disable:
-            logger.info("step %d/%d  %s", steps_done, self.schedule.steps, text)
+            logger.info("step %d/%d  %s", steps_done, self.schedule.steps, "  ".join(texts.values()))
         else:
-            self.bar.set_postfix_str(text)
+            self.bar.set_postfix_str("  ".join(texts[key] for key in SHORT_LINE if key in texts))
 
     def flush(self) -> None:
         """Write the lines that are not yet in their files.
 
         Raises:
             OSError: there is no room.
+            TrainingError: the run's directory was removed, and another process has begun a run there.
         """
+        if self.ranks.rank:
+            return
+        keep_run(self.run, self.config)
         for name, lines in self.pending.items():
             if not lines:
                 continue
             path = self.run / f"{name}.jsonl"
-            size = path.stat().st_size
+            size = path.stat().st_size if path.exists() else 0
+            if not path.exists():
+                logger.warning("%s was removed; it goes on with the steps to come", path)
             try:
                 with open(path, "a") as file:
                     file.writelines(lines)
             except OSError:
-                os.truncate(path, size)  # a line may have been written in part
+                if path.exists():
+                    os.truncate(path, size)  # a line may have been written in part
                 raise
             lines.clear()
 
@@ -184,13 +210,26 @@ class Records:
         if shutil.disk_usage(self.run).free < 1 << 16:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.run / "tensorboard"))
         try:
-            self.board = self.board or SummaryWriter(str(self.run / "tensorboard"))
+            if self.board is None or not (self.run / "tensorboard").exists():
+                self.board = open_board(self.run)
+            if self.board is None:
+                return
             for key, value in values.items():
                 self.board.add_scalar(key, value, steps_done)
             self.board.flush()
         except OSError:
             self.board = None  # its thread has ended; another one is tried with the next metrics
             raise
+
+
+def open_board(run: Path, purge_step: int | None = None) -> SummaryWriter | None:
+    """The files of TensorBoard in a run's directory; None where its name is not UTF-8, which they need."""
+    try:
+        str(run).encode()
+    except UnicodeEncodeError:
+        tell_once(f"no files for TensorBoard, because the name of {run} is not UTF-8")
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=purge_step)
 
 
 def duration(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """What a run's directory holds, and whether it is the run that is wanted."""
 
 import json
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,10 @@ import yaml
 
 from bincomm.config import PretrainConfig, located, read_config
 from bincomm.engine.checkpoints import Checkpoints
+from bincomm.engine.lock import is_held
 from bincomm.files import write_text
+
+logger = logging.getLogger(__name__)
 
 
 def begin_run(run: Path, config: PretrainConfig) -> bool:
@@ -54,8 +58,25 @@ def take_steps(config: PretrainConfig, stored: dict[str, Any]) -> PretrainConfig
 
 def note_config(run: Path, config: PretrainConfig) -> None:
     """Write a run's config.yaml, which is a recipe that repeats the run from any directory."""
-    absolute = replace(config, data=located(config.data), init_from=located(config.init_from))
-    write_text(run / "config.yaml", dump_config(absolute))
+    write_text(run / "config.yaml", dump_config(from_anywhere(config)))
+
+
+def from_anywhere(config: PretrainConfig) -> PretrainConfig:
+    """A configuration whose data and initial weights mean the same from any directory."""
+    return replace(config, data=located(config.data), init_from=located(config.init_from))
+
+
+def keep_run(run: Path, config: PretrainConfig) -> None:
+    """Make a run's directory again, and what `begin_run` wrote in it, where somebody removed it while the run
+    goes on: its state is in memory.
+
+    Raises:
+        TrainingError: another process has begun a run there.
+        OSError: it cannot be made.
+    """
+    if not (is_held(run) and (run / "config.yaml").exists()):
+        logger.warning("%s was removed while the run goes on; it is made again, without what was in it", run)
+        note_config(run, config)
 
 
 def dump_config(config: PretrainConfig) -> str:
@@ -67,11 +88,15 @@ def refuse_differences(config: PretrainConfig, stored: dict[str, Any], where: st
     """Raise ValueError naming the keys in which a stored configuration differs from this one."""
     different = config.differences(stored)
     if different:
+        # The schedules span the steps, so a run cannot be lengthened, only followed by another one.
+        onward = ""
+        if different.keys() <= {"epochs", "max_steps", "minutes"} and is_finished(Path(where)):
+            onward = f"; to train its network further, add --init_from {where}"
         keys = "; ".join(
             f"{key} was {in_words(was)}, now {in_words(now)}" for key, (was, now) in different.items()
         )
         raise ValueError(
-            f"output: {where} holds a run of another configuration ({keys}); choose another --output"
+            f"output: {where} holds a run of another configuration ({keys}); choose another --output{onward}"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bincomm.engine.checkpoints import Checkpoints
+from bincomm.interruption import ENDING, interrupt
 
 
 class Interrupted(Exception):
@@ -15,7 +16,9 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """While this context is open, SIGINT and SIGTERM end the run where it can be resumed.
+    """While this context is open, SIGINT and the signals of schedulers and closed terminals end the run where
+    it can be resumed. One that is ignored stays so, as SIGHUP under nohup; and so does a handler of the
+    program around, but for those of SIGINT and SIGTERM.
 
     Inside `deferred()` they are only remembered, and a second SIGINT interrupts at once. Outside they raise:
     `Interrupted` where the run has a checkpoint, because nothing is lost then, else KeyboardInterrupt.
@@ -32,8 +35,12 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # no other thread may
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, *ENDING):
+                before = signal.getsignal(number)
+                if before in (signal.SIG_DFL, interrupt) or (
+                    number in (signal.SIGINT, signal.SIGTERM) and before is not signal.SIG_IGN
+                ):
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -57,4 +64,4 @@ class Signals:
             return
         if not self._defer and self.checkpoints.steps():
             raise Interrupted(number)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(number)

@@ -1,6 +1,7 @@
 """The state of a run: everything that determines the steps to come, saved and resumed in parts."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from bincomm.distributed.sharding import gather_tensors
 from bincomm.engine.accumulation import get_random_state, set_random_state
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
 from bincomm.engine.metrics import MetricsWindow
-from bincomm.engine.run import refuse_differences
+from bincomm.engine.run import from_anywhere, keep_run, refuse_differences
 
 
 class Part(Protocol):
@@ -72,8 +73,9 @@ class WindowPart:
         return ranks.gather(self.window.state_dict())
 
     def load(self, state: Any, ranks: Ranks) -> None:
-        """Continue with this rank's; with another number of ranks the window begins empty."""
-        if len(state) == ranks.world:
+        """Continue with this rank's; with another number of ranks, or another `log_every`, the window begins
+        empty."""
+        if len(state) == ranks.world and self.window.fits(state[ranks.rank]):
             self.window.load_state_dict(state[ranks.rank])
 
 
@@ -116,13 +118,19 @@ class RunState:
     def collect(self, steps_done: int) -> dict[str, Any]:
         """The state after so many steps, copied to the CPU; complete on rank 0."""
         parts = {name: part.save(self.ranks) for name, part in self.parts.items()}
-        return {"step": steps_done, "config": self.config.as_dict(), **parts}
+        return {"step": steps_done, "config": from_anywhere(self.config).as_dict(), **parts}
 
     def save(self, steps_done: int) -> None:
-        """Begin to write a checkpoint."""
+        """Begin to write a checkpoint.
+
+        Raises:
+            TrainingError: the run's directory was removed, and another process has begun a run there.
+        """
         self.checkpoints.wait()  # so that no two copies are in memory
         state = self.collect(steps_done)
         if self.ranks.rank == 0:
+            with suppress(OSError):  # writing the checkpoint says why
+                keep_run(self.checkpoints.folder.parent, self.config)
             self.checkpoints.save(steps_done, state)
 
     def resume(self) -> int:

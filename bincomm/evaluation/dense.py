@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bincomm.data.images import EXTENSIONS, WITHOUT_RANGE, eight_bits, open_encoded, read_file
 from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_entropy, scaling
 from bincomm.evaluation.pretrained import Pretrained
+from bincomm.files import expand_home
 from bincomm.logs import progress_bar
 
 CLASSES = 255  # an eight-bit mask holds the classes 0 to 254
@@ -124,7 +125,7 @@ def evaluate_segmentation(
         ValueError: no images; masks that are missing, unreadable, of another size or with no class; fewer
             than two training images with classes; or a backbone that gives no map, or NaN or infinity.
     """
-    halves = [image_pairs(Path(folder).expanduser() / half) for half in ("train", "val")]
+    halves = [image_pairs(expand_home(folder) / half) for half in ("train", "val")]
     if memory < 1 or size < 1:
         raise ValueError(f"memory and size: expected at least 1, got {memory} and {size}")
     patches = collect_patches(model, halves[0], size, memory)

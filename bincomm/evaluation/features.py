@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import bincomm
-from bincomm.data.cache import cache_folder
+from bincomm.data.cache import cache_folder, make_folder
 from bincomm.data.evaluation_batches import eval_batches
 from bincomm.data.sources import Source
 from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.evaluation.identity import images_identity, weights_identity
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.files import write_file
-from bincomm.logs import progress_bar
+from bincomm.logs import printable_name, progress_bar
 
 Report = Callable[[int, str], None]  # of the index of an image that cannot be used, and the reason
 Unusable = list[tuple[int, str]]
@@ -46,7 +46,11 @@ def forward_batches(
     model: Pretrained, source: Source, report: Report = lambda index, reason: None
 ) -> Iterator[FeatureBatch]:
     """Pass all images through a network, in batches, in their order; unusable ones are left out and
-    reported."""
+    reported.
+
+    Raises:
+        ValueError: the logits of an image are NaN, which are no code.
+    """
     config = model.config
     with progress_bar(total=len(source.images), desc="computing features", unit="img", leave=False) as bar:
         for indices, crops in eval_batches(
@@ -60,6 +64,12 @@ def forward_batches(
         ):
             features = model.backbone(crops)
             logits = None if model.head is None else model.head.code(features)
+            wrong = [] if logits is None else logits.isnan().any(-1).nonzero().flatten().tolist()
+            if wrong:
+                name = printable_name(source.images.name(indices[wrong[0]]))
+                raise ValueError(
+                    f"weights: {model.name} gives logits that are NaN for {name}; expected numbers"
+                )
             yield FeatureBatch(indices, crops, features, logits)
             bar.update(len(indices))
 
@@ -114,7 +124,7 @@ def extract_features_cached(
 
     def look_up() -> bool:
         nonlocal path, cached
-        path = cache_folder() / "features" / f"{identity(model, source)}.safetensors"
+        path = cache_folder("features") / f"{identity(model, source)}.safetensors"
         cached = _read(path)
         return cached is not None
 
@@ -164,7 +174,7 @@ def _write(path: Path, values: Features, unusable: Unusable) -> None:
         name: (value.char() if name == "signs" else value).contiguous() for name, value in values.items()
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         data = safetensors.torch.save(stored, metadata={"unusable": json.dumps(unusable)})
         write_file(path, lambda file: file.write(data))
     except OSError:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, read_config
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
+from bincomm.engine.run import is_finished, read_result
+from bincomm.files import expand_home
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone, feature_width
 from bincomm.weights import load_weights, read_metadata
 
@@ -89,7 +91,7 @@ def load_pretrained(
 def _load(
     weights: str, device: torch.device, backbone: str | None, preprocessing: dict[str, Any]
 ) -> Pretrained:
-    path = Path(os.path.expanduser(weights))
+    path = expand_home(weights)
     if path.suffix == ".ckpt":
         if not path.exists():
             raise ValueError(f"weights: expected a checkpoint, got {weights}, which does not exist")
@@ -98,7 +100,9 @@ def _load(
     if path.is_dir():
         checkpoint = Checkpoints(path / "checkpoints", keep=1).load()
         if checkpoint is not None:
-            return _from_state(checkpoint, weights, device, preprocessing)
+            model = _from_state(checkpoint, weights, device, preprocessing)
+            _tell_step(path, checkpoint["step"])
+            return model
         keys = read_config(path, "weights")
     keys = {**read_metadata(weights, "weights"), **keys}
     if not keys.setdefault("backbone", backbone):
@@ -112,6 +116,23 @@ def _load(
     return Pretrained(weights, network.to(device), None, config, device)
 
 
+def _tell_step(run: Path, step: int) -> None:
+    """Say so where the newest checkpoint, of `step`, is not the end of its run."""
+    if not is_finished(run):
+        logger.info("%s is not finished; its network after step %d is taken", run, step)
+        return
+    last = read_result(run)["last_metrics"].get("step", step)
+    if last != step:  # the disk was full, or the newest checkpoint is damaged
+        logger.warning(
+            "%s ended at step %d, but its newest checkpoint is of step %d, whose network is taken; the "
+            "backbone of the end, without a head, is %s",
+            run,
+            last,
+            step,
+            run / "backbone.safetensors",
+        )
+
+
 def _from_state(state: Any, weights: str, device: torch.device, preprocessing: dict[str, Any]) -> Pretrained:
     if not (isinstance(state, dict) and {"config", "teacher"} <= state.keys()):
         raise ValueError(f"weights: {weights} is no checkpoint of a run")
@@ -122,11 +143,11 @@ def _from_state(state: Any, weights: str, device: torch.device, preprocessing: d
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"weights: {weights} does not fit the network of its config: {reason}") from error
-    model = Pretrained.of(teacher, config, device)
+    model = Pretrained.of(teacher, replace(config, **preprocessing), device)
     if "global_size" in preprocessing:
         feature_width(model.backbone.cpu(), [preprocessing["global_size"]])
         model.backbone.to(device)
-    return replace(model, name=weights, config=replace(config, **preprocessing))
+    return replace(model, name=weights)
 
 
 def _config(keys: dict[str, Any], weights: str) -> PretrainConfig:

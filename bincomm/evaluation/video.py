@@ -24,6 +24,7 @@ from bincomm.evaluation.dense import (
     stride_of,
 )
 from bincomm.evaluation.pretrained import Pretrained
+from bincomm.files import expand_home
 from bincomm.logs import progress_bar
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def evaluate_davis(
             fewer than three frames or without objects, or a backbone that gives no map. The message names
             the file.
     """
-    folder = Path(folder).expanduser()
+    folder = expand_home(folder)
     sequences = {name: _sequence(folder, name) for name in _names(folder / "ImageSets" / "2017" / "val.txt")}
     names = list(sequences)
     own = {name: sequences[name] for name in names[ranks.rank :: ranks.world]}

@@ -4,7 +4,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from bincomm.files import read_yaml
+from bincomm.files import expand_home, read_yaml
 from bincomm.logs import did_you_mean
 
 SMALL = 64  # pixels: images up to this length of the shorter side are small
@@ -20,9 +20,10 @@ def recipe_names() -> list[str]:
 def recipe_path(recipe: str) -> Path:
     """The file of a recipe, given its name or the path of a YAML file."""
     if recipe.endswith((".yaml", ".yml")):
-        if not Path(recipe).is_file():
+        path = expand_home(recipe)
+        if not path.is_file():
             raise ValueError(f"recipe: there is no file {recipe}")
-        return Path(recipe)
+        return path
     names = recipe_names()
     if recipe not in names:
         raise ValueError(

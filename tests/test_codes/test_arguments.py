@@ -6,7 +6,6 @@ import pytest
 import torch
 from random_codes import random_code, random_labels
 
-from bincomm.codes.agreement import predicted_from, stability
 from bincomm.codes.classes import (
     class_difference,
     class_shares,
@@ -14,6 +13,7 @@ from bincomm.codes.classes import (
     significant_information,
 )
 from bincomm.codes.distances import distance_histograms, neighbor_overlap
+from bincomm.codes.stability import predicted_from, stability
 from bincomm.codes.usage import (
     bit_correlations,
     bit_entropies,

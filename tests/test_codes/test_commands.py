@@ -94,15 +94,26 @@ def test_searching_a_folder_that_is_not_finished_says_so(run, encoded, images, t
     assert cli.main(["search", str(other), *options, f"--weights={run}"]) == 0
     for sheet in (tmp_path / "none" / "sheet.png", tmp_path):
         assert cli.main(["search", str(encoded), options[0], f"--sheet={sheet}"]) == 2
-        assert f"sheet: expected a file in a folder that exists, got {sheet}" in capsys.readouterr().err
+        expected = f"sheet: expected a file in a folder that can be written, got {sheet}: "
+        assert expected in capsys.readouterr().err
 
 
 def test_searching_from_elsewhere_than_encoding(run, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(run.parent)
     assert cli.main(["encode", run.name, f"--data={images}", f"--output={tmp_path / 'codes'}"]) == 0
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["search", "codes", f"--query={next(images.glob('7/*.png'))}"]) == 0
-    assert (tmp_path / "nearest.png").exists()
+    options = ["search", "codes", f"--query={next(images.glob('7/*.png'))}"]
+    capsys.readouterr()
+    assert cli.main(options) == 0
+    outside = (tmp_path / "nearest.png").read_bytes()
+    error = capsys.readouterr().err
+    assert f"images lie outside {tmp_path}, so the picture has their paths only" in error
+    assert f"--root {images}\n" in error
+    assert cli.main([*options, f"--root={images}"]) == 0
+    assert "outside" not in capsys.readouterr().err
+    assert (tmp_path / "nearest.png").read_bytes() != outside
+    assert cli.main([*options, "--root=none"]) == 2
+    assert "root: expected a folder, got none" in capsys.readouterr().err
 
 
 def test_incomplete_data_and_an_interruption_are_reported(run, images, tmp_path, monkeypatch, capsys):
@@ -164,3 +175,33 @@ def test_options_that_cannot_be_read(run, capsys, options, words):
 def test_a_folder_without_codes(tmp_path, capsys):
     assert cli.main(["search", str(tmp_path), "--query=none.png"]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+
+
+DAMAGES = [{"rows": 0}, {"rows": "x"}, {"images": -1}, {"bits": True}, {"features": [1]}, {"weights": 3}]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, {"weights": ["a"]}])
+def test_metadata_of_codes_that_make_no_sense_are_told(damage, encoded, images, tmp_path, capsys):
+    part, (codes, _) = open_parts(encoded)[0], read_codes(encoded)
+    names = [f"{number}.png" for number in range(len(codes))]
+    metadata = {**part.metadata, "features": None, **damage}
+    write_part(tmp_path / part.path.name, names, [None] * len(codes), codes, metadata)
+    query = next(images.glob("7/*.png"))
+    assert cli.main(["search", str(tmp_path), f"--query={query}", f"--sheet={tmp_path}/sheet.png"]) == 2
+    error = capsys.readouterr().err
+    assert "expected a file of codes" in error or "weights: those of the codes" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_search_prints_no_more_than_it_shows(encoded, images, tmp_path, capsys):
+    part, (codes, _) = open_parts(encoded)[0], read_codes(encoded)
+    codes = codes[[0] * 300]
+    names = [f"{number}\n.png" for number in range(300)]
+    metadata = {**part.metadata, "images": 300}
+    write_part(tmp_path / part.path.name, names, [None] * 300, codes, metadata)
+    query = next(images.glob("7/*.png"))
+    options = [f"--query={query}", "--k=300", f"--sheet={tmp_path}/sheet.png", "--quiet"]
+    assert cli.main(["search", str(tmp_path), *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 139 + 2
+    assert lines[-2] == "and 161 more, which bincomm.api.search returns"

@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -284,6 +285,20 @@ def test_a_folder_is_of_one_kind(complete, model, source):
         with pytest.raises(ValueError, match=f"output: .*{message}.*expected the same, or a new folder"):
             encode(other, images, complete, **{"rows": 25, **options})
     assert contents(complete) == before
+
+
+def test_a_damaged_part_is_named_and_can_be_made_again(complete, model, source, tmp_path):
+    codes = shutil.copytree(complete, tmp_path / "codes")
+    part = codes / "part-00001.parquet"
+    whole = part.read_bytes()
+    paths = pq.read_metadata(part).row_group(0).column(0)
+    middle = paths.data_page_offset + paths.total_compressed_size // 2
+    part.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(ValueError, match="part-00001.parquet cannot be read: .*makes it again"):
+        encode(model, source, codes, rows=25)
+    part.unlink()
+    assert encode(model, source, codes, rows=25).written == 1
+    assert part.read_bytes() == whole
 
 
 def test_what_is_wrong_is_named(complete, model, source, tmp_path):

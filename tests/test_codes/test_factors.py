@@ -140,9 +140,9 @@ def test_a_copy_keeps_its_meaning():
     diagonal = torch.eye(2).bool()
     torch.testing.assert_close(result.strength, torch.eye(2).double())
     assert (result.correlation[diagonal] - 1).abs().max() < 1e-12
-    assert (result.agreement[diagonal] == 1).all()
-    assert result.agreement_chance[0, 0] == 0.5
-    assert result.agreement_chance[1, 1] == pytest.approx(2 / 3)
+    assert (result.accuracy[diagonal] == 1).all()
+    assert result.accuracy_chance[0, 0] == 0.5
+    assert result.accuracy_chance[1, 1] == pytest.approx(2 / 3)
     for values, expected in zip(result.by_factor(), ([1, 1], [1, 1], [1 / 2, 2 / 3]), strict=True):
         assert values.tolist() == pytest.approx(expected)
 
@@ -151,10 +151,10 @@ def test_a_meaning_reversed_and_one_lost():
     factors = all_combinations(2, times=50)
     bits = factors == 1
     reversed_bits = keeps_meaning(bits, factors, ~bits, factors)
-    assert (reversed_bits.correlation.item(), reversed_bits.agreement.item()) == pytest.approx((-1, 0))
+    assert (reversed_bits.correlation.item(), reversed_bits.accuracy.item()) == pytest.approx((-1, 0))
     for constant in (torch.zeros_like(bits), torch.ones_like(bits)):
         lost = keeps_meaning(bits, factors, constant, factors)
-        assert (lost.correlation.item(), lost.agreement.item()) == (0, 0.5)
+        assert (lost.correlation.item(), lost.accuracy.item()) == (0, 0.5)
         mute = keeps_meaning(constant, factors, bits, factors)
         assert (mute.strength.item(), mute.strength_chance.item(), mute.correlation.item()) == (0, 0, 0)
         assert mute.by_factor()[0].isnan().all()
@@ -170,8 +170,8 @@ def test_meaning_computed_by_hand():
     assert result.strength_chance.item() == pytest.approx(2 / 11)
     # Centered (1/4, -1/4, 0) and (1/2, 0, -1/2): 1/8 over √(1/8 · 1/2)
     assert result.correlation.item() == pytest.approx(0.5)
-    assert result.agreement.item() == pytest.approx((4 + 2 + 4) / 12)
-    assert result.agreement_chance.item() == pytest.approx(6 / 12)
+    assert result.accuracy.item() == pytest.approx((4 + 2 + 4) / 12)
+    assert result.accuracy_chance.item() == pytest.approx(6 / 12)
 
 
 def test_values_count_alike_in_the_correlation_however_many_images_they_have():
@@ -198,7 +198,7 @@ def test_random_bits_keep_nothing():
     # Deviation 1/√(V - 1) of one bit's correlation, and of 400 bits' mean 1/20 of it; 4 of these.
     assert abs(result.correlation.mean()) < 4 * 0.5 / 20
     assert result.strength.mean() == pytest.approx(4 / 1999, rel=4 * math.sqrt(2 / 4 / 400))
-    assert abs((result.agreement - result.agreement_chance).mean()) < 4 * 0.5 / math.sqrt(2000 * 400)
+    assert abs((result.accuracy - result.accuracy_chance).mean()) < 4 * 0.5 / math.sqrt(2000 * 400)
 
 
 def test_bits_count_by_how_far_their_strength_lies_above_chance():
@@ -237,11 +237,11 @@ def test_values_that_only_one_side_has_are_left_out():
     bits = seen[:, 1:] == 1
     result = keeps_meaning(bits, seen, bits, unseen)
     assert result.correlation[0].tolist() == pytest.approx([math.nan, 1], nan_ok=True)
-    assert result.agreement[0].tolist() == pytest.approx([math.nan, 1], nan_ok=True)
+    assert result.accuracy[0].tolist() == pytest.approx([math.nan, 1], nan_ok=True)
     assert result.deviation.tolist() == pytest.approx([math.nan, 1], nan_ok=True)
     partly = keeps_meaning(bits, seen, bits, torch.tensor([[1, 0], [1, 1], [1, 0], [2, 1]]))
     assert partly.correlation[0].isnan().tolist() == [True, False]
-    assert partly.agreement[0].isfinite().all()
+    assert partly.accuracy[0].isfinite().all()
 
 
 # What is wrong is named

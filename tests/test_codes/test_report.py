@@ -17,7 +17,6 @@ from sklearn.datasets import load_digits
 from tiny_model import logits_of
 from torch import nn
 
-from bincomm.codes.agreement import predicted_from
 from bincomm.codes.classes import (
     class_difference,
     class_shares,
@@ -27,6 +26,7 @@ from bincomm.codes.classes import (
 from bincomm.codes.distances import distance_histograms, neighbor_overlap, precision_by_bits, separation
 from bincomm.codes.observations import most_certain, observe
 from bincomm.codes.report import report
+from bincomm.codes.stability import predicted_from
 from bincomm.codes.usage import bit_correlations, bit_entropies, block_entropies, share_of_ones
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import open_source
@@ -235,9 +235,9 @@ def test_crops_and_map(example):
     _, _, _, result = example
     stable = result["stability"]
     assert stable["images"] == 120  # all, although two batches of 64 are not full
-    assert stable["agreement"][3] == 1
+    assert stable["equal"][3] == 1
     assert stable["kappa"][3] == 0
-    assert stable["agreement"][4] == stable["agreement"][5] == stable["agreement"][6]
+    assert stable["equal"][4] == stable["equal"][5] == stable["equal"][6]
     assert np.mean(np.delete(stable["kappa"], 3)) > 0.2
     assert result["map"]["images"] == list(range(120))
     assert np.isfinite([result["map"]["x"], result["map"]["y"]]).all()
@@ -406,14 +406,17 @@ def test_errors_are_raised_before_anything_is_written(photos, tmp_path):
     refuses("attributes: .*names none of the images", attributes=tmp_path / "table.csv")
     refuses("at least 2 images that can be used, got 1", source=source.select([0]))
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="output: .*file is a file"):
+    with pytest.raises(ValueError, match="output: expected a folder .*, got .*file/below: Not a dir"):
         report(model, source, tmp_path / "file" / "below")
     broken = network(source, 8, seed=1)
     with torch.no_grad():
         broken.head.layers[-1].bias[2] = float("nan")
+    refuses("weights: network 1 gives logits that are NaN", other=broken)
+    with torch.no_grad():
+        broken.head.layers[-1].bias[2] = float("inf")
     refuses("other: network 1 gives codes that are not finite", other=broken)
     with torch.no_grad():
-        model.head.layers[-1].bias[2] = float("nan")
+        model.head.layers[-1].bias[2] = float("inf")
     refuses("not finite")
     assert not output.exists()
 

@@ -2,6 +2,7 @@ import io
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -290,3 +291,36 @@ def test_what_is_wrong_is_named(encoded, source, tmp_path):
     if bits % 8:
         with pytest.raises(ValueError, match="codes: expected 20 bits .* beyond"):
             search(folder, ~codes, 1)
+
+
+def test_only_images_below_the_root_are_read(tmp_path, monkeypatch):
+    """Codes may name any file: by its path, by a link, by .., and as a member of a shard."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "inside", outside):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (9, 9), "red").save(folder / "a.png")
+        with tarfile.open(folder / "x.tar", "w") as tar:
+            tar.add(folder / "a.png", "a.png")
+    (root / "link.png").symlink_to(outside / "a.png")
+    (root / "linked").symlink_to(outside)
+    (root / "linked.tar").symlink_to(outside / "x.tar")
+    (tmp_path / "rootless.png").write_bytes((outside / "a.png").read_bytes())
+    shown = [root / "inside/a.png", root / "inside/x.tar/a.png", root / "inside/../inside/a.png"]
+    hidden = [outside / "a.png", root / "link.png", root / "linked/a.png", root / "../outside/a.png"]
+    hidden += [outside / "x.tar/a.png", root / "linked.tar/a.png", tmp_path / "rootless.png"]
+    hidden += [root / "linked/x.tar/a.png", f"{outside}/x.tar/../../root/inside/none.png"]
+    neighbors = [Neighbor(str(path), None, 1) for path in (*shown, *hidden)]
+    read, real = [], os.open
+
+    def noting(path, *rest, **options):
+        read.append(str(path))
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", noting)
+    sheet = contact_sheet(outside / "a.png", neighbors, [root])
+    red = [(picture_of(sheet, number + 1)[64, 64] == (255, 0, 0)).all() for number in range(len(neighbors))]
+    assert red == [True] * len(shown) + [False] * len(hidden)
+    assert read.count(str(outside / "a.png")) == 1  # as the query, which the user names
+    assert not [path for path in read if path.startswith(str(outside / "x.tar"))]
+    everything = contact_sheet(outside / "a.png", neighbors)
+    assert (picture_of(everything, len(shown) + 1)[64, 64] == (255, 0, 0)).all()

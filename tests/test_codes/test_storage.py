@@ -31,6 +31,50 @@ def test_a_part_that_cannot_be_read_is_named(tmp_path):
             open_parts(tmp_path)
 
 
+@pytest.mark.slow
+def test_no_damage_gives_other_codes_paths_or_labels(tmp_path, monkeypatch):
+    """Parquet's own checksums are of the pages' contents: how long one is and how it is encoded has none."""
+    monkeypatch.setattr(storage, "ROW_GROUP", 16)
+    path = tmp_path / "part-00000.parquet"
+    codes = np.random.default_rng(0).integers(0, 256, (40, 3), dtype=np.uint8)
+    names = [f"/images/{number}.png" for number in range(40)]
+    labels = [None if number % 5 == 0 else f"class {number % 3}" for number in range(40)]
+    write_part(path, names, labels, codes, {"bits": 24}, unusable=[("a.png", "broken")])
+
+    def read():
+        parts = open_parts(tmp_path)
+        about = parts[0].metadata, parts[0].unusable
+        return read_codes(tmp_path)[0].tobytes(), read_rows(parts, range(40)), about
+
+    whole, content = path.read_bytes(), read()
+    assert content[1] == list(zip(names, labels, strict=True))
+    damaged = [
+        whole[:byte] + bytes([whole[byte] ^ 1 << byte % 8]) + whole[byte + 1 :] for byte in range(len(whole))
+    ]
+    damaged += [whole[:at] + whole[at + 40 :] for at in range(0, len(whole), 41)]
+    refused = []
+    for data in damaged:
+        path.write_bytes(data)
+        try:
+            assert read() == content
+        except ValueError as error:
+            refused.append(str(error))
+    assert all(str(path) in text for text in refused)
+    assert len(refused) > len(damaged) // 2  # the others are in what nobody reads, such as the statistics
+
+
+def test_a_part_without_checksums_can_be_read(tmp_path, monkeypatch):
+    """Those of earlier versions."""
+    path = tmp_path / "part-00000.parquet"
+    codes = np.arange(30, dtype=np.uint8).reshape(10, 3)
+    write_part(path, list("abcdefghij"), [None] * 10, codes, {"bits": 24})
+    table = pq.read_table(path)
+    about = {key: value for key, value in table.schema.metadata.items() if key != storage.CHECKSUMS_KEY}
+    pq.write_table(table.replace_schema_metadata(about), path)
+    assert (read_codes(tmp_path)[0] == codes).all()
+    assert read_rows(open_parts(tmp_path), [3]) == [("d", None)]
+
+
 def test_rows_are_found_in_their_groups(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "ROW_GROUP", 7)
     codes = np.arange(240, dtype=np.uint8).reshape(80, 3)

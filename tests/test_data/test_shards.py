@@ -291,3 +291,17 @@ def test_what_is_wrong_is_named(tmp_path):
         open_source(str(tmp_path / "4.tar"))
     with pytest.raises(ValueError, match="data: no images .* in no shards"):
         open_source(f"{tmp_path}/{{5..3}}.tar")
+
+
+def test_a_header_of_any_length_is_not_read(tmp_path):
+    """64 GB would not fit in memory, and 6 GB of zeros would take minutes."""
+    write(tmp_path / "a.tar", [("a.png", picture(1))])
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 64 << 30
+    content = (tmp_path / "a.tar").read_bytes()
+    with open(tmp_path / "a.tar", "wb") as file:
+        file.write(content[:1024] + header.tobuf(tarfile.GNU_FORMAT) + content[:1024])
+        file.truncate(7 << 30)
+    shards, _, notes = open_shards([str(tmp_path / "a.tar")])
+    assert shards.members == ["a.png"]
+    assert notes[0].endswith("is damaged, and was not read to its end: a header of 68719476736 bytes")

@@ -28,8 +28,8 @@ def warnings_of(monitor, metrics, reports=20):
         ({"rate": 5.0}, "rate, 5.0 nats, is near its least, 4.0 (its ceiling is 100.0)"),
         (
             MUTE,
-            "the student hears 0.1 of 16 bits; it gets 57.0% of them right, always guessing the more "
-            "frequent value 67.0%; the rate is at 48% of its range",
+            "next to nothing is transmitted: the student hears 0.1 of 16 bits; it gets 57.0% of them right, "
+            "and would get 67.0% by always guessing the more frequent value; the rate is at 48% of its range",
         ),
     ],
 )

@@ -71,3 +71,21 @@ def test_an_unwritable_place_is_named(tmp_path):
         open_run(str(tmp_path / "file" / "run"), ALONE),
     ):
         pass
+
+
+def fail_in(output, *leaves):
+    """A run that leaves files and is refused then."""
+    with open_run(str(output), ALONE) as run:
+        for name in leaves:
+            (run / name).touch()
+        raise ValueError("wrong")
+
+
+def test_a_run_that_cannot_begin_leaves_no_directory(tmp_path):
+    for leaves in ([], ["config.yaml"], ["config.yaml", "metrics.jsonl"]):
+        with pytest.raises(ValueError, match="wrong"):
+            fail_in(tmp_path / "a/b", *leaves)
+        assert (tmp_path / "a").exists() == (len(leaves) == 2)
+    with pytest.raises(ValueError, match="wrong"):
+        fail_in(tmp_path / "a")
+    assert sorted(os.listdir(tmp_path / "a")) == [".bincomm.lock", "b"]  # it was there before

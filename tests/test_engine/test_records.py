@@ -2,6 +2,8 @@
 
 import io
 import json
+import shutil
+import sys
 
 import pytest
 import torch
@@ -10,8 +12,11 @@ from bincomm.config import PretrainConfig
 from bincomm.distributed.ranks import ALONE
 from bincomm.engine.collapse import create_monitor
 from bincomm.engine.curves import plot_curves
+from bincomm.engine.guard import TrainingError
+from bincomm.engine.lock import is_held
 from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.records import Records
+from bincomm.engine.run import note_config
 from bincomm.engine.schedules import Schedule
 from bincomm.files import read_json_lines
 
@@ -22,6 +27,8 @@ METRICS |= {"transmitted_bits": 3.25, "agreement_global": 0.4}
 
 def start_records(run, step=0):
     config = PretrainConfig(max_steps=30)
+    is_held(run)
+    note_config(run, config)
     window = MetricsWindow(config.log_every, ("loss",), None, torch.device("cpu"))
     records = Records(config, run, Schedule(config, 10, 768), window, create_monitor(config), ALONE)
     records.start(step)
@@ -43,6 +50,33 @@ def test_metrics_are_written_when_there_is_room_again_and_at_the_end_or_an_error
     assert [record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")] == [10]
 
 
+@pytest.mark.parametrize("removed", ["metrics.jsonl", "."])
+def test_files_that_were_removed_are_made_again(tmp_path, removed, caplog):
+    run = tmp_path / "run"
+    run.mkdir()
+    records = start_records(run)
+    records.report(10, METRICS)
+    if removed == ".":
+        shutil.rmtree(run)
+    else:
+        (run / removed).unlink()
+    records.report(20, METRICS)
+    records.close()
+    assert "was removed" in caplog.text
+    assert [line["step"] for line in read_json_lines(run / "metrics.jsonl")] == [20]
+    assert any((run / "tensorboard").iterdir())
+    assert (run / "config.yaml").exists()
+
+
+def test_a_directory_that_another_process_has_taken_is_left_alone(tmp_path):
+    records = start_records(tmp_path)
+    (tmp_path / ".bincomm.lock").write_text("elsewhere 77\n")
+    with pytest.raises(TrainingError, match="process elsewhere 77 has begun another run there"):
+        records.report(10, METRICS)
+    records.close()
+    assert read_json_lines(tmp_path / "metrics.jsonl") == []
+
+
 def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
     records = start_records(tmp_path)
     for step in (10, 20, 30):
@@ -61,6 +95,24 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
     assert any((tmp_path / "tensorboard").iterdir())
     plot_curves(tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bar_fits_on_a_terminal_of_120_columns(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("LINES", "40")
+    records = start_records(tmp_path)
+    records.bar.total = 1_000_000
+    records.report(10, METRICS | {"rate": 1234.5})
+    records.close()
+    line = sys.stderr.getvalue().replace("\r", "\n").strip().splitlines()[-1]
+    assert len(line) < 120
+    assert "loss 1.0000  hears 3.2 of 256 bits  rate 1234.5" in line
+    assert line.endswith("%]")
 
 
 def test_a_report_is_shown_on_one_line(tmp_path, caplog):

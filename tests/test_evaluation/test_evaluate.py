@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -66,6 +67,28 @@ def test_queries_that_map_leaves_out_are_counted(run, sources):
     complete = evaluate(load_pretrained(str(run), CPU), *sources, ["map"])
     assert complete["unmatched_queries"] == 0
     assert "left out" not in describe(complete)
+
+
+def test_a_checkpoint_that_is_not_the_end_is_told(run, tmp_path, messages, caplog):
+    caplog.set_level("INFO", "bincomm")
+    load_pretrained(str(run), CPU)
+    assert not [text for text in messages() if "step" in text]
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "checkpoints/step-000000020.ckpt").unlink()  # as after a full disk
+    load_pretrained(str(copy), CPU)
+    assert f"{copy} ended at step 20, but its newest checkpoint is of step 10" in messages()[-1]
+    (copy / "result.json").unlink()
+    load_pretrained(str(copy), CPU)
+    assert "is not finished; its network after step 10 is taken" in messages()[-1]
+
+
+@pytest.mark.parametrize("part", ["head", "backbone"])
+def test_weights_that_give_nan_are_refused(run, sources, part):
+    model = load_pretrained(str(run), CPU)
+    weights = model.head.layers[-1].bias if part == "head" else next(model.backbone.parameters())
+    weights.data.view(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=f"weights: {run} gives logits that are NaN for .*png"):
+        evaluate(model, *sources, ["bits"])
 
 
 def test_a_run_whose_checkpoints_are_gone_has_a_backbone_alone(run, sources, tmp_path):
@@ -277,7 +300,9 @@ def test_features_are_cached_until_something_changes(run, sources, tmp_path, mon
 def test_ranks_compute_the_features_of_all_images_together(tmp_path, monkeypatch, configuration):
     """Two ranks, here threads with a cache each, of which the first one's alone counts."""
     local = threading.local()
-    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / f"cache{local.rank}")
+    monkeypatch.setattr(
+        module, "cache_folder", lambda *parts: tmp_path.joinpath(f"cache{local.rank}", *parts)
+    )
     source = open_source("digits").select(range(101))
     model = Pretrained.of(create_networks(configuration(), CPU)[1], configuration(), CPU)
     barrier, values, results = threading.Barrier(2, timeout=60), [None, None], [None, None]
@@ -410,8 +435,8 @@ def test_a_result_is_shown_though_what_follows_fails(run, tmp_path, capsys):
     "options, words",
     [
         (["--davis=unlabeled", "--protocols=knn"], "protocols: expected data to evaluate them on, got none"),
-        (["--output=nowhere/result.json"], "output: expected a file in a folder that exists"),
-        (["--output=unlabeled"], "output: expected a file in a folder that exists"),
+        (["--output=nowhere/result.json"], "output: expected a file in a folder that can be written"),
+        (["--output=unlabeled"], "output: expected a file in a folder that can be written"),
         (["--protocols=knn, mpa"], "protocols: there is none named 'mpa'"),
         (["--davis=nowhere"], "davis: expected a folder, got nowhere"),
         (["--segmentation=nowhere"], "segmentation: expected a folder, got nowhere"),

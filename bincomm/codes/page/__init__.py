@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from bincomm.codes.observations import Observations
-from bincomm.codes.page.agreement import comparison_section, stability_section
 from bincomm.codes.page.bits import (
     blocks_section,
     correlations_section,
@@ -22,6 +21,7 @@ from bincomm.codes.page.classes import (
 )
 from bincomm.codes.page.elements import escape
 from bincomm.codes.page.images import map_section, shown_section
+from bincomm.codes.page.stability import comparison_section, stability_section
 from bincomm.codes.page.style import STYLE
 from bincomm.data.sources import Source
 
@@ -66,7 +66,7 @@ def _summary(result: dict[str, Any]) -> str:
         (f"{len(use['dead'])}", "dead bits"),
         (f"{len(use['same']) + len(use['inverted'])}", "bits that repeat another"),
         (
-            f"{np.mean(stability['agreement']):.1%}",
+            f"{np.mean(stability['equal']):.1%}",
             f"of bits are the same in another crop; chance {np.mean(stability['chance']):.1%}",
         ),
         (f"{np.sum(stability['information']):.1f}", f"bits transmitted from crop to crop, of {size}"),

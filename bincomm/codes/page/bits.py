@@ -120,7 +120,7 @@ def table_section(result: dict[str, Any]) -> str:
     """All bits in a table."""
     head, columns = ["bit", "share of 1", "entropy"], [result["use"]["ones"], result["use"]["entropy"]]
     head += ["same in another crop", "above chance"]
-    columns += [result["stability"]["agreement"], result["stability"]["kappa"]]
+    columns += [result["stability"]["equal"], result["stability"]["kappa"]]
     if "information" in result:
         head += ["information on the class", "classes, mostly 1", "mostly 0"]
         columns += [

@@ -46,7 +46,7 @@ def shown_section(result: dict[str, Any], observed: Observations, source: Source
 
 def _describe_bit(result: dict[str, Any], bit: int) -> str:
     parts = [f"1 in {result['use']['ones'][bit]:.0%} of the images"]
-    parts.append(f"the same in another crop in {result['stability']['agreement'][bit]:.0%}")
+    parts.append(f"the same in another crop in {result['stability']['equal'][bit]:.0%}")
     if "information" in result:
         parts.append(f"says {result['information']['corrected'][bit]:.3f} bits about the class")
         of_classes = sorted(

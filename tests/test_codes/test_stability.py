@@ -8,8 +8,8 @@ from random_codes import random_code
 from sklearn.metrics import cohen_kappa_score, mutual_info_score
 
 from bincomm.bits import binary_entropy
-from bincomm.codes.agreement import predicted_from, stability
 from bincomm.codes.distances import neighbor_overlap
+from bincomm.codes.stability import predicted_from, stability
 
 
 def test_stability_is_cohens_kappa():
@@ -20,7 +20,7 @@ def test_stability_is_cohens_kappa():
     result = stability(bits, other)
     for bit in set(range(7)) - {3}:
         assert result.kappa[bit] == pytest.approx(cohen_kappa_score(bits[:, bit], other[:, bit]))
-        assert result.agreement[bit] == (bits[:, bit] == other[:, bit]).double().mean()
+        assert result.equal[bit] == (bits[:, bit] == other[:, bit]).double().mean()
         nats = mutual_info_score(bits[:, bit], other[:, bit]) - 1 / 600
         assert result.information[bit].item() == pytest.approx(max(0, nats / math.log(2)), abs=1e-12)
     p = bits[:, 0].double().mean()  # of a bit that is the same in both: all of its entropy is shared
@@ -28,7 +28,7 @@ def test_stability_is_cohens_kappa():
     assert result.information[0].item() == pytest.approx(shared.item())
     assert result.information[3] == 0  # constant
     assert result.kappa[3] == 0
-    assert result.agreement[[0, 3]].tolist() == [1, 1]
+    assert result.equal[[0, 3]].tolist() == [1, 1]
     with pytest.raises(ValueError, match="others"):
         stability(bits, other[:, :6])
 

@@ -1,4 +1,4 @@
-"""How far two codes of the same images agree: of two views, or of two checkpoints.
+"""What two codes of the same images have in common: of two views, or of two checkpoints.
 
 Signs are (n, K) and (n, K'), row by row of the same image, see `bincomm.codes.arguments`; arithmetic is in
 fp64, and what is drawn at random has a seed of its own. For neighbors in common see
@@ -21,19 +21,19 @@ from bincomm.codes.usage import cross_correlations, share_of_ones
 class Stability(NamedTuple):
     """How often a bit is the same in two views of an image, (K,) each."""
 
-    agreement: Tensor  # share of the images, from 0 to 1
-    chance: Tensor  # agreement of views of two different images
-    kappa: Tensor  # 0 chance, 1 always: (agreement - chance)/(1 - chance)
+    equal: Tensor  # share of the images where it is, from 0 to 1
+    chance: Tensor  # the same for views of two different images
+    kappa: Tensor  # 0 chance, 1 always: (equal - chance)/(1 - chance)
     information: Tensor  # of one view's bit about the other's, in bits, from 0 to 1
 
 
 def stability(signs: Tensor, others: Tensor) -> Stability:
-    """Agreement of each bit between two views of the same images, against chance (Cohen's kappa).
+    """How often each bit is equal in two views of the same images, against chance (Cohen's kappa).
 
-    Chance is `p q + (1-p)(1-q)`, with the shares of ones of both views: a bit that is nearly always 1 agrees
-    nearly always, and has a kappa near 0 all the same. A constant bit's kappa is 0. The agreement's standard
-    error is at most 1/(2√n). The mutual information is that of the four shares of pairs of bits, less its
-    mean for independent bits, 1/(2n ln 2), and at least 0; its sum over the bits counts those that repeat
+    Chance is `p q + (1-p)(1-q)`, with the shares of ones of both views: a bit that is nearly always 1 is
+    nearly always equal, and has a kappa near 0 all the same. A constant bit's kappa is 0. The standard error
+    of the share is at most 1/(2√n). The mutual information is that of the four shares of pairs of bits, less
+    its mean for independent bits, 1/(2n ln 2), and at least 0; its sum over the bits counts those that repeat
     each other, too.
 
     Args:
@@ -45,15 +45,15 @@ def stability(signs: Tensor, others: Tensor) -> Stability:
     bits, other = as_bits(signs), as_bits(others)
     if bits.shape != other.shape:
         raise ValueError(f"others: expected shape {tuple(bits.shape)} like signs, got {tuple(other.shape)}")
-    p, q, agreement = (share_of_ones(x) for x in (bits, other, bits == other))
+    p, q, equal = (share_of_ones(x) for x in (bits, other, bits == other))
     chance = p * q + (1 - p) * (1 - q)
     room = 1 - chance
-    kappa = torch.where(room > 1e-12, (agreement - chance) / room.clamp(min=1e-12), 0.0)
+    kappa = torch.where(room > 1e-12, (equal - chance) / room.clamp(min=1e-12), 0.0)
     both = share_of_ones(bits & other)
     joint = torch.stack([both, p - both, q - both, 1 - p - q + both]).clamp(min=0)
     entropy_of_pairs = -torch.xlogy(joint, joint).sum(0) / math.log(2)
     information = binary_entropy(p) + binary_entropy(q) - entropy_of_pairs - 1 / (2 * len(bits) * math.log(2))
-    return Stability(agreement, chance, kappa, information.clamp(min=0))
+    return Stability(equal, chance, kappa, information.clamp(min=0))
 
 
 class Prediction(NamedTuple):

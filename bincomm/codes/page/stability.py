@@ -1,4 +1,4 @@
-"""Sections about agreement: between two crops of an image, and between two checkpoints."""
+"""Sections about what codes have in common: of two crops of an image, and of two checkpoints."""
 
 from typing import Any
 
@@ -10,19 +10,19 @@ from bincomm.codes.page.style import BLUE, GRAY, ORANGE
 
 
 def stability_section(result: dict[str, Any]) -> str:
-    """Agreement between two crops of an image."""
+    """What the codes of two crops of an image have in common."""
     stability = result["stability"]
-    kappa, agreement = np.array(stability["kappa"]), np.array(stability["agreement"])
+    kappa, equal = np.array(stability["kappa"]), np.array(stability["equal"])
 
     def draw(axes: Axes) -> None:
         axes.hist(kappa, bins=np.linspace(min(0, kappa.min()), 1, 41).tolist(), color=BLUE)
-        axes.set(xlabel="agreement of two crops, 0 chance, 1 always")
+        axes.set(xlabel="equal in two crops, 0 chance, 1 always")
         label_bit_counts(axes)
 
     return section(
         "Does a bit stay when the image is cropped and recolored?",
         f"<p>Two crops each of {stability['images']} images were made as in training, and their codes "
-        f"compared. {agreement.mean():.1%} of the bits are the same; two different images would share "
+        f"compared. {equal.mean():.1%} of the bits are the same; two different images would share "
         f"{np.mean(stability['chance']):.1%}. The figure counts each bit between the two: 0 is chance, 1 is "
         "always. <b>Good:</b> well above 0 for all bits. <b>Bad:</b> near 0: the bit is noise, and nothing "
         "is transmitted. Near 1 for all bits with little entropy is no good either: what never changes says "
@@ -34,7 +34,7 @@ def stability_section(result: dict[str, Any]) -> str:
 
 
 def comparison_section(result: dict[str, Any]) -> str:
-    """Agreement with another checkpoint; "" where there is none."""
+    """What the codes of another checkpoint have in common with these; "" where there is none."""
     other = result.get("other")
     if not other:
         return ""
