@@ -365,7 +365,8 @@ def as_markdown(table: dict[str, Any]) -> str:
         "d_eff, r_eff and use of bits are those of the queries. Codes are the signs of the head's K logits; "
         "of SimDINO, the signs of its outputs, and of DINO, of its head's bottleneck: neither is trained to "
         "be a code. Transmitted bits are those of a message that the student predicts, "
-        "Σ max(0, entropy - cross-entropy), in the last steps of training. Seconds are those of a run's training steps.",
+        "Σ max(0, entropy - cross-entropy), in the last steps of training. Seconds are those of a run's "
+        "training steps.",
         "Images, network, steps, batches, learning rate and all other keys are the same for all methods, and "
         f"none was tuned for one of them. A method's own keys: {own or 'none'}.",
         *(f"{run}: {reason}" for run, reason in failed.items()),
