@@ -82,9 +82,12 @@ def knn_accuracies(
             left = k - (nearest > last[:, None]).sum(-1)
             (undecided,) = ((left < counts.sum(-1)) & is_class).nonzero(as_tuple=True)
             if len(undecided):
-                rows = (x[undecided].cpu().numpy() for x in (votes, counts.long(), weight, left, own))
                 powers = powers_on_circle(k)
-                chances = [chance_to_win(*row, powers) for row in zip(*rows, strict=True)]
+                columns = [x[undecided].cpu().numpy() for x in (votes, counts.long(), weight, left, own)]
+                chances = [
+                    chance_to_win(votes_of, tied_of, float(w), int(r), int(c), powers)
+                    for votes_of, tied_of, w, r, c in zip(*columns, strict=True)
+                ]
                 right[undecided.cpu()] = torch.tensor(chances, dtype=torch.float64)
             correct[number] += float(right.sum())
     return [hits / len(queries) for hits in correct]
