@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig, read_config
+from bincomm.config import KEYS_OF_METHODS, PretrainConfig, read_config
 from bincomm.configuration import configure as configure_run
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.evaluation.evaluate import figure
@@ -48,6 +48,8 @@ def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> Pretra
         raise ValueError(f"backbone: expected {known}, as {weights} says, got {asked}; leave it out")
     recipe_keys = read_recipe(recipe)
     taken = {key: value for key, value in inherited.items() if key not in recipe_keys or key in WEIGHTS_KEYS}
+    if keys.get("method", inherited.get("method")) != inherited.get("method"):
+        taken = {key: value for key, value in taken.items() if key not in KEYS_OF_METHODS["bits"]}
     if keys.get("minutes") is not None or recipe_keys.get("minutes") is not None:
         for key in ("epochs", "max_steps"):  # which would count as given, in place of the minutes
             taken.pop(key, None)

@@ -86,7 +86,8 @@ def compare(
         seeds: every method has a run for each seed; None: only the key seed.
         prototypes: number of prototypes of dino; None: one that fits the number of images.
         recipe: as in `pretrain`.
-        keys: keys of `PretrainConfig`, which all runs share; without output it is runs/compare-DATA-RECIPE.
+        keys: keys of `PretrainConfig`, which all runs share, also in place of a method's own; without output
+            it is runs/compare-DATA-RECIPE.
 
     Returns:
         The content of table.json.
@@ -98,7 +99,7 @@ def compare(
     from bincomm.configuration import configure_comparison
 
     config = configure_comparison(recipe, data=data, **keys)
-    return compare(config, DEFAULT_METHODS if methods is None else methods, seeds, prototypes)
+    return compare(config, DEFAULT_METHODS if methods is None else methods, seeds, prototypes, keys)
 
 
 def load_pretrained(

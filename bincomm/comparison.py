@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from bincomm import __version__
 from bincomm.building import create_networks, create_trained_teacher
-from bincomm.config import PretrainConfig, read_config
+from bincomm.config import KEYS_OF_METHODS, PretrainConfig, read_config
 from bincomm.data.sources import Source, evaluation_sources, open_source
 from bincomm.distributed.ranks import join_ranks
 from bincomm.engine.budget import choose_steps
@@ -33,7 +33,8 @@ from bincomm.pretraining import TrainingError, pretrain
 
 logger = logging.getLogger(__name__)
 
-# The keys of each method; all other keys are equal. The ablations are those of bits-fixed, as in the paper.
+# The keys of each method, beside those of `KEYS_OF_METHODS`; all other keys are equal. The ablations are
+# those of bits-fixed, as in the paper.
 METHODS: dict[str, dict[str, Any]] = {
     "bits-reset": {"method": "bits", "agreement": "hard"},
     "bits-fixed": {"method": "bits", "agreement": "hard", "reset_every": 0},
@@ -74,6 +75,7 @@ def compare(
     methods: Sequence[str] = DEFAULT_METHODS,
     seeds: Sequence[int] | None = None,
     prototypes: int | None = None,
+    given: Collection[str] = (),
 ) -> dict[str, Any]:
     """Train every method with every seed, each as an ordinary run in `config.output`/METHOD[-seedK], evaluate
     all, and write table.md, table.json and plot.png there.
@@ -83,12 +85,14 @@ def compare(
 
     Args:
         config: the configuration that all runs share, except for the keys that `METHODS` sets: method,
-            agreement, expa_type and, for all but bits-reset, reset_every. Its minutes are those of the first
-            method; the others have as many steps.
+            agreement, expa_type and, for all but bits-reset, reset_every; and for SimDINO and DINO except for
+            those of `bincomm.config.KEYS_OF_METHODS`. Its minutes are those of the first method; the others
+            have as many steps.
         methods: names in `METHODS`.
         seeds: every method has a run for each seed; None: only that of the configuration.
         prototypes: number of prototypes of DINO; None: that of the configuration, or if that is the default
             `prototypes_for` the number of images.
+        given: keys, such as clip, that all methods take from `config`, in place of their own.
 
     Returns:
         The content of table.json: "rows", a row for raw pixels, one for the network before training and one
@@ -128,7 +132,7 @@ def compare(
     shared = settle_common_steps(shared, methods[0], source)
     if shared.reset_every == "auto":  # for bits-reset, in runs that are too short for resets by default, too
         shared = replace(shared, reset_every=math.ceil(epochs_of(shared, len(source.images)) / 10))
-    configs = {method: method_configs(shared, method, seeds) for method in METHODS}
+    configs = {method: method_configs(shared, method, seeds, given) for method in METHODS}
     done = [m for m, runs in configs.items() if all(is_finished(Path(run.output)) for run in runs)]
     named = [*methods, *(method for method in done if method not in methods)]
     configs = {method: configs[method] for method in named}
@@ -269,9 +273,14 @@ def prototypes_for(images: int) -> int:
     return min(65536, 1 << max(0, -(-images // IMAGES_PER_PROTOTYPE) - 1).bit_length())
 
 
-def method_configs(shared: PretrainConfig, method: str, seeds: Sequence[int] | None) -> list[PretrainConfig]:
+def method_configs(
+    shared: PretrainConfig, method: str, seeds: Sequence[int] | None, given: Collection[str] = ()
+) -> list[PretrainConfig]:
     """The configurations of a method's runs, one per seed."""
-    keys = {"reset_every": shared.reset_every or RESET_EVERY, **METHODS[method]}
+    name = METHODS[method]["method"]
+    own = {} if name == "bits" else KEYS_OF_METHODS[name]  # the bits' are those of the recipe
+    own = {key: value for key, value in own.items() if key not in given}
+    keys = {"reset_every": shared.reset_every or RESET_EVERY, **own, **METHODS[method]}
     path = os.path.join(shared.output, method)
     if seeds is None:
         return [replace(shared, **keys, output=path)]
@@ -340,6 +349,11 @@ def as_markdown(table: dict[str, Any]) -> str:
     overlap = (
         "" if table["queries_held_out"] else ", whose images, but not their labels, were used in training"
     )
+    own = "; ".join(
+        f"{method} {', '.join(f'{key}={value}' for key, value in keys.items() if key != 'method')}"
+        for method, keys in table["differences"].items()
+        if keys
+    )
     unmatched = pixels.get("unmatched_queries", 0)
     left_out = f", without {unmatched} queries whose class no image has" if unmatched else ""
     notes = (
@@ -348,12 +362,13 @@ def as_markdown(table: dict[str, Any]) -> str:
         "Features are those of the teacher's backbone, of one center crop, of "
         f"{pixels['gallery_images']} images and {pixels['query_images']} queries{overlap}. k-NN with k = 20; "
         f"mAP@ALL by the cosine of features and the Hamming distance of codes{left_out}; "
-        "d_eff, r_eff and use of bits are those of the queries. Codes are the signs of the head's K "
-        "logits; of SimDINO, the signs of its outputs, and of DINO, of its head's bottleneck: neither is "
-        "trained to be a code. Transmitted bits are those of a message that the student predicts, Σ "
-        "max(0, entropy - cross-entropy), in the last steps of training. Seconds are those of a run's "
-        "training steps. All methods have the hyperparameters above, and DINO none of its own: its last "
-        "layer learns from the first epoch on.",
+        "d_eff, r_eff and use of bits are those of the queries. Codes are the signs of the head's K logits; "
+        "of SimDINO, the signs of its outputs, and of DINO, of its head's bottleneck: neither is trained to "
+        "be a code. Transmitted bits are those of a message that the student predicts, "
+        "Σ max(0, entropy - cross-entropy), in the last steps of training. Seconds are those of a run's "
+        "training steps.",
+        "Images, network, steps, batches, learning rate and all other keys are the same for all methods, and "
+        f"none was tuned for one of them. A method's own keys: {own or 'none'}.",
         *(f"{run}: {reason}" for run, reason in failed.items()),
     )
     return "\n".join([*aligned, *(f"\n{textwrap.fill(note, 110)}" for note in notes)]) + "\n"

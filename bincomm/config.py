@@ -20,7 +20,8 @@ INCIDENTAL = (
 # The smallest and largest value of every number: those beyond are mistakes, or more than a run can compute or
 # hold. Those of the crops are in `bincomm.data.crops`.
 LIMITS: dict[str, tuple[float, float]] = {
-    "tau": (1e-3, 1e3), "prototypes": (1, 2**24), "seed": (0, 2**63 - 1), "epochs": (1, 10**9),
+    "tau": (1e-3, 1e3), "prototypes": (1, 2**24), "freeze_last_layer": (0, 10**9),
+    "seed": (0, 2**63 - 1), "epochs": (1, 10**9),
     "max_steps": (1, 10**12), "minutes": (1e-3, 10**7), "batch_size": (1, 2**24), "bits": (1, 2**16),
     "hidden": (1, 2**16), "head_std": (1e-6, 100), "reset_every": (0, 10**9), "beta": (0, 10**6),
     "eps_squared": (1e-6, 10**6), "lr": (0, 10), "min_lr": (0, 10), "warmup_epochs": (0, 10**9),
@@ -29,6 +30,14 @@ LIMITS: dict[str, tuple[float, float]] = {
     "max_unusable": (0, 1), "log_every": (1, 10**6), "save_every": (1, 10**9), "keep": (1, 10**9),
 }  # fmt: skip
 WEIGHTS = (1e-6, 10**6)  # of sources in a mix
+
+# What the methods' own codes set otherwise than the paper does for bits: `bincomm.configuration` takes these
+# keys for a method that is not the recipe's, and for one that leaves them open.
+KEYS_OF_METHODS: dict[str, dict[str, Any]] = {
+    "bits": {"clip": 1.0, "min_lr": 5e-5, "reset_every": "auto", "freeze_last_layer": 0},
+    "simdino": {"clip": 3.0, "min_lr": 1e-6, "reset_every": 0, "freeze_last_layer": 0},
+    "dino": {"clip": 3.0, "min_lr": 1e-6, "reset_every": 0, "freeze_last_layer": 1},
+}
 
 
 @dataclass(frozen=True)
@@ -47,13 +56,16 @@ class PretrainConfig:
             holds a run; must refuses one that holds none.
         init_from: initial weights of the backbone: a run's directory, a .safetensors file, or the name of a
             timm model with pretrained weights. The head is initialized randomly.
-        method: the objective: the paper's bits, or its baselines SimDINO or DINO.
+        method: the objective: the paper's bits, or its baselines SimDINO or DINO, which bring clip, min_lr,
+            reset_every and freeze_last_layer of their own.
         agreement: the targets of the method bits: hard, the teacher's bits; soft, sigmoid(logit/tau); or
             cosine, the cosine similarity of the student's logits and the bits as ±1.
         tau: temperature of the soft agreement.
         expa_type: of the method simdino: 1 takes the coding rate of the mean of student and teacher, 0 that
             of the student.
         prototypes: number of prototypes of the method dino; the bottleneck of its head has `bits` dimensions.
+        freeze_last_layer: number of epochs, the first ones, in which the method dino does not train its
+            prototypes.
         seed: determines initialization, order of images and augmentations.
         epochs: passes over the data.
         max_steps: end after this many steps, even if epochs are more; the schedules then span these steps.
@@ -121,6 +133,7 @@ class PretrainConfig:
     tau: float = 0.1
     expa_type: Literal[0, 1] = 1
     prototypes: int = 65536
+    freeze_last_layer: int = 0
     seed: int = 0
     epochs: int = 100
     max_steps: int | None = None

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bincomm.config import PretrainConfig
+from bincomm.config import KEYS_OF_METHODS, PretrainConfig
 from bincomm.parsing import check_keys
 from bincomm.recipes import choose_recipe, read_recipe
 
@@ -29,6 +29,7 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
     values = check_keys(read_recipe(recipe), f"recipe {recipe}: ")
     if keys.get("backbone", values.get("backbone")) != values.get("backbone"):
         values.pop("backbone_args", None)  # those of the recipe's own
+    values = with_keys_of_method(values, keys)
     values = without_other_lengths(values, keys)
     return PretrainConfig(**{"output": f"runs/{run_name(recipe, values, keys)}", **values, **keys})
 
@@ -45,6 +46,14 @@ def run_name(recipe: str, values: dict[str, Any], keys: dict[str, Any]) -> str:
     ]
     words = [re.sub(r"\W*\{.*|[^\w.-]+", "_", stem).strip("_-") for stem in stems]
     return "-".join([*filter(None, words), name])
+
+
+def with_keys_of_method(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values with what the method brings: before the recipe's, if that is for another method."""
+    of_recipe = values.get("method", PretrainConfig.method)
+    method = keys.get("method", of_recipe)
+    own = KEYS_OF_METHODS[method]
+    return {**own, **values} if method == of_recipe else {**values, **own}
 
 
 def without_other_lengths(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:

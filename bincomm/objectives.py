@@ -10,7 +10,8 @@ Arithmetic is fp32 (fp64 for fp64 outputs) for every dtype and under autocast; n
 teacher. NaN in the outputs, of the student or of the teacher, gives a loss that is NaN. Finite outputs of any
 size give neither NaN nor a wrong loss, with two limits: hard agreement sums in fp32, and may be infinite from
 outputs of 1e34 on; `DINO`, whose scores are at most 1 from a `PrototypeHead`, divides them by temperatures
-and sums them, which holds up to 1e30.
+and sums them, which holds up to 1e30. Of rows of nearly zero the gradient of a cosine may be too large for
+fp16, and is infinite there.
 
 If torch.distributed is initialized, every rank must call with the same number of images, and gradients must
 be averaged over the ranks, as DistributedDataParallel does: the objective is then that of all ranks' images

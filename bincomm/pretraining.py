@@ -78,6 +78,7 @@ def train(
         while step < job.steps:
             if job.schedule.resets_head(step):
                 job.reset_head(step)
+            job.freeze_last_layer(step)
             views = job.next_batch(step)
             hyperparameters = job.schedule(step)  # learning rate, weight decay, momentum
             # message → logits → loss → gradient → AdamW → moving average

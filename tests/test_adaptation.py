@@ -121,6 +121,8 @@ def test_a_run_gives_its_keys_but_those_of_the_recipe_and_the_command_line(sourc
     assert config.as_dict() == {**inherited.as_dict(), **expected}
     assert inherited.max_steps == 30
     assert inherited.reset_every == "auto"
+    other = configure(str(source), data=str(target), method="dino", output="out")
+    assert (other.clip, other.min_lr, other.freeze_last_layer) == (3.0, 1e-6, 1)
 
 
 def test_another_recipe_says_all_but_the_backbone(source, target):

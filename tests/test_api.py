@@ -8,10 +8,13 @@ import textwrap
 
 import pytest
 import torch
+from PIL import Image
 
 import bincomm
 from bincomm import api
 from bincomm.data.digits import digits
+from bincomm.data.sources import Files, Source
+from bincomm.evaluation.features import extract_features
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +117,29 @@ def test_what_was_pretrained_is_loaded(pretrained):
     assert model.config.eval_crop == 0.5
     features = model.backbone(torch.zeros(2, 3, 16, 16))
     assert model.head(features).shape == (2, 16)
+
+
+def test_one_image_is_encoded_as_many_are(pretrained, tmp_path):
+    images, run, _ = pretrained
+    file = sorted(images.glob("train/7/*.png"))[0]
+    model = bincomm.load_pretrained(run, "cpu")
+    features, bits = model.encode(file)
+    assert (bits.shape, bits.dtype) == ((16,), torch.bool)
+    expected = extract_features(model, Source(Files([str(file)])))
+    assert torch.equal(features, expected["features"][0])
+    assert torch.equal(bits, expected["signs"][0] > 0)
+    with Image.open(file) as image:
+        again = model.encode(image)
+    assert torch.equal(again.features, features)
+    assert torch.equal(again.bits, bits)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="image: .*bad.png cannot be used: not an image"):
+        model.encode(tmp_path / "bad.png")
+    with pytest.raises(ValueError, match="image: expected a path or an image of Pillow, got int"):
+        model.encode(3)
+    alone = bincomm.load_pretrained(run / "backbone.safetensors", "cpu").encode(file)
+    assert alone.bits is None
+    assert torch.equal(alone.features, features)
 
 
 @pytest.mark.parametrize(

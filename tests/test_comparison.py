@@ -16,7 +16,7 @@ from bincomm import cli
 from bincomm.bits import bit_statistics
 from bincomm.building import create_networks
 from bincomm.comparison import BEFORE, FIGURES, METHODS, PIXELS, epochs_of, method_configs, prototypes_for
-from bincomm.config import PretrainConfig
+from bincomm.config import KEYS_OF_METHODS, PretrainConfig
 from bincomm.configuration import configure
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.engine.records import Records
@@ -195,17 +195,31 @@ def test_what_runs_share_and_where_they_differ(compared):
     output, table = compared
     assert table["seeds"] == [0, 1]
     assert table["differences"] == {
-        "bits-reset": {"method": "bits", "reset_every": 1},
-        "simdino": {"method": "simdino", "reset_every": 0},
-        "dino": {"method": "dino", "reset_every": 0},
+        "bits-reset": {
+            "method": "bits",
+            "freeze_last_layer": 0,
+            "reset_every": 1,
+            "min_lr": 1e-5,
+            "clip": 1.0,
+        },
+        "simdino": {"method": "simdino", **KEYS_OF_METHODS["simdino"]},
+        "dino": {"method": "dino", **KEYS_OF_METHODS["dino"]},
     }
     assert table["config"]["prototypes"] == 32
     assert table["config"]["max_steps"] == 6
     assert not {"method", "reset_every", "output", "seed"} & table["config"].keys()
     assert table["machine"]["device"]
     assert table["versions"]["torch"] == torch.__version__
-    state = torch.load(output / "dino-seed0/checkpoints/step-000000006.ckpt", weights_only=True)
-    assert state["teacher"]["head.prototypes"].shape == (32, 16)
+    text = " ".join((output / "table.md").read_text().split())
+    assert "simdino freeze_last_layer=0, reset_every=0, min_lr=1e-06, clip=3.0; dino" in text
+    first, last = (
+        torch.load(output / f"dino-seed0/checkpoints/step-00000000{step}.ckpt", weights_only=True)
+        for step in (3, 6)
+    )
+    assert last["teacher"]["head.prototypes"].shape == (32, 16)
+    initial = first["teacher"]["head.prototypes"]  # frozen in the first epoch, of five steps
+    assert torch.equal(first["student"]["head.prototypes"], initial)
+    assert not torch.equal(last["student"]["head.prototypes"], initial)
     Image.open(output / "plot.png").verify()
 
 
@@ -319,6 +333,10 @@ def test_what_sets_the_methods_apart():
         ("out/dino-seed5", 5),
     ]
     assert method_configs(PretrainConfig(reset_every=7), "bits-reset", None)[0].reset_every == 7
+    assert (configs["simdino"].clip, configs["simdino"].min_lr) == (3.0, 1e-6)
+    assert [configs[name].freeze_last_layer for name in ("bits-fixed", "simdino", "dino")] == [0, 0, 1]
+    clipped = method_configs(replace(config, clip=2.0), "dino", None, given=["clip"])[0]
+    assert (clipped.clip, clipped.min_lr) == (2.0, 1e-6)
 
 
 def test_max_steps_cut_the_epochs_short():

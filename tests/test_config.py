@@ -26,6 +26,25 @@ def parse(arguments):
     return configure(options.recipe, **options.keys), Path(options.recipe).stem
 
 
+def test_a_method_brings_its_own_keys(tmp_path):
+    """Before those of a recipe for another method, behind those given and those of a recipe for it."""
+    keys = ("clip", "min_lr", "reset_every", "freeze_last_layer")
+
+    def of(recipe, **options):
+        config = configure(str(recipe), **options)
+        return tuple(getattr(config, key) for key in keys)
+
+    assert of("vit_base_in1k") == (1.0, 5e-5, 10, 0)
+    assert of("vit_base_in1k", method="bits") == (1.0, 5e-5, 10, 0)
+    assert of("vit_base_in1k", method="simdino") == (3.0, 1e-6, 0, 0)
+    assert of("digits", method="dino") == (3.0, 1e-6, 0, 1)
+    assert of("digits", method="dino", clip=0.5, reset_every=3) == (0.5, 1e-6, 3, 1)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("method: dino\nclip: 2.0\n")
+    assert of(recipe) == (2.0, 1e-6, 0, 1)
+    assert of(recipe, method="bits") == (1.0, 5e-5, "auto", 0)
+
+
 def test_recipe_and_options():
     config, name = parse(
         ["--recipe", "digits", "--epochs", "7", "--jitter", "[0.1, 0, 0, 0]", "--max_steps", "3"]

@@ -62,6 +62,7 @@ del NAMED_BACKBONE["backbone"], NAMED_BACKBONE["backbone_args"]
 IN_PYTHON = {
     "epochs=3)": "epochs=3, **small)",
     'evaluate("runs/digits", data="digits")': 'evaluate("runs/digits", data="drawn")',
+    'encode("photo.jpg")': 'encode(__import__("PIL.Image").Image.new("RGB", (40, 30)))',
 }
 
 

@@ -23,8 +23,9 @@ DEFAULT_METHODS = "bits-reset,bits-fixed,simdino,dino"
 def add_arguments(parser: "ArgumentParser") -> None:
     """Methods and seeds, and the keys that all runs share."""
     parser.epilog = (
-        "The keys apply to every run. If --reset_every is 0, bits-reset takes 10, if auto a tenth of the "
-        "epochs. The table includes finished runs of other methods in the folder."
+        "The keys apply to every run, also in place of a method's own: without them, simdino and dino have "
+        "clip, min_lr and freeze_last_layer of their own. If --reset_every is 0, bits-reset takes 10, if "
+        "auto a tenth of the epochs. The table includes finished runs of other methods in the folder."
     )
     parser.add_argument(
         "--methods",
@@ -67,5 +68,5 @@ def run(options: argparse.Namespace) -> None:
     config = options.config
     logger.info("recipe %s, data %s, output %s", stem(options.recipe), config.data, config.output)
     methods = options.methods or DEFAULT_METHODS
-    table = compare(config, methods, options.seeds, options.keys.get("prototypes"))
+    table = compare(config, methods, options.seeds, options.keys.get("prototypes"), options.keys)
     print(f"\n{as_markdown(table)}\nin {config.output}: table.md, table.json, plot.png, and every run")

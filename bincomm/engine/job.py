@@ -25,7 +25,7 @@ from bincomm.engine.cuda_graph import CapturedStep
 from bincomm.engine.evidence import keep_evidence
 from bincomm.engine.guard import TOTAL, Guard, TrainingError, Verdict
 from bincomm.engine.metrics import MetricsWindow
-from bincomm.engine.optimizer import create_optimizer
+from bincomm.engine.optimizer import create_optimizer, freeze_last_layer
 from bincomm.engine.records import Records
 from bincomm.engine.reset import reset_head
 from bincomm.engine.schedules import Schedule
@@ -121,6 +121,10 @@ class Job:
         """Re-initialize the head, by the seed and the epoch that begins."""
         seed = (self.config.seed, self.schedule.epoch(step))
         reset_head(self.student, self.teacher, self.optimizer, seed)
+
+    def freeze_last_layer(self, step: int) -> None:
+        """Freeze DINO's prototypes in the first epochs, as many as the configuration says."""
+        freeze_last_layer(self.optimizer, self.schedule.epoch(step) < self.config.freeze_last_layer)
 
     def next_batch(self, step: int, peek: bool = False) -> Views:
         """The crops of step `step`, which counts from 0; see `Batches.next`.

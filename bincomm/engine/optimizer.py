@@ -1,28 +1,44 @@
 """AdamW with DINO's parameter groups, and clearing of a module's state."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 
 def create_optimizer(network: nn.Module) -> torch.optim.AdamW:
-    """AdamW in two groups: matrices with weight decay, biases and other one-dimensional parameters without.
+    """AdamW in two groups: matrices with weight decay, biases and other one-dimensional parameters without;
+    prototypes, DINO's last layer, are a third.
 
-    Learning rate and decay are set every step; a group's key "decays" tells whether it takes the decay. It is
-    the fused implementation, because that one can leave out a step; see `step_unless`.
+    Learning rate and decay are set every step; a group's key "decays" tells whether it takes the decay, and
+    "frozen", of the prototypes, that it is not to change. It is the fused implementation, because that one
+    can leave out a step; see `step_unless`.
     """
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    prototypes = [p for name, p in named if name == "head.prototypes"]
+    parameters = [p for name, p in named if name != "head.prototypes"]
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "decays": True},
         {"params": [p for p in parameters if p.ndim <= 1], "decays": False},
     ]
+    if prototypes:
+        groups.append({"params": prototypes, "decays": True, "frozen": False})
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Set this step's learning rate and weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = 0.0 if group.get("frozen") else lr  # which stops the decay, too
         group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+def freeze_last_layer(optimizer: torch.optim.Optimizer, frozen: bool) -> None:
+    """From the next step on, leave the prototypes as they are, or train them again; their moments follow the
+    gradients all the same. Nothing where there are none."""
+    for group in optimizer.param_groups:
+        if "frozen" in group:
+            group["frozen"] = frozen
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:

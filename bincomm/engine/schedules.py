@@ -78,11 +78,14 @@ class Schedule:
         }
 
     def describe(self) -> str:
-        """The values that "auto" may stand for, in words."""
+        """The values that "auto" may stand for or that a method brings, in words."""
         resets = f"reset every {self.reset_every} epochs" if self.reset_every else "never reset"
+        config = self.config
+        frozen = f", last layer frozen for {config.freeze_last_layer} epochs" * bool(config.freeze_last_layer)
         return (
-            f"learning rate {self.peak:.2g} after {self.warmup} steps of warm-up, teacher's momentum "
-            f"{self.momentum:.3g}, head {resets}"
+            f"learning rate {self.peak:.2g} after {self.warmup} steps of warm-up, {config.min_lr:.2g} at the "
+            f"end, gradients clipped at {config.clip:g}, teacher's momentum {self.momentum:.3g}, "
+            f"head {resets}{frozen}"
         )
 
     def epoch(self, step: int) -> int:

@@ -1,17 +1,23 @@
 """A pretrained backbone, and its head where it has one, ready to be evaluated."""
 
+import io
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, read_config
+from bincomm.data.images import Images, eight_bits
+from bincomm.data.sources import Files, Source
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
 from bincomm.engine.run import is_finished, read_result
 from bincomm.files import expand_home
@@ -28,6 +34,13 @@ class Pixels(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return F.adaptive_avg_pool2d(images, min(self.SIDE, images.shape[-1])).flatten(1)
+
+
+class EncodedImage(NamedTuple):
+    """What `Pretrained.encode` returns, on the CPU."""
+
+    features: Tensor  # (D,) fp32, of the backbone
+    bits: Tensor | None  # (K,) bool, the code; None where there is no head
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,54 @@ class Pretrained:
     def of_pixels(cls, config: PretrainConfig, device: torch.device) -> "Pretrained":
         """No network: the features are the pixels that a network of this configuration would be given."""
         return cls("raw pixels", Pixels(), None, config, device)
+
+    def encode(self, image: str | Path | Image.Image) -> EncodedImage:
+        """Features and code of one image, as `bincomm.encode` computes those of many: of its center crop.
+
+        Args:
+            image: a file, or an image of Pillow. Neither is turned by its EXIF orientation.
+
+        Raises:
+            ValueError: it cannot be read or decoded; or the weights give NaN.
+        """
+        from bincomm.evaluation.features import forward_batches  # which imports this module, and DALI
+
+        name, images = _one_image(image)
+        reasons: list[str] = []
+        for batch in forward_batches(self, Source(images), lambda _, reason: reasons.append(reason)):
+            features = batch.features[0].float().cpu()
+            return EncodedImage(features, None if batch.logits is None else (batch.logits[0] > 0).cpu())
+        raise ValueError(f"image: {name} cannot be used: {reasons[0]}")
+
+
+class InMemory:
+    """One encoded image: `Images`."""
+
+    def __init__(self, name: str, data: bytes):
+        self._name, self._data = name, np.frombuffer(data, np.uint8)
+
+    def __len__(self) -> int:
+        return 1
+
+    def name(self, index: int) -> str:
+        return self._name
+
+    def names(self) -> Iterator[str]:
+        return iter([self._name])
+
+    def read(self, index: int) -> np.ndarray:
+        return self._data
+
+
+def _one_image(image: str | Path | Image.Image) -> tuple[str, Images]:
+    if isinstance(image, str | os.PathLike):
+        path = str(expand_home(os.fspath(image)))
+        return path, Files([path])
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"image: expected a path or an image of Pillow, got {type(image).__name__}")
+    file = io.BytesIO()
+    eight_bits(image).convert("RGB").save(file, "PNG", compress_level=1)
+    return "the image", InMemory("image", file.getvalue())
 
 
 def evaluation_device(config: PretrainConfig) -> torch.device:

@@ -41,10 +41,9 @@ def clip_gradients_pytorch_(gradients: list[Tensor], limit: float) -> Tensor:
     """The same in PyTorch's multi-tensor operations, for tensors of any dtype and DTensors."""
     norms = _norms_of_full_tensors(torch._foreach_norm(gradients))
     if limit > 0:
-        # A norm within the limit gives exactly 1, so such a gradient is left bit for bit as it was.
-        factors = torch._foreach_div(
-            torch._foreach_clamp_max(norms, limit), torch._foreach_clamp_min(norms, 1e-12)
-        )
+        # A norm within the limit, 0 too, gives exactly 1: such a gradient is left bit for bit as it was.
+        divisors = torch._foreach_clamp_min(norms, limit)
+        factors = torch._foreach_div(torch._foreach_clamp_max(divisors, limit), divisors)
         torch._foreach_mul_([g.to_local() if is_sharded(g) else g for g in gradients], list(factors))
     return torch.linalg.vector_norm(torch.stack(norms))
 

@@ -1,7 +1,13 @@
 import torch
 from torch import nn
 
-from bincomm.engine.optimizer import clear_state, create_optimizer, set_hyperparameters
+from bincomm.engine.optimizer import (
+    clear_state,
+    create_optimizer,
+    freeze_last_layer,
+    set_hyperparameters,
+)
+from bincomm.networks import Network, PrototypeHead
 
 
 def network():
@@ -30,3 +36,17 @@ def test_clearing_makes_a_module_new_to_the_optimizer():
     assert all(optimizer.state[p]["step"] == 3 for p in model[0].parameters())
     optimizer.step()
     assert all(optimizer.state[p]["step"] == 1 for p in model[2].parameters())
+
+
+def test_prototypes_are_frozen_on_request():
+    model = Network(torch.nn.Linear(4, 8), PrototypeHead(8, 16, 4, 6))
+    before = model.head.prototypes.detach().clone()
+    optimizer = create_optimizer(model)
+    for frozen in (True, False):
+        freeze_last_layer(optimizer, frozen)
+        set_hyperparameters(optimizer, 0.1, 0.4)
+        model(torch.randn(5, 2, 4)).square().sum().backward()
+        bias = model.backbone.bias.detach().clone()
+        optimizer.step()
+        assert torch.equal(model.head.prototypes, before) == frozen
+        assert not torch.equal(model.backbone.bias, bias)

@@ -3,6 +3,7 @@
 import pytest
 
 from bincomm.config import PretrainConfig
+from bincomm.configuration import configure
 from bincomm.engine.schedules import Schedule, cosine, warmup_cosine
 
 
@@ -76,12 +77,21 @@ def test_the_head_has_settled_after_the_warm_up_and_an_epoch_after_each_reset():
 
 def test_a_schedule_says_what_it_chose():
     assert Schedule(PretrainConfig(), 5004, 768).describe() == (
-        "learning rate 0.0005 after 50040 steps of warm-up, teacher's momentum 0.996, "
-        "head reset every 10 epochs"
+        "learning rate 0.0005 after 50040 steps of warm-up, 5e-05 at the end, gradients clipped at 1, "
+        "teacher's momentum 0.996, head reset every 10 epochs"
     )
     short = Schedule(PretrainConfig(epochs=3), 100, 256).describe()
-    assert short.startswith("learning rate 0.004 after 30 steps of warm-up, teacher's momentum 0.933")
+    assert short.startswith("learning rate 0.004 after 30 steps of warm-up, 5e-05 at the end")
+    assert "teacher's momentum 0.933" in short
     assert short.endswith("head never reset")
+    assert (
+        Schedule(configure("digits", method="dino"), 22, 128)
+        .describe()
+        .endswith(
+            "1e-06 at the end, gradients clipped at 3, teacher's momentum 0.955, head never reset, "
+            "last layer frozen for 1 epochs"
+        )
+    )
 
 
 def test_short_runs():

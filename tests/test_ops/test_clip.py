@@ -149,3 +149,13 @@ def test_it_compiles():
     compiled = torch.compile(clip_gradients_, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(copies, 1.0), clip_gradients_(tensors, 1.0))
     assert all(map(torch.equal, tensors, copies))
+
+
+@pytest.mark.parametrize("clip", [clip_gradients_, clip_gradients_pytorch_])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_within_the_limit_are_left_however_small(clip, dtype):
+    sizes = (0.0, 1e-40, 1e-30, 1e-14, 1e-11, 0.5)
+    gradients = [torch.full((3,), size, dtype=dtype) for size in sizes]
+    before = [g.clone() for g in gradients]
+    clip(gradients, 1.0)
+    assert all(map(torch.equal, gradients, before))
