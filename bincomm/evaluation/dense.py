@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from bincomm.data.images import WITHOUT_RANGE, eight_bits, open_encoded, read_file
+from bincomm.data.images import (
+    WITHOUT_RANGE,
+    bounded,
+    check_decoding,
+    eight_bits,
+    open_encoded,
+    read_file,
+)
 from bincomm.evaluation.layouts import Pair, file_error, open_masked_images
 from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_entropy, scaling
 from bincomm.evaluation.pretrained import Pretrained
@@ -420,7 +427,9 @@ def to_pixels(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = open_encoded(read_file(str(path)))
+        data = bounded(read_file(str(path)))
+        image = open_encoded(data)
+        check_decoding(image, data)
         image.load()
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)

@@ -1,4 +1,6 @@
 import json
+import struct
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -7,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
@@ -453,6 +456,29 @@ def test_sixteen_bits_are_seen_as_eight(tmp_path):
     Image.fromarray(pixels.astype(np.float32)).save(tmp_path / "32.tif")
     with pytest.raises(ValueError, match="32.tif: its floating-point pixels have no known range"):
         dense.open_image(tmp_path / "32.tif")
+
+
+def test_images_and_masks_take_a_bounded_time(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:2] + 1000 * b"\xff\xe5\x00\x02" + data[2:])
+    with pytest.raises(ValueError, match="a.jpg: cannot be read: a JPEG of more than 512 segments"):
+        dense.open_image(tmp_path / "a.jpg")
+    texts = PngInfo()
+    texts.add_text("notes", "x" * 2_000_000, zip=True)  # Pillow's limit is no reason to refuse a mask
+    image.convert("L").save(tmp_path / "a.png", pnginfo=texts)
+    assert (dense.open_mask(tmp_path / "a.png") == np.array(image.convert("L"))).all()
+    header = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(resized_header(header, 30_000, 30_000))
+    with pytest.raises(ValueError, match="b.png: more than 178956970 pixels, the most that are decoded"):
+        dense.open_mask(tmp_path / "b.png")
+
+
+def resized_header(png, width, height):
+    """A PNG that claims another size."""
+    chunk = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
 
 
 @pytest.mark.parametrize("broken", [(0, "train/images/1.png"), (1, "val/images/0.png")])
