@@ -181,7 +181,8 @@ def evaluate(
         raise ValueError("protocols: expected data to evaluate them on, got none")
     for name, folder in (("davis", davis), ("segmentation", segmentation)):
         if folder and not expand_home(folder).is_dir():
-            raise ValueError(f"{name}: expected a folder, got {folder}")
+            unpack = ", a file; unpack it if it is an archive" if expand_home(folder).is_file() else ""
+            raise ValueError(f"{name}: expected a folder, got {folder}{unpack}")
     if void and not segmentation:
         raise ValueError("void: expected segmentation, whose classes these are, got none")
     if masks and not (davis or segmentation):
@@ -196,10 +197,10 @@ def evaluate(
         output = check_file("output", output)
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
 
+    predicted = expand_home(masks) if masks else None
     with join_ranks(device) as ranks:
-        if masks:
-            masks = expand_home(masks)
-            ranks.first(lambda: check_empty_folder("masks", masks))
+        if predicted:
+            ranks.first(lambda: check_empty_folder("masks", predicted))
         model = load_pretrained(weights, ranks.device, backbone=backbone, **preprocessing)
         results: dict[str, Any] = {"weights": os.fspath(weights)}
 
@@ -212,7 +213,7 @@ def evaluate(
 
         # DAVIS first, because all ranks work at it.
         if davis:
-            tracking = evaluate_davis(model, davis, masks=masks / "davis" if masks else None, ranks=ranks)
+            tracking = evaluate_davis(model, davis, masks=predicted and predicted / "davis", ranks=ranks)
             if ranks.rank == 0:
                 add({"davis": tracking})
         if data:
@@ -233,7 +234,7 @@ def evaluate(
         if ranks.rank:
             return None
         if segmentation:
-            add({"segmentation": evaluate_segmentation(model, segmentation, void=void, masks=masks)})
+            add({"segmentation": evaluate_segmentation(model, segmentation, void=void, masks=predicted)})
         return results
 
 

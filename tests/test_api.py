@@ -110,6 +110,7 @@ def test_dense_arguments_are_checked_before_the_work(pretrained, tmp_path):
     for keys, words in (
         ({"segmentation": tmp_path}, "segmentation: expected a folder of train/images, .*set looks right"),
         ({"davis": tmp_path}, "davis: expected a folder of DAVIS with "),
+        ({"davis": tmp_path / "set/val/masks/a.png"}, "davis: expected a folder, .*; unpack it if it is an "),
         ({"void": [3]}, "void: expected segmentation"),
         ({**dense, "void": [300]}, "void: expected classes from 0 to 254, got 300"),
         ({"masks": tmp_path / "new"}, "masks: expected davis or segmentation"),

@@ -305,9 +305,9 @@ def _annotation(path: Path, single: bool) -> np.ndarray:
     """A mask (H, W) uint8, 0 for background. A `single` object, 1, is all that is not 0, or not black: some
     masks of DAVIS-2016 have colors and transparency."""
     if single:
-        mask = open_png(path)
-        pixels = np.array(mask if mask.mode in ("P", "L", "1") else mask.convert("RGB"))
-        return pixels.reshape(*pixels.shape[:2], -1).any(-1).astype(np.uint8)
+        picture = open_png(path)
+        pixels = np.array(picture if picture.mode in ("P", "L", "1") else picture.convert("RGB"))
+        return (pixels != 0).reshape(*pixels.shape[:2], -1).max(-1).astype(np.uint8)
     mask = open_mask(path)
     mask[mask == IGNORED] = 0
     return mask
