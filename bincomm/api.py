@@ -136,20 +136,26 @@ def evaluate(
     protocols: Sequence[str] | None = None,
     davis: str | Path | None = None,
     segmentation: str | Path | None = None,
+    void: Sequence[int] = (),
+    masks: str | Path | None = None,
     device: str = "auto",
     backbone: str | None = None,
     output: str | Path | None = None,
     on_result: Callable[[dict[str, Any]], None] | None = None,
     **preprocessing: Any,
 ) -> dict[str, Any] | None:
-    """Evaluate a pretrained backbone on labeled images, on DAVIS-2017 and on segmentation masks.
+    """Evaluate a pretrained backbone on labeled images, on DAVIS and on segmentation masks.
 
     Args:
         weights, device, backbone, preprocessing: as in `load_pretrained`.
         data: labeled images, as in `pretrain`.
         protocols: protocols to evaluate on the data; None: all that the weights allow.
-        davis: the folder of DAVIS-2017 that contains ImageSets.
-        segmentation: a folder with train/images, train/masks, val/images and val/masks.
+        davis: the folder of DAVIS-2017 or DAVIS-2016 that contains ImageSets.
+        segmentation: a folder with train/images, train/masks, val/images and val/masks, or VOC, ADE20K or
+            CamVid as published; see `bincomm.evaluation.layouts.open_masked_images`.
+        void: classes of the segmentation, from 0 to 254, that do not count, besides 255 and the layout's own.
+        masks: a new or empty folder for the predicted masks: davis/SEQUENCE/FRAME.png, and of the
+            segmentation knn/IMAGE.png and linear/IMAGE.png.
         output: a JSON file for the results, written after each part.
         on_result: called with each part as soon as it is evaluated, because a later part may fail.
 
@@ -163,11 +169,12 @@ def evaluate(
     """
     from bincomm.data.sources import evaluation_sources, open_source
     from bincomm.distributed.ranks import join_ranks
-    from bincomm.evaluation.dense import evaluate_segmentation
+    from bincomm.evaluation.dense import check_void, evaluate_segmentation
     from bincomm.evaluation.evaluate import evaluate as evaluate_images
+    from bincomm.evaluation.layouts import open_masked_images
     from bincomm.evaluation.pretrained import load_pretrained
-    from bincomm.evaluation.video import evaluate_davis
-    from bincomm.files import check_file, write_json
+    from bincomm.evaluation.video import evaluate_davis, open_davis
+    from bincomm.files import check_empty_folder, check_file, write_json
 
     if not (data or davis or segmentation):
         raise ValueError("evaluate: expected at least one of data, davis and segmentation, got none")
@@ -175,12 +182,26 @@ def evaluate(
         raise ValueError("protocols: expected data to evaluate them on, got none")
     for name, folder in (("davis", davis), ("segmentation", segmentation)):
         if folder and not expand_home(folder).is_dir():
-            raise ValueError(f"{name}: expected a folder, got {folder}")
+            unpack = ", a file; unpack it if it is an archive" if expand_home(folder).is_file() else ""
+            raise ValueError(f"{name}: expected a folder, got {folder}{unpack}")
+    if void and not segmentation:
+        raise ValueError("void: expected segmentation, whose classes these are, got none")
+    if masks and not (davis or segmentation):
+        raise ValueError("masks: expected davis or segmentation, whose masks to write, got neither")
+    # Whatever is wrong with later parts is told before the first.
+    check_void(void)
+    if davis:
+        open_davis(davis)
+    if segmentation:
+        open_masked_images(segmentation)
     if output:
         output = check_file("output", output)
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
 
+    predicted = expand_home(masks) if masks else None
     with join_ranks(device) as ranks:
+        if predicted:
+            ranks.first(lambda: check_empty_folder("masks", predicted))
         model = load_pretrained(weights, ranks.device, backbone=backbone, **preprocessing)
         results: dict[str, Any] = {"weights": os.fspath(weights)}
 
@@ -193,7 +214,7 @@ def evaluate(
 
         # DAVIS first, because all ranks work at it.
         if davis:
-            tracking = evaluate_davis(model, os.fspath(davis), ranks=ranks)
+            tracking = evaluate_davis(model, davis, masks=predicted and predicted / "davis", ranks=ranks)
             if ranks.rank == 0:
                 add({"davis": tracking})
         if data:
@@ -214,7 +235,7 @@ def evaluate(
         if ranks.rank:
             return None
         if segmentation:
-            add({"segmentation": evaluate_segmentation(model, os.fspath(segmentation))})
+            add({"segmentation": evaluate_segmentation(model, segmentation, void=void, masks=predicted)})
         return results
 
 

@@ -87,6 +87,18 @@ def check_folder(argument: str, path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def check_empty_folder(argument: str, path: str | os.PathLike[str]) -> Path:
+    """As `check_folder`, of a folder that does not exist or is empty.
+
+    Raises:
+        ValueError: it holds something, or cannot be made or written; the message names the argument.
+    """
+    folder = check_folder(argument, path)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{argument}: expected a new or an empty folder, got {os.fspath(path)}")
+    return folder
+
+
 def _try_to_write(file: Path) -> None:
     with suppress(FileNotFoundError):
         os.lstat(file)  # refuses a name that is too long

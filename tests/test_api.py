@@ -78,12 +78,17 @@ def test_a_comparison(pretrained, tmp_path):
 def test_each_part_of_an_evaluation_is_there_at_once(pretrained, tmp_path):
     images, run, _ = pretrained
     parts, output = [], tmp_path / "results.json"
-    with pytest.raises(ValueError, match="segmentation|images"):
+    for half in ("train", "val"):
+        for name in ("images/a.png", "masks/a.png"):
+            path = tmp_path / "damaged" / half / name
+            path.parent.mkdir(parents=True)
+            path.touch()
+    with pytest.raises(ValueError, match="train/images/a.png: cannot be read"):
         bincomm.evaluate(
             run,
             images,
             protocols=["knn"],
-            segmentation=tmp_path,
+            segmentation=tmp_path / "damaged",
             output=output,
             on_result=lambda part: parts.append((part, output.exists())),
         )
@@ -94,6 +99,30 @@ def test_each_part_of_an_evaluation_is_there_at_once(pretrained, tmp_path):
     result = bincomm.evaluate(run, images, protocols=["knn"], global_size=12)
     assert result["preprocessing"]["global_size"] == 12
     assert result["queries_held_out"]
+
+
+def test_dense_arguments_are_checked_before_the_work(pretrained, tmp_path):
+    images, run, _ = pretrained
+    (tmp_path / "full" / "x").mkdir(parents=True)
+    for half in ("train", "val"):
+        for name in ("images/a.png", "masks/a.png"):
+            path = tmp_path / "set" / half / name
+            path.parent.mkdir(parents=True)
+            path.touch()
+    dense = {"segmentation": tmp_path / "set"}
+    for keys, words in (
+        ({"segmentation": tmp_path}, "segmentation: expected a folder of train/images, .*set looks right"),
+        ({"davis": tmp_path}, "davis: expected a folder of DAVIS with "),
+        ({"davis": tmp_path / "set/val/masks/a.png"}, "davis: expected a folder, .*; unpack it if it is an "),
+        ({"void": [3]}, "void: expected segmentation"),
+        ({**dense, "void": [300]}, "void: expected classes from 0 to 254, got 300"),
+        ({"masks": tmp_path / "new"}, "masks: expected davis or segmentation"),
+        ({**dense, "masks": tmp_path / "full"}, "masks: expected a new or an empty folder, got .*full"),
+        ({**dense, "masks": "/dev/null/x"}, "masks: expected a folder that can be made and written"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bincomm.evaluate(run, images, protocols=["knn"], on_result=pytest.fail, **keys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "set"]
 
 
 def test_codes_are_written_found_and_reported(pretrained, tmp_path, monkeypatch):

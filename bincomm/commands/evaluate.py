@@ -4,7 +4,7 @@ codes, dimensions and bits in use; on DAVIS by tracking objects; on masks by seg
 import argparse
 from typing import Any
 
-from bincomm.commands.arguments import add_weights, names, path_or_name, preprocessing
+from bincomm.commands.arguments import add_weights, integers, names, path_or_name, preprocessing
 from bincomm.parsing import parse_data
 
 # Written out, because importing bincomm.evaluation takes seconds; tests/test_cli.py compares them.
@@ -21,11 +21,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help=f"protocols on --data, of {PROTOCOLS}; default: all that apply",
     )
-    parser.add_argument("--davis", metavar="FOLDER", help="folder of DAVIS-2017 that contains ImageSets")
+    parser.add_argument(
+        "--davis",
+        type=path_or_name,
+        metavar="FOLDER",
+        help="folder of DAVIS-2017 or DAVIS-2016 that contains ImageSets",
+    )
     parser.add_argument(
         "--segmentation",
+        type=path_or_name,
         metavar="FOLDER",
-        help="folder with train/images, train/masks, val/images and val/masks",
+        help="folder with train/images, train/masks, val/images and val/masks; or VOC, ADE20K or CamVid",
+    )
+    parser.add_argument(
+        "--void",
+        type=integers,
+        metavar="N,...",
+        help="classes of --segmentation that do not count; 255 and those of a published set never do",
+    )
+    parser.add_argument(
+        "--masks",
+        type=path_or_name,
+        metavar="FOLDER",
+        help="new folder for the predicted masks of --davis and --segmentation",
     )
     parser.add_argument("--output", type=path_or_name, metavar="FILE", help="JSON file to write")
 
@@ -44,6 +62,8 @@ def run(options: argparse.Namespace) -> None:
         protocols=options.protocols,
         davis=options.davis,
         segmentation=options.segmentation,
+        void=options.void or (),
+        masks=options.masks,
         device=options.device,
         backbone=options.backbone,
         output=options.output,

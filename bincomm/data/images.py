@@ -155,12 +155,9 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         image = open_encoded(data)
         if image.mode in WITHOUT_RANGE:
             raise UnusableImageError(f"its {WITHOUT_RANGE[image.mode]} pixels have no known range")
+        check_decoding(image, data)
         pixels = image.width * image.height
-        if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
-            check_scans(data, pixels)
         if pixels > HUGE:
-            if image.format == "WEBP":
-                raise UnusableImageError(f"{pixels} pixels, more than {HUGE}, the most of a WebP")
             with _one_huge:
                 return _decoded(image)
         decodable = image.mode in DECODED_BY_DALI.get(image.format or "", ())
@@ -187,6 +184,19 @@ def bounded(data: np.ndarray) -> np.ndarray:
     if data[:3].tobytes() == b"\xff\xd8\xff":
         _check_segments(data)
     return data
+
+
+def check_decoding(image: Image.Image, data: np.ndarray) -> None:
+    """Refuse an opened image, of `bounded` data, that would take too much time or memory to decode.
+
+    Raises:
+        UnusableImageError: the message is the reason.
+    """
+    pixels = image.width * image.height
+    if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
+        check_scans(data, pixels)
+    if image.format == "WEBP" and pixels > HUGE:
+        raise UnusableImageError(f"{pixels} pixels, more than {HUGE}, the most of a WebP")
 
 
 def check_scans(data: np.ndarray, pixels: int) -> None:

@@ -1,7 +1,8 @@
 """Semantic segmentation on frozen patch features: nearest patches, and a linear probe of every patch."""
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +12,25 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from bincomm.data.images import EXTENSIONS, WITHOUT_RANGE, eight_bits, open_encoded, read_file
+from bincomm.data.images import (
+    WITHOUT_RANGE,
+    bounded,
+    check_decoding,
+    eight_bits,
+    open_encoded,
+    read_file,
+)
+from bincomm.evaluation.layouts import Pair, file_error, open_masked_images
 from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_entropy, scaling
 from bincomm.evaluation.pretrained import Pretrained
-from bincomm.files import expand_home
-from bincomm.logs import progress_bar
+from bincomm.files import write_file
+from bincomm.logs import printable_name, progress_bar
+
+logger = logging.getLogger(__name__)
 
 CLASSES = 255  # an eight-bit mask holds the classes 0 to 254
 IGNORED = 255
+LONGEST = 32  # a longer side, in shorter ones: a strip, resized by its shorter side, would have no bound
 NEIGHBORS, TEMPERATURE = 30, 0.02  # Hummingbird's
 SIMILARITIES = 1 << 24  # held at once
 SCORES = 1 << 26  # of classes at pixels, held at once
@@ -93,7 +105,13 @@ def stride_of(backbone: nn.Module) -> int:
 
 
 def evaluate_segmentation(
-    model: Pretrained, folder: str | os.PathLike[str], *, size: int = 512, memory: int = 1 << 17
+    model: Pretrained,
+    folder: str | os.PathLike[str],
+    *,
+    void: Iterable[int] = (),
+    masks: Path | None = None,
+    size: int = 512,
+    memory: int = 1 << 17,
 ) -> dict[str, Any]:
     """Segment the images of a folder's `val` by the annotated ones of its `train`, the backbone left frozen.
 
@@ -104,13 +122,16 @@ def evaluate_segmentation(
     cross-entropy on every tenth training image. What patches are given is interpolated to the pixels
     (bilinear), where the class that has most is taken.
 
-    The folder holds `train` and `val`, each with `images` and `masks`: images/<name>.jpg (or another of
-    `bincomm.data.images.EXTENSIONS`) has masks/<name>.png, of the same size, one channel, a class from 0 to
-    254 at every pixel or 255, which counts neither in training nor in the figure.
+    A mask is a PNG of the same size as its image, of one channel: a class from 0 to 254 at every pixel or
+    255. Pixels of 255, of `void` and of the layout's own void classes count neither in training nor in the
+    figure.
 
     Args:
         model: a pretrained network; its mean and std normalize the images' colors.
-        folder: the images and masks.
+        folder: the images and masks, in a layout of `open_masked_images`.
+        void: classes, from 0 to 254, that do not count.
+        masks: a folder for the predicted masks, knn/NAME.png and linear/NAME.png for every image of `val`:
+            of its own size, with the numbers and the palette of the annotated masks.
         size: the shorter side in pixels to which images are resized (bicubic), in proportion but to multiples
             of the backbone's stride. Masks are not resized: the figure counts their own pixels.
         memory: number of patches of training images to store, drawn with a fixed seed, as many from each
@@ -118,36 +139,62 @@ def evaluate_segmentation(
 
     Returns:
         "knn" and "linear", each {"miou", "iou": {class: IoU}} from 0 to 1, see `mean_iou`; the latter with
-        its "learning_rate"; and the numbers "train_images", "val_images", "patches" (stored) and "classes"
-        (of these).
+        its "learning_rate"; the numbers "train_images", "val_images", "patches" (stored) and "classes" (of
+        these); "layout", and "void", the classes left out.
 
     Raises:
-        ValueError: no images; masks that are missing, unreadable, of another size or with no class; fewer
-            than two training images with classes; or a backbone that gives no map, or NaN or infinity.
+        ValueError: another layout; no images; masks that are missing, unreadable, of another size or with no
+            class; fewer than two training images with classes; or a backbone that gives no map, or NaN or
+            infinity.
+        OSError: a predicted mask cannot be written.
     """
-    halves = [image_pairs(expand_home(folder) / half) for half in ("train", "val")]
+    layout, train, val, own_void = open_masked_images(folder)
     if memory < 1 or size < 1:
         raise ValueError(f"memory and size: expected at least 1, got {memory} and {size}")
-    patches = collect_patches(model, halves[0], size, memory)
+    left_out = sorted({*own_void, *check_void(void), IGNORED})
+    logger.info(
+        "segmentation: layout %s, %d images to learn from, %d to measure; pixels of %s do not count",
+        layout,
+        len(train),
+        len(val),
+        ", ".join(map(str, left_out)),
+    )
+    patches = collect_patches(model, train, size, memory, left_out)
     # The linear probe first, as it needs more memory while it is trained.
     linear, rate = linear_patches(patches)
-    knn = nearest_patches(patches)
-    tables = torch.zeros(2, CLASSES, CLASSES, dtype=torch.int64)
-    for features, mask in labeled_patches(model, halves[1], size, "segmenting"):
+    predictors = {"knn": nearest_patches(patches), "linear": linear}
+    tables = {name: torch.zeros(CLASSES, CLASSES, dtype=torch.int64) for name in predictors}
+    labeled = labeled_patches(model, val, size, "segmenting", left_out)
+    for (image, annotated), (features, mask) in zip(val, labeled, strict=True):
         height, width = mask.shape
-        for table, predict in zip(tables, (knn, linear), strict=True):
-            table += confusion(mask, patches.classes[to_pixels(predict(features), (height, width))].cpu())
-    if not tables[0].any():
-        raise ValueError(f"val: expected a class at some pixel, got none in {folder}")
-    figures = [mean_iou(table) for table in tables]
+        for name, predict in predictors.items():
+            predicted = patches.classes[to_pixels(predict(features), (height, width))].cpu()
+            tables[name] += confusion(mask, predicted)
+            if masks is not None:
+                path = masks / name / f"{image.stem}.png"
+                write_mask(path, predicted.byte().numpy(), mask_palette(annotated))
+    if not tables["knn"].any():
+        raise ValueError(f"val: expected a class at some pixel, got none in {printable_name(str(folder))}")
+    figures = {name: mean_iou(table) for name, table in tables.items()}
     return {
-        "knn": {"miou": figures[0][0], "iou": figures[0][1]},
-        "linear": {"miou": figures[1][0], "iou": figures[1][1], "learning_rate": rate},
-        "train_images": len(halves[0]),
-        "val_images": len(halves[1]),
+        "knn": {"miou": figures["knn"][0], "iou": figures["knn"][1]},
+        "linear": {"miou": figures["linear"][0], "iou": figures["linear"][1], "learning_rate": rate},
+        "train_images": len(train),
+        "val_images": len(val),
         "patches": len(patches.features),
         "classes": len(patches.classes),
+        "layout": layout,
+        "void": left_out,
     }
+
+
+def check_void(void: Iterable[int]) -> list[int]:
+    """Classes that do not count, if a mask can hold them."""
+    classes = list(void)
+    wrong = [number for number in classes if not 0 <= number <= IGNORED]
+    if wrong:
+        raise ValueError(f"void: expected classes from 0 to {IGNORED - 1}, got {wrong[0]}")
+    return classes
 
 
 def confusion(truth: Tensor, predicted: Tensor) -> Tensor:
@@ -179,11 +226,14 @@ def open_image(path: Path) -> Image.Image:
     """An image in RGB, of the colors that the loader of pretraining gives it.
 
     Raises:
-        ValueError: it is missing, cannot be read, or has pixels of no known range.
+        ValueError: it is missing, cannot be read, has pixels of no known range, or is too long a strip.
     """
     image = _open(path)
     if image.mode in WITHOUT_RANGE:
-        raise ValueError(f"{path}: its {WITHOUT_RANGE[image.mode]} pixels have no known range")
+        raise file_error(path, f"its {WITHOUT_RANGE[image.mode]} pixels have no known range")
+    if max(image.size) > LONGEST * min(image.size):
+        size = "×".join(map(str, image.size))
+        raise file_error(path, f"expected a longer side of at most {LONGEST} shorter ones, got {size} pixels")
     return eight_bits(image).convert("RGB")
 
 
@@ -191,12 +241,40 @@ def open_mask(path: Path) -> np.ndarray:
     """A mask of one channel, palette or gray: its indices (H, W) uint8, 255 among them.
 
     Raises:
-        ValueError: it is missing, cannot be read, or has other pixels.
+        ValueError: it is missing, cannot be read, is no PNG, or has other pixels.
     """
-    mask = _open(path)
+    mask = open_png(path)
     if mask.mode not in ("P", "L", "1"):
-        raise ValueError(f"{path}: expected a mask of one eight-bit channel, got pixels of kind {mask.mode}")
+        raise file_error(
+            path,
+            f"expected a mask of one eight-bit channel, got pixels of kind {mask.mode}; write classes as "
+            "numbers into a gray or palette PNG",
+        )
     return np.array(mask, dtype=np.uint8)
+
+
+def open_png(path: Path) -> Image.Image:
+    """A PNG; others may have lost the exact values of a mask. ValueError if it is none or cannot be read."""
+    image = _open(path)
+    if image.format != "PNG":
+        raise file_error(path, f"expected a mask as PNG, which keeps its values, got {image.format}")
+    return image
+
+
+def mask_palette(path: Path) -> list[int] | None:
+    """The 256 colors of a palette PNG, as 768 numbers; None for a gray one."""
+    palette = open_png(path).getpalette()
+    # Of fewer colors, Pillow would write fewer bits than the numbers need.
+    return None if palette is None else palette + [0] * (768 - len(palette))
+
+
+def write_mask(path: Path, mask: np.ndarray, palette: list[int] | None) -> None:
+    """Write a mask (H, W) uint8 as a PNG, gray or with 256 colors, and make the folder that it lies in."""
+    image = Image.fromarray(mask)
+    if palette is not None:
+        image.putpalette(palette)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda file: image.save(file, format="png"))
 
 
 def centers(parts: int, cells: int) -> Tensor:
@@ -225,50 +303,38 @@ class PatchMemory(NamedTuple):
     classes: Tensor  # (C,) that occur in a patch
 
 
-def image_pairs(half: Path) -> list[tuple[Path, Path]]:
-    """The files of images and of their masks.
-
-    Raises:
-        ValueError: no images, or masks are missing.
-    """
-    try:
-        images = sorted(path for path in (half / "images").iterdir() if path.suffix.lower() in EXTENSIONS)
-    except OSError as error:
-        raise ValueError(f"{half / 'images'}: expected a folder of images, {error.strerror}") from None
-    if not images:
-        raise ValueError(f"{half / 'images'}: expected images ({', '.join(EXTENSIONS)}), got none")
-    masks = [half / "masks" / f"{path.stem}.png" for path in images]
-    missing = [str(path) for path in masks if not path.is_file()]
-    if missing:
-        raise ValueError(f"masks: {len(missing)} are missing: {', '.join(missing[:5])}")
-    return list(zip(images, masks, strict=True))
-
-
 def labeled_patches(
-    model: Pretrained, pairs: list[tuple[Path, Path]], size: int, activity: str
+    model: Pretrained, pairs: list[Pair], size: int, activity: str, void: Iterable[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Patch features (h, w, D), fp32, and mask (H, W) uint8, CPU, of one image after another."""
+    """Patch features (h, w, D), fp32, and mask (H, W) uint8, CPU, of one image after another; what is void is
+    255 there."""
     stride = stride_of(model.backbone)
+    counted = np.arange(256, dtype=np.uint8)
+    counted[list(void)] = IGNORED
     with progress_bar(total=len(pairs), desc=activity, unit="img", leave=False) as bar:
         for path, mask_path in pairs:
-            image, mask = open_image(path), open_mask(mask_path)
+            image, mask = open_image(path), counted[open_mask(mask_path)]
             if mask.shape != image.size[::-1]:
                 expected, actual = (f"{w}×{h}" for w, h in (image.size, mask.shape[::-1]))
-                raise ValueError(f"{mask_path}: expected {expected} pixels as of its image, got {actual}")
+                raise file_error(mask_path, f"expected {expected} pixels as of its image, got {actual}")
             scale = size / min(image.size)
             width, height = (max(1, round(side * scale / stride)) * stride for side in image.size)
             features = patch_features(model.backbone, preprocess(model, image, (height, width)))[0].float()
             if not features.isfinite().all():
-                raise ValueError(f"{path}: expected finite features, got NaN or infinity")
+                raise file_error(path, "expected finite features, got NaN or infinity")
             yield features, torch.from_numpy(mask)
             bar.update()
 
 
-def collect_patches(model: Pretrained, pairs: list[tuple[Path, Path]], size: int, memory: int) -> PatchMemory:
+def collect_patches(
+    model: Pretrained, pairs: list[Pair], size: int, memory: int, void: Iterable[int] = ()
+) -> PatchMemory:
     """At most `memory` patches of training images, drawn with a fixed seed, as many of each image."""
+    some_void = False
     generator = torch.Generator().manual_seed(0)
     parts: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    for image, (features, mask) in enumerate(labeled_patches(model, pairs, size, "collecting patches")):
+    for image, (features, mask) in enumerate(labeled_patches(model, pairs, size, "collecting patches", void)):
+        some_void = some_void or bool((mask == IGNORED).any())
         rows, columns = features.shape[:2]
         shares = class_shares(mask, (rows, columns))
         labeled = shares.sum(1).nonzero().flatten()
@@ -280,8 +346,14 @@ def collect_patches(model: Pretrained, pairs: list[tuple[Path, Path]], size: int
         parts[2].append(torch.full((len(drawn),), image))
     features, shares, images = (torch.cat(part) for part in parts)
     if len(features) == 0:
-        raise ValueError(f"train: expected a class at some pixel, got none in {pairs[0][1].parent}")
+        folder = printable_name(str(pairs[0][1].parent))
+        raise ValueError(f"train: expected a class at some pixel, got none in {folder}")
     classes = shares.any(0).nonzero().flatten()
+    if some_void and classes.tolist() == [0]:
+        raise ValueError(
+            "train: expected two classes or more, got class 0 alone beside pixels that do not count (255); "
+            "write the class of masks of 0 and 255 as another number, such as 1"
+        )
     return PatchMemory(features, shares[:, classes], images.to(features.device), classes)
 
 
@@ -355,10 +427,15 @@ def to_pixels(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = open_encoded(read_file(str(path)))
+        data = bounded(read_file(str(path)))
+        image = open_encoded(data)
+        check_decoding(image, data)
         image.load()
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise file_error(path, f"more than {limit} pixels, the most that are decoded") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise file_error(path, f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # Pillow's readers raise whatever a damaged image leads them to
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+        raise file_error(path, f"cannot be read: {error}") from error
     return image

@@ -214,7 +214,7 @@ def describe(result: dict[str, Any]) -> str:
     if "davis" in result:
         davis = result["davis"]
         lines.append(
-            f"DAVIS, {davis['objects']} objects: J&F {davis['jf']:.2%}, J {davis['j']:.2%}, "
+            f"{davis['set']}, {davis['objects']} objects: J&F {davis['jf']:.2%}, J {davis['j']:.2%}, "
             f"F {davis['f']:.2%}"
         )
     if "segmentation" in result:

@@ -1,11 +1,13 @@
-"""Objects followed through videos by patch features: the label propagation of DAVIS-2017."""
+"""Objects followed through videos by patch features: label propagation on DAVIS-2017 and DAVIS-2016."""
 
+import logging
 import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +19,16 @@ from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.evaluation.dense import (
     IGNORED,
     centers,
+    mask_palette,
     open_image,
     open_mask,
+    open_png,
     patch_features,
     preprocess,
     stride_of,
+    write_mask,
 )
+from bincomm.evaluation.layouts import Pair, file_error, plain_name, read_list, refusal
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.files import expand_home
 from bincomm.logs import progress_bar
@@ -30,6 +36,18 @@ from bincomm.logs import progress_bar
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+logger = logging.getLogger(__name__)
+
+# Lists of validation sequences, and the set that each belongs to. The archive of DAVIS-2017 has that of
+# ImageSets/2016, too; that of DAVIS-2016 has ImageSets/480p, with a line for each frame and its mask.
+LISTS = {
+    "ImageSets/2017/val.txt": "DAVIS-2017",
+    "ImageSets/480p/val.txt": "DAVIS-2016",
+    "ImageSets/2016/val.txt": "DAVIS-2016",
+}
+FRAMES_OF, MASKS_OF = "JPEGImages/480p", "Annotations/480p"
+ABOUT_255 = "; masks of 0 and 255 are DAVIS-2016's, which is taken where ImageSets/2017/val.txt is missing"
+ACCEPTED = f"DAVIS with {FRAMES_OF}, {MASKS_OF} and one of {', '.join(LISTS)}"
 FRAMES, RADIUS, NEIGHBORS, TEMPERATURE = 7, 12, 5, 0.1  # DINO's
 SIDE, MULTIPLE = 480, 64  # pixels
 TILE = 16  # patches a side whose neighborhoods are compared together
@@ -39,10 +57,47 @@ RESOLUTION = 1 << 16
 TOLERANCE = 0.008  # of the diagonal
 
 
+class Davis(NamedTuple):
+    """The validation sequences of a folder of DAVIS."""
+
+    name: str  # DAVIS-2016 or DAVIS-2017
+    sequences: dict[str, list[Pair]]  # frames and masks in the order of time
+
+
+def open_davis(folder: str | os.PathLike[str]) -> Davis:
+    """The validation sequences of DAVIS-2017 or, where their list is missing, of DAVIS-2016. Only the list
+    and names are read.
+
+    Raises:
+        ValueError: the folder has another layout, a sequence has fewer than three frames, or frames or masks
+            are missing; the message names what was expected and what there is.
+    """
+    root = expand_home(folder)
+    path = list_of(root)
+    if path is None or not all((root / kind).is_dir() for kind in (FRAMES_OF, MASKS_OF)):
+        raise refusal("davis", root, ACCEPTED, list_of)
+    lines = read_list(root / path, "sequences")
+    if path == "ImageSets/480p/val.txt":
+        words = [PurePosixPath(line[0]).parent.name for line in lines]
+    else:
+        words = [word for line in lines for word in line]
+    names = dict.fromkeys(plain_name(word, root / path) for word in words)
+    return Davis(LISTS[path], {name: _sequence(root, name) for name in names})
+
+
+def list_of(folder: Path) -> str | None:
+    """Which list of validation sequences a folder has, the first of LISTS; None if it has none."""
+    return next((path for path in LISTS if (folder / path).is_file()), None)
+
+
 def evaluate_davis(
-    model: Pretrained, folder: str | os.PathLike[str], *, ranks: Ranks = ALONE
+    model: Pretrained,
+    folder: str | os.PathLike[str],
+    *,
+    masks: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """J, F and J&F on DAVIS-2017's validation set, its objects tracked from the masks of the first frame.
+    """J, F and J&F on DAVIS's validation set, its objects tracked from the masks of the first frame.
 
     The protocol of DINO (arXiv 2104.14294, after Jabri et al., arXiv 2006.14613): the shorter side is resized
     (bicubic; by DINO bilinear) to 480 pixels, the longer in proportion and down to a multiple of 64, either
@@ -52,35 +107,48 @@ def evaluate_davis(
     every object the mean over its frames is taken, and of these the mean over all objects of all sequences.
     Pixels whose annotation is 255 are background.
 
+    In DAVIS-2016 (Perazzi et al., CVPR 2016) a sequence has one object, of all pixels that are not 0, and so
+    the means are those over its sequences.
+
     Args:
         model: a pretrained network; its mean and std normalize the frames' colors.
-        folder: the folder of DAVIS-2017, with ImageSets/2017/val.txt, JPEGImages/480p/<sequence>/*.jpg and
-            Annotations/480p/<sequence>/*.png.
+        folder: the folder of DAVIS-2017 or DAVIS-2016, see `open_davis`.
+        masks: a folder for the predicted masks, SEQUENCE/FRAME.png for every frame, as the benchmarks' own
+            programs read them: of the frame's size, numbers and palette of DAVIS-2017, 0 and 255 of
+            DAVIS-2016. The first frame's is the one that is given.
         ranks: all call, each tracks a share of the sequences, and all get the figures.
 
     Returns:
-        "j", "f", "jf" (their mean), from 0 to 1, and "objects", their number; and "sequences", these four of
-        every sequence, by name.
+        "j", "f", "jf" (their mean), from 0 to 1, and "objects", their number; "sequences", these four of
+        every sequence, by name; and "set", DAVIS-2017 or DAVIS-2016.
 
     Raises:
         ValueError: something is missing or cannot be read, masks and frames differ in size, a sequence of
             fewer than three frames or without objects, or a backbone that gives no map. The message names
             the file.
+        OSError: a predicted mask cannot be written.
     """
-    folder = expand_home(folder)
-    sequences = {name: _sequence(folder, name) for name in _names(folder / "ImageSets" / "2017" / "val.txt")}
-    names = list(sequences)
-    own = {name: sequences[name] for name in names[ranks.rank :: ranks.world]}
+    davis = open_davis(folder)
+    names = list(davis.sequences)
+    own = {name: davis.sequences[name] for name in names[ranks.rank :: ranks.world]}
     frames = sum(len(pairs) for pairs in own.values())
+    logger.info("%s: %d sequences", davis.name, len(names))
+    single = davis.name == "DAVIS-2016"
     with progress_bar(
         total=frames, desc="tracking objects", unit="frame", leave=False, disable=ranks.rank > 0
     ) as bar:
-        shares = ranks.gather({name: _track(model, pairs, bar) for name, pairs in own.items()})
+        shares = ranks.gather(
+            {
+                name: _track(model, pairs, bar, single, None if masks is None else masks / name)
+                for name, pairs in own.items()
+            }
+        )
     by_name = {name: objects for share in shares for name, objects in share.items()}
     objects = [by_name[name] for name in names]
     return {
         **_figures(np.concatenate(objects)),
         "sequences": {name: _figures(each) for name, each in zip(names, objects, strict=True)},
+        "set": davis.name,
     }
 
 
@@ -161,64 +229,63 @@ def contour(mask: np.ndarray) -> np.ndarray:
     return np.argwhere((mask != below) | (mask != right) | (mask != across))
 
 
-def _names(path: Path) -> list[str]:
-    try:
-        names = path.read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected names of sequences in UTF-8, got {error}") from None
-    if not names:
-        raise ValueError(f"{path}: expected names of sequences, got none")
-    return names
-
-
-def _sequence(folder: Path, name: str) -> list[tuple[Path, Path]]:
+def _sequence(folder: Path, name: str) -> list[Pair]:
     """Frames and masks of a sequence, in the order of time."""
-    frames, masks = folder / "JPEGImages" / "480p" / name, folder / "Annotations" / "480p" / name
+    frames, masks = folder / FRAMES_OF / name, folder / MASKS_OF / name
     frame_stems, mask_stems = (
-        {path.stem for path in folder.glob(f"*{suffix}")}
+        # Not those with a dot at the start: macOS adds a ._NAME to each.
+        {path.stem for path in folder.glob(f"*{suffix}") if not path.name.startswith(".")}
         for folder, suffix in ((frames, ".jpg"), (masks, ".png"))
     )
     if len(frame_stems | mask_stems) < 3:
-        raise ValueError(f"{frames}: expected at least 3 frames, got {len(frame_stems)}")
+        raise file_error(frames, f"expected at least 3 frames, got {len(frame_stems)}")
     pairs = [(frames / f"{stem}.jpg", masks / f"{stem}.png") for stem in sorted(frame_stems | mask_stems)]
     for path in (path for pair in pairs for path in pair):
         if not path.is_file():
             other = "frame" if path.suffix == ".png" else "mask"
-            raise ValueError(f"{path}: expected a file, as there is a {other} of that name")
+            raise file_error(path, f"expected a file, as there is a {other} of that name")
     return pairs
 
 
-def _track(model: Pretrained, pairs: list[tuple[Path, Path]], bar: "tqdm") -> np.ndarray:
+def _track(
+    model: Pretrained, pairs: list[Pair], bar: "tqdm", single: bool, output: Path | None
+) -> np.ndarray:
     """J and F of every object of a sequence, means over its frames: (objects, 2)."""
-    first = _annotation(pairs[0][1])
+    first = _annotation(pairs[0][1], single)
     if not first.any():
-        raise ValueError(f"{pairs[0][1]}: expected an object, got background alone")
+        raise file_error(
+            pairs[0][1],
+            "expected an object, got background alone"
+            + (ABOUT_255 if not single and open_mask(pairs[0][1]).any() else ""),
+        )
     objects = np.unique(first[first > 0])
     figures = []
     height, width = first.shape
-    masks = propagate(_features(model, pairs, (height, width), bar), first)
-    # Neither the first frame, which masks lack as well, nor the last one counts.
-    for mask, (_, path) in zip(masks, pairs[1:-1], strict=True):
-        predicted, truth = mask.numpy(), _annotation(path)
+    palette = None if single else mask_palette(pairs[0][1])
+    # The last frame does not count, so it is followed only where its mask is to be written.
+    followed = pairs[:-1] if output is None else pairs
+    masks = propagate(_features(model, followed, (height, width), bar), first)
+    for (_, path), predicted in zip(followed, chain([first], map(Tensor.numpy, masks)), strict=True):
+        if output is not None:
+            write_mask(output / path.name, 255 * predicted if single else predicted, palette)
+        if path in (pairs[0][1], pairs[-1][1]):
+            continue
+        truth = _annotation(path, single)
         if truth.shape != first.shape:
-            raise ValueError(f"{path}: expected {_pixels(first.shape)} as before, got {_pixels(truth.shape)}")
+            raise file_error(path, f"expected {_pixels(first.shape)} as before, got {_pixels(truth.shape)}")
         masks_of = [(predicted == number, truth == number) for number in objects]
         figures.append([[region_similarity(*pair), contour_accuracy(*pair)] for pair in masks_of])
-    bar.update()  # the last frame
+    bar.update(len(pairs) - len(followed))
     return np.mean(figures, axis=0)
 
 
-def _features(
-    model: Pretrained, pairs: list[tuple[Path, Path]], shape: tuple[int, int], bar: "tqdm"
-) -> Iterator[Tensor]:
+def _features(model: Pretrained, pairs: list[Pair], shape: tuple[int, int], bar: "tqdm") -> Iterator[Tensor]:
     size = resized_shape(shape, stride_of(model.backbone))
-    for path, _ in pairs[:-1]:
+    for path, _ in pairs:
         image = open_image(path)
         if image.size[::-1] != shape:
             actual = _pixels(image.size[::-1])
-            raise ValueError(f"{path}: expected {_pixels(shape)} as of the first frame's mask, got {actual}")
+            raise file_error(path, f"expected {_pixels(shape)} as of the first frame's mask, got {actual}")
         bar.update()
         yield patch_features(model.backbone, preprocess(model, image, size))[0]
 
@@ -234,7 +301,13 @@ def resized_shape(shape: tuple[int, int], stride: int) -> tuple[int, int]:
     return height, width
 
 
-def _annotation(path: Path) -> np.ndarray:
+def _annotation(path: Path, single: bool) -> np.ndarray:
+    """A mask (H, W) uint8, 0 for background. A `single` object, 1, is all that is not 0, or not black: some
+    masks of DAVIS-2016 have colors and transparency."""
+    if single:
+        picture = open_png(path)
+        pixels = np.array(picture if picture.mode in ("P", "L", "1") else picture.convert("RGB"))
+        return (pixels != 0).reshape(*pixels.shape[:2], -1).max(-1).astype(np.uint8)
     mask = open_mask(path)
     mask[mask == IGNORED] = 0
     return mask

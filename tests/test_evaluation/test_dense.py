@@ -1,4 +1,6 @@
 import json
+import struct
+import zlib
 from collections import Counter
 
 import numpy as np
@@ -7,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, jaccard_score
 from torch import nn
@@ -17,6 +20,7 @@ from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
 from bincomm.evaluation import dense
 from bincomm.evaluation.dense import confusion, evaluate_segmentation, mean_iou, patch_features
+from bincomm.evaluation.layouts import open_masked_images
 from bincomm.evaluation.pretrained import Pretrained, load_pretrained
 from bincomm.pretraining import export_backbone
 
@@ -198,6 +202,113 @@ def test_what_is_not_annotated_does_not_count(tmp_path, monkeypatch):
     assert expected["patches"] == sum((mask != 255).sum() for mask in train) // 64
 
 
+# Folders of images and masks of either half, the classes of the stripes there, and the one that is void.
+PUBLISHED = {
+    "VOC": (["JPEGImages", "SegmentationClass"] * 2, (2, 9, 254), 255),
+    "ADE20K": (
+        ["images/training", "annotations/training", "images/validation", "annotations/validation"],
+        (1, 2, 150),
+        0,
+    ),
+    "CamVid": (["train", "trainannot", "val", "valannot"], (0, 3, 10), 11),
+}
+PALETTE = np.random.default_rng(0).integers(256, size=768).tolist()
+
+
+def write_published(folder, layout, **halves):
+    """Masks of a published set in its layout, VOC's with a palette, and images whose colors tell classes."""
+    folders, kinds, void = PUBLISHED[layout]
+    colors = dict(zip((*kinds, void), COLORS.values(), strict=True))
+    for number, (half, masks) in enumerate(halves.items()):
+        images, annotations = (folder / name for name in folders[2 * number : 2 * number + 2])
+        for path in (images, annotations):
+            path.mkdir(parents=True, exist_ok=True)
+        for index, mask in enumerate(masks):
+            pixels = np.zeros((*mask.shape, 3), np.uint8)
+            for label, color in colors.items():
+                pixels[mask == label] = color
+            extension = "png" if layout == "CamVid" else "jpg"
+            Image.fromarray(pixels).save(images / f"{half}_{index}.{extension}", quality=95, subsampling=0)
+            picture = Image.fromarray(mask)
+            if layout == "VOC":
+                picture.putpalette(PALETTE)
+            picture.save(annotations / f"{half}_{index}.png")
+        if layout == "VOC":
+            lists = folder / "ImageSets" / "Segmentation"
+            lists.mkdir(parents=True, exist_ok=True)
+            (lists / f"{half}.txt").write_text("".join(f"{half}_{i}\n" for i in range(len(masks))))
+    return folder
+
+
+@pytest.mark.parametrize("layout", PUBLISHED)
+def test_published_sets_are_measured_and_their_void_is_not(layout, tmp_path, monkeypatch):
+    fast(monkeypatch)
+    folders, kinds, void = PUBLISHED[layout]
+    train = [stripes(i, kinds=(*kinds, void)) for i in range(6)]
+    val = [stripes(i, kinds=kinds) for i in range(6, 9)]
+    folder, masks = write_published(tmp_path / "set", layout, train=train, val=val), tmp_path / "predicted"
+    for path in (folder / folders[3]).glob("val*"):  # a third is annotated as void, and is right nowhere
+        mask = Image.open(path)
+        mask.paste(void, (64, 0, 96, 64))
+        mask.save(path)
+    result = evaluate_segmentation(pretrained(), folder, size=64, masks=masks)
+    for protocol in ("knn", "linear"):
+        assert list(result[protocol]["iou"]) == list(kinds)
+        assert result[protocol]["miou"] == 1.0
+    assert (result["layout"], result["classes"], result["void"]) == (layout, 3, sorted({void, 255}))
+    assert result["patches"] == sum((mask != void).sum() for mask in train) // 64
+    # Predicted masks show what void hides, with the numbers and colors of the set.
+    names = [f"{protocol}/val_{number}.png" for protocol in ("knn", "linear") for number in range(3)]
+    assert sorted(str(path.relative_to(masks)) for path in masks.rglob("*.*")) == names
+    for number, mask in enumerate(val):
+        picture = Image.open(masks / "knn" / f"val_{number}.png")
+        assert (np.array(picture) == mask).all()
+        assert picture.getpalette() == (PALETTE if layout == "VOC" else None)
+
+
+def test_predicted_masks_are_what_is_measured(tmp_path, monkeypatch):
+    fast(monkeypatch, 5)
+    val = [stripes(5, (50, 88)), np.random.default_rng(0).choice([9, 255], (33, 97)).astype(np.uint8)]
+    folder = write(tmp_path / "set", train=[stripes(i) for i in range(3)], val=val)
+    # Annotated with fewer colors than there are classes to predict.
+    val[0] = np.where(val[0] == 2, np.uint8(2), np.uint8(1))
+    few = Image.fromarray(val[0])
+    few.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
+    few.save(folder / "val" / "masks" / "0.png")
+    result = evaluate_segmentation(pretrained(), folder, size=64, masks=tmp_path / "out")
+    assert result == evaluate_segmentation(pretrained(), folder, size=64)
+    for protocol in ("knn", "linear"):
+        paths = sorted((tmp_path / "out" / protocol).iterdir())
+        predicted = [np.array(Image.open(path)) for path in paths]
+        assert 254 in predicted[0]
+        pairs = zip(val, predicted, strict=True)
+        table = sum(confusion(*(torch.from_numpy(mask) for mask in pair)) for pair in pairs)
+        assert mean_iou(table) == (result[protocol]["miou"], result[protocol]["iou"])
+
+
+def test_classes_of_ones_own_can_be_void(tmp_path, monkeypatch):
+    fast(monkeypatch)
+    train, val = [stripes(i) for i in range(6)], [stripes(i) for i in range(6, 9)]
+    folder = write(tmp_path, train=train, val=val)
+    result = evaluate_segmentation(pretrained(), folder, size=64, void=[9])
+    assert (result["layout"], result["void"], result["classes"]) == ("own", [9, 255], 2)
+    assert list(result["knn"]["iou"]) == [2, 254]
+    for half, masks in (("train", train), ("val", val)):
+        for number, mask in enumerate(masks):
+            hidden = np.where(mask == 9, np.uint8(255), mask)
+            Image.fromarray(hidden).save(folder / half / "masks" / f"{number}.png")
+    assert evaluate_segmentation(pretrained(), folder, size=64) == result | {"void": [255]}
+    result = evaluate_segmentation(pretrained(), folder, size=64, void=(254, 9))
+    assert list(result["linear"]["iou"]) == [2]
+
+
+def test_masks_of_0_and_255_are_not_taken_for_a_single_class(tmp_path, monkeypatch):
+    fast(monkeypatch, 5)
+    masks = [stripes(i, kinds=(0, 255)) for i in range(2)]
+    with pytest.raises(ValueError, match="train: expected two classes or more, got class 0 alone beside"):
+        evaluate_segmentation(pretrained(), write(tmp_path, train=masks, val=masks), size=64)
+
+
 def test_classes_that_training_lacks_are_missed(tmp_path, monkeypatch):
     fast(monkeypatch)
     train = [stripes(i, kinds=(2, 9)) for i in range(4)]
@@ -215,7 +326,7 @@ def test_memory_is_bounded_and_drawn_alike(tmp_path, monkeypatch):
     once, again = (evaluate_segmentation(pretrained(), tmp_path, size=64, memory=100) for _ in range(2))
     assert once == again
     assert once["patches"] == 100
-    pairs = dense.image_pairs(tmp_path / "train")
+    pairs = open_masked_images(tmp_path).train
     kept = dense.collect_patches(pretrained(), pairs, 64, 100)
     assert set(Counter(kept.images.tolist()).values()) == {14, 15}
     assert (kept.shares.sum(1) == 1).all()
@@ -347,6 +458,29 @@ def test_sixteen_bits_are_seen_as_eight(tmp_path):
         dense.open_image(tmp_path / "32.tif")
 
 
+def test_images_and_masks_take_a_bounded_time(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[:2] + 1000 * b"\xff\xe5\x00\x02" + data[2:])
+    with pytest.raises(ValueError, match="a.jpg: cannot be read: a JPEG of more than 512 segments"):
+        dense.open_image(tmp_path / "a.jpg")
+    texts = PngInfo()
+    texts.add_text("notes", "x" * 2_000_000, zip=True)  # Pillow's limit is no reason to refuse a mask
+    image.convert("L").save(tmp_path / "a.png", pnginfo=texts)
+    assert (dense.open_mask(tmp_path / "a.png") == np.array(image.convert("L"))).all()
+    header = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(resized_header(header, 30_000, 30_000))
+    with pytest.raises(ValueError, match="b.png: more than 178956970 pixels, the most that are decoded"):
+        dense.open_mask(tmp_path / "b.png")
+
+
+def resized_header(png, width, height):
+    """A PNG that claims another size."""
+    chunk = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+
+
 @pytest.mark.parametrize("broken", [(0, "train/images/1.png"), (1, "val/images/0.png")])
 def test_features_that_are_not_finite_are_refused(broken, tmp_path, monkeypatch):
     fast(monkeypatch, 5)
@@ -378,11 +512,17 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     config = configure("digits", backbone="test_resnet", backbone_args={})
     export_backbone(create_networks(config, torch.device("cpu"))[1], config, tmp_path)
     weights, output = tmp_path / "backbone.safetensors", tmp_path / "result.json"
-    assert cli.main(["evaluate", str(weights), f"--segmentation={folder}", f"--output={output}"]) == 0
+    command = ["evaluate", str(weights), f"--segmentation={folder}", f"--output={output}", "--void=9,254"]
+    command.append(f"--masks={tmp_path / 'predicted'}")
+    assert cli.main(command) == 0
     result = json.loads(output.read_text())["segmentation"]
-    expected = evaluate_segmentation(load_pretrained(weights, "cpu"), folder)
+    assert len(list((tmp_path / "predicted").glob("*/0.png"))) == 2
+    assert cli.main(command) == 2
+    expected_error = f"masks: expected a new or an empty folder, got {tmp_path / 'predicted'}"
+    assert expected_error in (captured := capsys.readouterr()).err
+    expected = evaluate_segmentation(load_pretrained(weights, "cpu"), folder, void=[9, 254])
     assert result == json.loads(json.dumps(expected))
-    assert f"mIoU {result['knn']['miou']:.2%} by nearest patches" in capsys.readouterr().out
+    assert f"mIoU {result['knn']['miou']:.2%} by nearest patches" in captured.out
 
 
 def test_what_is_wrong_with_a_folder_is_named(tmp_path, monkeypatch):
@@ -411,7 +551,17 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, monkeypatch):
     (images / "1.png").write_bytes(b"")
     expect("val/images/1.png: cannot be read")
     (images / "1.png").write_bytes(image)
-    expect(f"{tmp_path}/train/images: expected a folder of images, No such", folder=tmp_path)
+    Image.new("L", (96, 64)).save(masks / "1.png", format="jpeg")
+    expect("val/masks/1.png: expected a mask as PNG, which keeps its values, got JPEG")
+    Image.new("L", (96, 64)).save(masks / "1.png", format="eps")
+    expect("val/masks/1.png: cannot be read: a file of the format EPS")
+    (masks / "1.png").write_bytes(mask)
+    Image.new("RGB", (96, 2)).save(images / "1.png")
+    expect("val/images/1.png: expected a longer side of at most 32 shorter ones, got 96×2 pixels")
+    (images / "1.png").write_bytes(image)
+    expect("void: expected classes from 0 to 254, got 256", void=[9, 256])
+    expect("void: expected classes from 0 to 254, got -1", void=[-1])
+    expect("segmentation: expected a folder of train/images, .*a looks right", folder=tmp_path)
     nothing = [np.full((64, 96), 255, np.uint8)] * 2
     expect("val: expected a class", folder=write(tmp_path / "b", train=[stripes(0), stripes(1)], val=nothing))
     expect("train: expected a class", folder=write(tmp_path / "c", train=nothing, val=[stripes(1)]))

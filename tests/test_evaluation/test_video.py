@@ -2,6 +2,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -404,6 +405,71 @@ def test_objects_are_those_of_the_first_frame(missing, tmp_path):
     assert result["j"] > 0.95
 
 
+def as_davis_2016(folder):
+    """A folder of DAVIS-2017 as that of DAVIS-2016: one object, 255; a line for every frame; some masks with
+    colors and transparency."""
+    lines = []
+    for frame in sorted(folder.glob("JPEGImages/480p/*/*.jpg")):
+        path = folder / "Annotations" / "480p" / frame.parent.name / f"{frame.stem}.png"
+        mask = Image.fromarray(np.where(np.array(Image.open(path)), np.uint8(255), np.uint8(0)))
+        kinds = {"00001": "RGBA", "00002": "RGB", "00003": "1"}
+        mask.convert(kinds.get(frame.stem, "L")).save(path)
+        lines.append(f"/{frame.relative_to(folder)} /{path.relative_to(folder)} \n")
+    (folder / "ImageSets" / "480p").mkdir()
+    (folder / "ImageSets" / "480p" / "val.txt").write_text("".join(lines))
+    (folder / "ImageSets" / "2017" / "val.txt").unlink()
+    return folder
+
+
+@pytest.mark.slow
+def test_davis_2016_has_one_object_in_a_sequence(tmp_path):
+    folder = write_davis(tmp_path / "davis", {"a": moving(5), "b": moving(5, 0)})
+    expected = evaluate_davis(pretrained(), folder)
+    assert expected["set"] == "DAVIS-2017"
+    result = evaluate_davis(pretrained(), as_davis_2016(folder), masks=tmp_path / "masks")
+    assert result == expected | {"set": "DAVIS-2016"}
+    for sequence in "ab":
+        paths = sorted((tmp_path / "masks" / sequence).iterdir())
+        assert [path.name for path in paths] == [f"{number:05}.png" for number in range(5)]
+        masks = [Image.open(path) for path in paths]
+        assert {mask.mode for mask in masks} == {"L"}
+        assert all(np.unique(mask).tolist() == [0, 255] for mask in masks)
+
+
+def test_several_objects_are_one_in_davis_2016(tmp_path):
+    folder = as_davis_2016(write_davis(tmp_path, {"a": two_objects()}))
+    assert evaluate_davis(pretrained(), folder)["objects"] == 1
+
+
+def test_masks_of_davis_2016_beside_the_list_of_2017_are_named(tmp_path):
+    folder = as_davis_2016(write_davis(tmp_path, {"a": moving(3)}))
+    (folder / "ImageSets" / "2017" / "val.txt").write_text("a\n")
+    with pytest.raises(
+        ValueError, match="a/00000.png: expected an object, .*; masks of 0 and 255 are DAVIS-2016"
+    ):
+        evaluate_davis(pretrained(), folder)
+
+
+def test_predicted_masks_are_what_is_measured(tmp_path):
+    frames = two_objects()
+    folder, output = write_davis(tmp_path / "davis", {"a": frames}), tmp_path / "masks"
+    result = evaluate_davis(pretrained(), folder, masks=output)
+    assert result == evaluate_davis(pretrained(), folder)
+    paths = sorted(output.rglob("*.*"))
+    assert [str(path.relative_to(output)) for path in paths] == [f"a/{number:05}.png" for number in range(4)]
+    pictures = [Image.open(path) for path in paths]
+    palette = Image.open(folder / "Annotations" / "480p" / "a" / "00000.png").getpalette()
+    assert all(picture.getpalette() == palette for picture in pictures)
+    masks = [np.array(picture) for picture in pictures]
+    assert (masks[0] == frames[0][1]).all()
+    figures = [
+        np.mean([region_similarity(masks[i] == number, frames[i][1] == number) for i in (1, 2)])
+        for number in (1, 2)
+    ]
+    assert np.mean(figures) == result["j"]
+    assert region_similarity(masks[3] == 2, frames[3][1] == 2) > 0.9  # the last frame is followed, too
+
+
 @pytest.mark.parametrize(
     "shape, stride, expected",
     [
@@ -465,14 +531,18 @@ def test_the_command_alone_and_on_two_ranks(tmp_path, capsys, monkeypatch):
         f"--data={tmp_path / 'images'}",
         "--protocols=knn,map",
         f"--output={output}",
+        f"--masks={tmp_path / 'masks'}",
     ]
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
     assert cli.main(command) == 0
     alone = json.loads(output.read_text())
     assert list(alone["davis"]["sequences"]) == ["c", "a", "b"]
     assert alone["gallery_images"] == 10
-    assert f"DAVIS, 4 objects: J&F {alone['davis']['jf']:.2%}" in capsys.readouterr().out
+    assert f"DAVIS-2017, 4 objects: J&F {alone['davis']['jf']:.2%}" in capsys.readouterr().out
     output.unlink()
+    written = {path: path.read_bytes() for path in (tmp_path / "masks").rglob("*.png")}
+    assert len(written) == 9
+    shutil.rmtree(tmp_path / "masks")
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "another"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -491,10 +561,11 @@ def test_the_command_alone_and_on_two_ranks(tmp_path, capsys, monkeypatch):
     texts = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     printed = "".join(output for output, _ in texts)
-    assert printed.count("DAVIS, 4 objects") == printed.count("10 images of 2 classes") == 1
+    assert printed.count("DAVIS-2017, 4 objects") == printed.count("10 images of 2 classes") == 1
     together = json.loads(output.read_text())
     assert together.pop("seconds").keys() == alone.pop("seconds").keys()
     assert together == alone
+    assert written == {path: path.read_bytes() for path in (tmp_path / "masks").rglob("*.png")}
 
 
 @pytest.mark.slow
@@ -543,5 +614,7 @@ def test_what_is_missing_of_davis_is_named(tmp_path, monkeypatch):
     expect("val.txt: expected names of sequences, got none")
     (folder / "ImageSets" / "2017" / "val.txt").write_text("a\n", encoding="utf-16")
     expect("val.txt: expected names of sequences in UTF-8, got .*byte 0xff")
-    with pytest.raises(ValueError, match="nowhere/ImageSets/2017/val.txt: cannot be read"):
+    with pytest.raises(
+        ValueError, match="davis: expected .* got .*nowhere, which cannot be read: No such file"
+    ):
         evaluate_davis(pretrained(), folder / "nowhere")
