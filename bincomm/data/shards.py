@@ -8,7 +8,7 @@ import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,10 +16,25 @@ from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.files import write_text
 
-FORMAT = f"5 {EXTENSIONS}"  # of an index; one of another format is ignored
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+FORMAT = f"6 {EXTENSIONS}"  # of an index; one of another format is ignored
 PARALLEL = 4  # number of shards without an index from which starting several processes pays off
 MAX_PADDING = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
+# Types of what describes the next member, or all that follow.
+DESCRIPTIONS = {
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+}
+LARGEST_DESCRIPTION = 1 << 20  # bytes; a name takes at most 4 KiB, extended attributes 64
+MAX_GLOBAL = 1000  # descriptions of all that follows, which every member gets a copy of
 MAX_LINKS = 40  # length of a chain of links that is followed
+# What tarfile raises for damage; it calls itself for a header that describes another.
+DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 Span = tuple[int, int]  # offset and size in a shard, bytes
 
 
@@ -168,24 +183,21 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
     contents = Contents([], {}, {}, {})
     note = ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=Header) as tar:
             try:
-                for member in tar:
+                while member := tar.next():
+                    if tar.offset <= member.offset:
+                        raise tarfile.ReadError("a member of negative size")
+                    if len(tar.pax_headers) > MAX_GLOBAL:
+                        raise tarfile.ReadError(f"more than {MAX_GLOBAL} global headers")
                     _add(tar, member, contents)
-            except (tarfile.TarError, ValueError, OverflowError) as error:
+            except DAMAGE as error:
                 if not contents.images:
                     raise
                 note = f"is damaged, and was not read to its end: {error}"
             end = tar.offset
-        with open(path, "rb") as file:
-            file.seek(end)
-            mark = file.read(512)
-        rest = os.path.getsize(path) - end
-        if not note and (len(mark) < 512 or any(mark)):
-            note = f"is cut off or damaged at byte {end}: {max(0, rest)} bytes from there on were not read"
-        elif not note and rest > MAX_PADDING:
-            note = f"holds {rest} bytes beyond its end, which were not read"
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+        note = note or _beyond(path, end)
+    except DAMAGE as error:
         raise ValueError(
             f"data: {path} is no uncompressed tar file, or an incomplete one: {error}"
         ) from error
@@ -207,6 +219,34 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
         word = words.get(os.path.splitext(name)[0], words.get(_sample(name), ""))
         rows.append([str(offset), str(size), word, name])
     return " ".join(note.split()), rows
+
+
+def _beyond(path: str, end: int) -> str:
+    """A note on what a tar file holds from its end mark on, which should be at this byte; "" if nothing."""
+    with open(path, "rb") as file:
+        file.seek(end)
+        mark = file.read(512)
+    rest = os.path.getsize(path) - end
+    if len(mark) < 512 or any(mark):
+        return f"is cut off or damaged at byte {end}: {max(0, rest)} bytes from there on were not read"
+    if rest > MAX_PADDING:
+        return f"holds {rest} bytes beyond its end, which were not read"
+    return ""
+
+
+class Header(tarfile.TarInfo):
+    """The header of a member, which must not claim what would take all memory, or never end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Self":
+        """As of `tarfile.TarInfo`."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        # What describes the next member, such as a long name, is read at once.
+        if header.type in DESCRIPTIONS and header.size > LARGEST_DESCRIPTION:
+            raise tarfile.ReadError(f"a header of {header.size} bytes, more than {LARGEST_DESCRIPTION}")
+        return header
 
 
 class Contents(NamedTuple):

@@ -211,6 +211,71 @@ def test_notes_say_what_is_not_read_of_a_damaged_shard(tmp_path, damage, left, w
         assert [words in note for note in source.notes] == ([True] if words else [])
 
 
+def header(name, kind, size, description=b""):
+    """A member that claims a size, as it is in a tar file."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    data = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    data[124:136] = (
+        b"\x80" + size.to_bytes(11, "big") if size >= 0 else b"\xff" + size.to_bytes(11, "big", signed=True)
+    )
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data) + description + bytes(-len(description) % 512)
+
+
+def record(keyword, value):
+    """A record of a PAX header, which begins with its own length."""
+    text = f" {keyword}={value}\n".encode()
+    length = next(n for n in range(len(text), len(text) + 9) if n == len(text) + len(str(n)))
+    return str(length).encode() + text
+
+
+LARGE = 64 << 30
+NEGATIVE = record("size", "-4096")
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        (header("a", tarfile.XHDTYPE, LARGE), f"a header of {LARGE} bytes"),
+        (header("a", tarfile.XGLTYPE, LARGE), f"a header of {LARGE} bytes"),
+        (header("a", tarfile.GNUTYPE_LONGNAME, LARGE), f"a header of {LARGE} bytes"),
+        (header("a", tarfile.GNUTYPE_LONGLINK, LARGE), f"a header of {LARGE} bytes"),
+        (header("a", tarfile.REGTYPE, -1024), "a member of -1024 bytes"),
+        (
+            header("a", tarfile.XHDTYPE, len(NEGATIVE), NEGATIVE) + header("b", tarfile.REGTYPE, 0),
+            "a member of negative size",
+        ),
+        (header("a", tarfile.XGLTYPE, 10, b"10 k=abcd\n") * 2000, "recursion"),
+        (
+            b"".join(
+                header("a", tarfile.XGLTYPE, len(global_), global_) + header(f"{n}", tarfile.REGTYPE, 0)
+                for n in range(1100)
+                for global_ in [record(f"k{n}", "x")]
+            ),
+            "more than 1000 global headers",
+        ),
+    ],
+    ids=["pax", "pax, global", "long name", "long link", "negative", "negative pax", "chain", "many"],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tar_that_would_take_all_memory_or_never_end(tmp_path, members, words, first):
+    path = tmp_path / "x.tar"
+    write(path, [("a.png", picture(1))])
+    end = 512 + (len(picture(1)) + 511) // 512 * 512
+    path.write_bytes(members if first else path.read_bytes()[:end] + members)
+    with open(path, "ab") as file:
+        file.truncate(100 << 30)  # of holes
+    if first:
+        with pytest.raises(ValueError, match=f"data: .*x.tar is no uncompressed tar file.*{words}"):
+            open_shards([str(path)])
+    else:
+        images, _, (note,) = open_shards([str(path)])
+        assert images.members == ["a.png"]
+        assert words in note
+
+
 def test_a_member_twice_is_two_images(tmp_path):
     path = write(tmp_path / "x.tar", [("a.png", picture(1)), ("a.png", picture(2))])
     images, _, _ = open_shards([path])
