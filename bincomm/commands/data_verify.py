@@ -2,13 +2,10 @@
 there are such images, or files that were skipped."""
 
 import argparse
-import logging
 from pathlib import Path
 
 from bincomm.commands.arguments import add_source
 from bincomm.parsing import parse_data
-
-logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,11 +22,8 @@ def run(options: argparse.Namespace) -> int:
     output = Path(options.output)
     if not output.absolute().parent.is_dir():
         raise ValueError(f"output: the folder of {output} does not exist")
-    source = open_source(parse_data(options.data))
-    if source.about_split:
-        logger.info(source.about_split)
-    for note in source.notes:
-        logger.info("note: %s", note)
+    source = open_source(parse_data(options.data), options.split)
+    source.announce()
     unusable = verify(source, threads=options.threads)
     write_unusable(output, unusable)
     print(f"{len(source.images)} images, {len(unusable)} cannot be used, listed in {output}")

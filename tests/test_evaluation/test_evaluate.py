@@ -400,7 +400,7 @@ def test_a_result_is_shown_though_what_follows_fails(run, tmp_path, capsys):
         (["--davis=nowhere"], "davis: expected a folder, got nowhere"),
         (["--segmentation=nowhere"], "segmentation: expected a folder, got nowhere"),
         (["--davis=unlabeled"], "unlabeled/ImageSets/2017/val.txt: cannot be read"),
-        (["--data=two"], "data: expected folders train and val, or five images of a class at least"),
+        (["--data=two"], "no class has 5 images, of which one could be held out"),
         (["--backbone=resnet18"], "backbone: expected resnetv2_18, as "),
         (["--data=unlabeled"], "data: expected images with labels"),
         (["--data=nowhere"], "data: 'nowhere' does not exist"),
