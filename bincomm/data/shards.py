@@ -15,6 +15,7 @@ import numpy as np
 from bincomm.data.cache import cache_folder
 from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.files import write_text
+from bincomm.logs import printable_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,16 +100,15 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"data: there is no shard {missing[0]}{more}")
+        raise ValueError(f"data: there is no shard {printable_name(missing[0])}{more}")
     unknown = [path for path in paths if not os.path.exists(_index_path(path))]
     if len(unknown) >= PARALLEL:
         _index_in_parallel(unknown)
     indices = [_index(path) for path in paths]
     rows = [row for _, shard_rows in indices for row in shard_rows]
     if not rows:
-        raise ValueError(
-            f"data: no images ({', '.join(EXTENSIONS)}) in {', '.join(paths[:3]) or 'no shards'}"
-        )
+        names = ", ".join(map(printable_name, paths[:3]))
+        raise ValueError(f"data: no images ({', '.join(EXTENSIONS)}) in {names or 'no shards'}")
     shard = np.repeat(np.arange(len(indices)), [len(shard_rows) for _, shard_rows in indices])
     offset, size = (np.array([int(row[column]) for row in rows], np.int64) for column in (0, 1))
     classes, members = ([row[column] for row in rows] for column in (2, 3))
@@ -199,10 +199,11 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
         note = note or _beyond(path, end)
     except DAMAGE as error:
         raise ValueError(
-            f"data: {path} is no uncompressed tar file, or an incomplete one: {error}"
+            f"data: {printable_name(path)} is no uncompressed tar file, or an incomplete one: "
+            + printable_name(str(error))
         ) from error
     except OSError as error:
-        raise ValueError(f"data: cannot read {path}: {error.strerror}") from error
+        raise ValueError(f"data: cannot read {printable_name(path)}: {error.strerror}") from error
     for link in contents.links:
         target = contents.follow(link)
         if target in contents.classes:

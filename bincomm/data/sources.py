@@ -160,9 +160,8 @@ def evaluation_sources(data: str | Mapping[str, float], source: Source) -> tuple
     if queries and (len(queries.classes) > 1 or set(queries.classes) & set(source.classes)):
         unknown = sorted(set(queries.classes) - set(source.classes))
         if unknown:
-            raise ValueError(
-                f"data: expected only classes of {train} in {held_out}, got also {', '.join(unknown[:5])}"
-            )
+            names = ", ".join(map(printable_name, unknown[:5]))
+            raise ValueError(f"data: expected only classes of {train} in {held_out}, got also {names}")
         assert queries.labels is not None
         numbers = np.array([source.classes.index(name) for name in queries.classes])
         return source, replace(queries, labels=numbers[queries.labels], classes=source.classes), True
@@ -396,9 +395,10 @@ def _open_list(path: Path, root: Path, split: str | None) -> Source:
     ]
     if outside:
         folder = os.path.commonpath([os.path.dirname(os.path.normpath(file)) for file in files])
+        first = printable_name(outside[0])
         raise ValueError(
-            f"data: {path} lists {len(outside)} files that do not lie in {below}, such as {outside[0]}; if "
-            f"they are to be taken, name a folder that all lie in: {path}@{folder}"
+            f"data: {path} lists {len(outside)} files that do not lie in {below}, such as {first}; if "
+            f"they are to be taken, name a folder that all lie in: {path}@{printable_name(folder)}"
         )
     # All files of a short list, and enough of a long one to notice that they are elsewhere. Any other missing
     # file is an unusable image.
@@ -406,7 +406,7 @@ def _open_list(path: Path, root: Path, split: str | None) -> Source:
     missing = [file for file in checked if not os.path.isfile(file)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"data: {path} lists files that do not exist: {missing[0]}{more}")
+        raise ValueError(f"data: {path} lists files that do not exist: {printable_name(missing[0])}{more}")
     first, last = min(files), max(files)
     same = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), 0)
     start = first.rfind("/", 0, same) + 1 if same else first.rfind("/") + 1  # of what tells them apart

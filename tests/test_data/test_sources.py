@@ -186,6 +186,23 @@ def test_a_list_names_files_below_its_folder_unless_another_is_given(tmp_path):
     assert len(open_source(str(path)).images) == 2
 
 
+def test_names_in_errors_are_one_line_without_control_characters(tmp_path):
+    bad = "x\nbincomm: all is well\x1b[2J"
+    for part in ("train/cat", "train/dog", f"val/{bad}", "val/cat"):
+        make(tmp_path / "in", f"{part}/1.png")
+    with pytest.raises(ValueError, match="got also x") as error:
+        evaluation_sources(str(tmp_path / "in"), open_source(str(tmp_path / "in")))
+    (tmp_path / "list.txt").write_text("x\x1b[2J.png")
+    with pytest.raises(ValueError, match="do not exist") as listed:
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / bad).mkdir()
+    (tmp_path / bad / "1.tar").write_bytes(b"no tar file at all" * 100)
+    with pytest.raises(ValueError, match="no uncompressed tar file") as shard:
+        open_source(str(tmp_path / bad))
+    for told in (error, listed, shard):
+        assert str(told.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
