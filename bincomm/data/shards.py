@@ -32,6 +32,7 @@ DESCRIPTIONS = {
     tarfile.GNUTYPE_LONGLINK,
 }
 LARGEST_DESCRIPTION = 1 << 20  # bytes; a name takes at most 4 KiB, extended attributes 64
+END = 1 << 62  # bytes; an offset beyond does not fit into an index
 MAX_GLOBAL = 1000  # descriptions of all that follows, which every member gets a copy of
 MAX_LINKS = 40  # length of a chain of links that is followed
 # What tarfile raises for damage; it calls itself for a header that describes another.
@@ -186,8 +187,8 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
         with tarfile.open(path, "r:", tarinfo=Header) as tar:
             try:
                 while member := tar.next():
-                    if tar.offset <= member.offset:
-                        raise tarfile.ReadError("a member of negative size")
+                    if not member.offset < tar.offset < END:
+                        raise tarfile.ReadError("a member of a size below 0, or beyond any disk's")
                     if len(tar.pax_headers) > MAX_GLOBAL:
                         raise tarfile.ReadError(f"more than {MAX_GLOBAL} global headers")
                     _add(tar, member, contents)

@@ -313,8 +313,9 @@ NEGATIVE = record("size", "-4096")
         (header("a", tarfile.REGTYPE, -1024), "a member of -1024 bytes"),
         (
             header("a", tarfile.XHDTYPE, len(NEGATIVE), NEGATIVE) + header("b", tarfile.REGTYPE, 0),
-            "a member of negative size",
+            "a member of a size below 0",
         ),
+        (header("b.png", tarfile.REGTYPE, 1 << 70), "beyond any disk"),
         (header("a", tarfile.XGLTYPE, 10, b"10 k=abcd\n") * 2000, "recursion"),
         (
             b"".join(
@@ -325,7 +326,7 @@ NEGATIVE = record("size", "-4096")
             "more than 1000 global headers",
         ),
     ],
-    ids=["pax", "pax, global", "long name", "long link", "negative", "negative pax", "chain", "many"],
+    ids=["pax", "pax, global", "long name", "long link", "negative", "negative pax", "huge", "chain", "many"],
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_a_tar_that_would_take_all_memory_or_never_end(tmp_path, members, words, first):
