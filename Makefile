@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup pretrain check test test-long lint types bench bench-codes bench-data bench-defaults bench-domains \
+.PHONY: setup pretrain check test test-long test-fuzz lint types bench bench-codes bench-data bench-defaults bench-domains \
   bench-factors bench-learning bench-small-step bench-step gpu-test gpu-sanitize gpu-bench gpu-bench-data \
   gpu-bench-step clean
 .DELETE_ON_ERROR:
@@ -41,6 +41,14 @@ test: setup
 
 test-long: setup
 	$(PYTEST) -n 2 -m long --timeout 3600 $(ARGS)
+
+# Readers and operations with random input, each for half of the time; ARGS="--minutes N", default 1. What is printed
+# repeats a finding.
+test-fuzz: setup
+	minutes=$$(echo "$(ARGS)" | sed -n 's/.*--minutes[ =]*\([0-9.]*\).*/\1/p'); \
+	half=$$(awk "BEGIN { print $${minutes:-1} / 2 }"); status=0; \
+	for script in $(wildcard tests/fuzz_*.py); do $(BIN)/python $$script --minutes $$half || status=1; done; \
+	exit $$status
 
 lint: setup
 	$(BIN)/ruff check .

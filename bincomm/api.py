@@ -167,7 +167,7 @@ def evaluate(
         ValueError: there is nothing to evaluate, or an argument does not fit; the message names it.
         OSError: the output could not be written.
     """
-    from bincomm.data.sources import evaluation_sources, open_source
+    from bincomm.data.sources import evaluation_sources, open_source, why_no_evaluation
     from bincomm.distributed.ranks import join_ranks
     from bincomm.evaluation.dense import check_void, evaluate_segmentation
     from bincomm.evaluation.evaluate import evaluate as evaluate_images
@@ -221,12 +221,10 @@ def evaluate(
             source = ranks.leaders_first(lambda: open_source(data))
             sources = ranks.leaders_first(lambda: evaluation_sources(data, source))
             if sources is None:
-                expected = (
-                    "images with labels (folders named after two classes or more), got none"
-                    if source.labels is None
-                    else "folders train and val, or five images of a class at least, got fewer"
+                raise ValueError(
+                    "data: expected images with labels, in folders named after two classes or more, got "
+                    f"{data}: {why_no_evaluation(data, source)}"
                 )
-                raise ValueError(f"data: expected {expected} in {data}")
             gallery, queries, held_out = sources
             result = evaluate_images(model, gallery, queries, protocols, ranks=ranks)
             if ranks.rank == 0:
@@ -244,6 +242,7 @@ def encode(
     data: Data,
     output: str | Path,
     *,
+    split: str = "all",
     features: bool = False,
     index: bool = False,
     device: str = "auto",
@@ -255,6 +254,7 @@ def encode(
         weights, device, preprocessing: as in `load_pretrained`; the weights need a head.
         data: images, as in `pretrain`.
         output: the folder; see `bincomm.codes.encode.encode` for its content.
+        split: the part of the data to encode, "train", "val" or "test"; "all": all of it.
         features: also write the backbone's features.
         index: also write index.faiss, a flat binary index.
 
@@ -282,11 +282,8 @@ def encode(
     with join_ranks(device) as ranks:
         ranks.first(lambda: check_folder("output", output))
         model = load_pretrained(weights, ranks.device, **preprocessing)
-        source = ranks.leaders_first(lambda: open_source(data))
-        if source.about_split:
-            logger.info(source.about_split)
-        for note in source.notes:
-            logger.info("note: %s", printable_name(note))
+        source = ranks.leaders_first(lambda: open_source(data, split))
+        source.announce()
         result = encode(model, source, output, features=features, ranks=ranks)
         if ranks.rank:
             return None
@@ -370,6 +367,7 @@ def report(
     data: Data,
     output: str | Path,
     *,
+    split: str = "all",
     attributes: str | Path | None = None,
     classes: tuple[str, str] | None = None,
     bits: Sequence[int] | None = None,
@@ -383,6 +381,7 @@ def report(
         weights, device, preprocessing: as in `load_pretrained`; the weights need a head.
         data: images, as in `pretrain`.
         output: the folder.
+        split: as in `encode`.
         other: the same run before or after a reset of its head, to compare with.
         attributes, classes, bits: see `bincomm.codes.report.report`.
 
@@ -398,9 +397,11 @@ def report(
 
     output = check_folder("output", output)
     model = load_pretrained(weights, device, **preprocessing)
+    source = open_source(os.fspath(data) if isinstance(data, os.PathLike) else data, split)
+    source.announce()
     return report(
         model,
-        open_source(os.fspath(data) if isinstance(data, os.PathLike) else data),
+        source,
         output,
         attributes=None if attributes is None else expand_home(attributes),
         classes=classes,

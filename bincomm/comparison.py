@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from bincomm import __version__
 from bincomm.building import create_networks, create_trained_teacher
 from bincomm.config import KEYS_OF_METHODS, PretrainConfig, read_config
-from bincomm.data.sources import Source, evaluation_sources, open_source
+from bincomm.data.sources import Source, evaluation_sources, open_source, why_no_evaluation
 from bincomm.distributed.ranks import join_ranks
 from bincomm.engine.budget import choose_steps
 from bincomm.engine.checkpoints import Checkpoints
@@ -124,7 +124,7 @@ def compare(
     if evaluation is None:
         raise ValueError(
             f"data: expected images with labels (folders named after classes) to evaluate on, got none in "
-            f"{config.data}"
+            f"{config.data}: {why_no_evaluation(config.data, source)}"
         )
     if prototypes is None and config.prototypes == PretrainConfig.prototypes:
         prototypes = prototypes_for(len(source.images))

@@ -8,7 +8,7 @@ from typing import Any
 from bincomm.building import create_trained_teacher
 from bincomm.config import PretrainConfig
 from bincomm.data.loader import TooManyUnusableError
-from bincomm.data.sources import Source, evaluation_sources, open_source
+from bincomm.data.sources import Source, evaluation_sources, open_source, why_no_evaluation
 from bincomm.distributed.ranks import Ranks, join_ranks
 from bincomm.distributed.sharding import gather_tensors
 from bincomm.engine.budget import settle_steps
@@ -59,6 +59,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
                 export_backbone(teacher, config, run)
                 plot_curves(run)
                 result = evaluate_run(teacher, labeled, config, run, ranks.device)
+                if labeled is None:
+                    result["no_evaluation"] = why_no_evaluation(config.data, source)
                 write_json(run / "result.json", result)
                 return result
 

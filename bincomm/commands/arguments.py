@@ -59,7 +59,18 @@ def preprocessing(options: argparse.Namespace) -> dict[str, Any]:
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add a source of images, and the threads that read them."""
     parser.add_argument("--data", required=True, help="images, as in `bincomm pretrain`")
+    add_split(parser)
     parser.add_argument("--threads", type=thread_count, default=4, metavar="N", help="CPU threads")
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Add a choice among the parts of the data."""
+    parser.add_argument(
+        "--split",
+        choices=("train", "val", "test", "all"),
+        default="all",
+        help="a part of the data, where it has folders, or shards, of these names or the usual others",
+    )
 
 
 def path_or_name(text: str) -> str:

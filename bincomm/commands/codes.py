@@ -2,7 +2,14 @@
 
 import argparse
 
-from bincomm.commands.arguments import add_weights, integers, path_or_name, preprocessing, two_names
+from bincomm.commands.arguments import (
+    add_split,
+    add_weights,
+    integers,
+    path_or_name,
+    preprocessing,
+    two_names,
+)
 from bincomm.parsing import parse_data
 
 
@@ -10,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Weights, images, and the content of the page."""
     add_weights(parser)
     parser.add_argument("--data", required=True, type=path_or_name, help="images, as in `bincomm pretrain`")
+    add_split(parser)
     parser.add_argument(
         "--output",
         required=True,
@@ -44,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
         options.weights,
         parse_data(options.data),
         options.output,
+        split=options.split,
         attributes=options.attributes,
         classes=options.classes,
         bits=options.bits,

@@ -1,13 +1,10 @@
 """Write images into tar shards in WebDataset's layout, in random order."""
 
 import argparse
-import logging
 
 from bincomm.commands.arguments import add_source, positive
 from bincomm.logs import printable_name
 from bincomm.parsing import parse_data
-
-logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +23,8 @@ def run(options: argparse.Namespace) -> None:
     from bincomm.data.export import write_shards
     from bincomm.data.sources import open_source
 
-    source = open_source(parse_data(options.data))
-    if source.about_split:
-        logger.info(source.about_split)
+    source = open_source(parse_data(options.data), options.split)
+    source.announce()
     left_out = write_shards(source, options.output, shard_bytes=options.size << 20, threads=options.threads)
     for name, reason in left_out:
         print(f"left out: {printable_name(name)}: {printable_name(reason)}")

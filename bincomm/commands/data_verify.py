@@ -2,13 +2,9 @@
 there are such images, or files that were skipped."""
 
 import argparse
-import logging
 
 from bincomm.commands.arguments import add_source
-from bincomm.logs import printable_name
 from bincomm.parsing import parse_data
-
-logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +20,8 @@ def run(options: argparse.Namespace) -> int:
     from bincomm.files import check_file
 
     output = check_file("output", options.output)
-    source = open_source(parse_data(options.data))
-    if source.about_split:
-        logger.info(source.about_split)
-    for note in source.notes:
-        logger.info("note: %s", printable_name(note))
+    source = open_source(parse_data(options.data), options.split)
+    source.announce()
     unusable = verify(source, threads=options.threads)
     write_unusable(output, unusable)
     print(f"{len(source.images)} images, {len(unusable)} cannot be used, listed in {output}")

@@ -3,7 +3,7 @@ that are missing, also under torchrun."""
 
 import argparse
 
-from bincomm.commands.arguments import add_weights, path_or_name, preprocessing
+from bincomm.commands.arguments import add_split, add_weights, path_or_name, preprocessing
 from bincomm.parsing import parse_data
 
 
@@ -11,6 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Weights, images, and what to write."""
     add_weights(parser)
     parser.add_argument("--data", required=True, type=path_or_name, help="images, as in `bincomm pretrain`")
+    add_split(parser)
     parser.add_argument(
         "--output", required=True, type=path_or_name, metavar="FOLDER", help="for part-00000.parquet, ..."
     )
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
         options.weights,
         parse_data(options.data),
         options.output,
+        split=options.split,
         features=options.features,
         index=options.index,
         device=options.device,

@@ -53,7 +53,8 @@ def verify(source: Source, *, threads: int = 4) -> list[tuple[str, str]]:
 def write_shards(
     source: Source, output: str | Path, *, shard_bytes: int = 256 << 20, threads: int = 4
 ) -> list[tuple[str, str]]:
-    """Write the images of a source into tar shards `data-00000.tar`, ... in WebDataset's layout.
+    """Write the images of a source into tar shards `data-00000.tar`, ... in WebDataset's layout, in a
+    folder for each part of the data where there are several.
 
     A sample is an image as it was encoded (as a PNG if its format is unusual), named by its number in a
     random order that is always the same, and the number of its class in a .cls file where there are labels;
@@ -80,19 +81,17 @@ def write_shards(
     unfinished.mkdir()
     left_out: list[tuple[str, str]] = []
     try:
-        shards, tar = itertools.count(), None
+        writers: dict[str, ShardWriter] = {}
         for number, (image, suffix, data) in enumerate(_usable(source, threads, left_out)):
-            if tar is None or tar.offset >= shard_bytes:
-                if tar is not None:
-                    tar.close()
-                path = unfinished / f"data-{next(shards):05}.tar"
-                tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  (closed once full)
-            _add(tar, f"{number:09}{suffix}", data)
-            if source.labels is not None:
-                _add(tar, f"{number:09}.cls", str(source.labels[image]).encode())
-        if tar is None:
+            part = source.parts.name(image) if source.parts else ""
+            if part not in writers:
+                writers[part] = ShardWriter(unfinished / part, shard_bytes)
+            label = None if source.labels is None else str(source.labels[image])
+            writers[part].write(f"{number:09}", suffix, data, label)
+        if not writers:
             raise ValueError(f"data: none of {len(source.images)} images can be used")
-        tar.close()
+        for writer in writers.values():
+            writer.close()
         if source.labels is not None:
             write_text(unfinished / "classes.txt", "".join(f"{name}\n" for name in source.classes))
         os.rename(unfinished, output)
@@ -101,6 +100,31 @@ def write_shards(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return left_out
+
+
+class ShardWriter:
+    """Writes samples into tar files of a folder, one after another."""
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.numbers = itertools.count()
+        self.tar: tarfile.TarFile | None = None
+
+    def write(self, name: str, suffix: str, data: bytes, label: str | None) -> None:
+        """Write an image, and the number of its class."""
+        if self.tar is None or self.tar.offset >= self.shard_bytes:
+            self.close()
+            path = self.folder / f"data-{next(self.numbers):05}.tar"
+            self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115  (closed once full)
+        _add(self.tar, f"{name}{suffix}", data)
+        if label is not None:
+            _add(self.tar, f"{name}.cls", label.encode())
+
+    def close(self) -> None:
+        """Complete the last file."""
+        if self.tar is not None:
+            self.tar.close()
 
 
 def write_unusable(path: Path, unusable: list[tuple[str, str]]) -> None:

@@ -11,20 +11,18 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from bincomm.data.bounds import FLOATING, SIGNED, bounded, tiff_samples
+
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 LARGEST_FILE = 1 << 29  # bytes; larger files are not read
+LARGE_FILE = 1 << 25  # bytes; larger files must begin as an image to be read, and DALI does not decode them
 LARGEST = 1 << 23  # pixels, 24 MiB as RGB; DALI decodes no larger images, they are reduced here,
 REDUCED = 1 << 21  # to at most this many pixels
 WEBP_CHUNKS = 100  # that are looked at; images have fewer than ten
-HUGE = 1 << 26  # pixels; of larger images only one at a time is decoded, and no WebP, which needs most memory
-# Limits on the time of one file. Photographs have some ten scans, some twenty segments, and a chunk for every
-# eight kilobytes.
-MOST_SCANS = 20  # of a progressive JPEG with
-SCANNED_PIXELS = 1 << 28  # more pixels than these in all of its scans together
-MOST_SEGMENTS = 512  # of a JPEG before its first scan
-MOST_JUNK = 1 << 16  # bytes between two segments, which Pillow reads one by one
-MOST_CHUNKS = 1 << 16  # of a PNG
-PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+HUGE = 1 << 26  # pixels; of larger images only one at a time is decoded
+# Formats whose decoders hold several copies of all pixels and of the file.
+COPIED = {"WEBP", "GIF", "AVIF", "JPEG2000"}
+LARGEST_COPIED = 1 << 27  # bytes of a file of these formats, which have at most `HUGE` pixels
 
 # Formats and modes that DALI decodes as Pillow does, and survives when damaged; Pillow decodes all others.
 DECODED_BY_DALI = {
@@ -99,7 +97,7 @@ def read_file(path: str, offset: int = 0, size: int | None = None) -> np.ndarray
     """A file, or `size` bytes of it from `offset` on: (bytes,) uint8, fewer if the file ends before.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or is larger than any image.
+        OSError: it cannot be read, is no regular file, is larger than any image, or large and none.
     """
     # Non-blocking, because opening a pipe would wait until another process writes to it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -110,6 +108,8 @@ def read_file(path: str, offset: int = 0, size: int | None = None) -> np.ndarray
         size = status.st_size if size is None else size
         if size > LARGEST_FILE:
             raise OSError(0, f"{size} bytes, more than {LARGEST_FILE}, the most that are read")
+        if size > LARGE_FILE and not _accepted(os.pread(descriptor, 32, offset)):
+            raise OSError(0, f"{size} bytes that do not begin as an image")
         if offset:
             file.seek(offset)
         data = np.empty(size, np.uint8)
@@ -121,47 +121,80 @@ def open_encoded(data: np.ndarray | bytes) -> Image.Image:
 
     Raises:
         UnusableImageError: it is in another format, which the message names, or is none.
+        ValueError: it would take too much time or memory.
         Exception: whatever Pillow's readers raise for a damaged one.
     """
-    content = data.data if isinstance(data, np.ndarray) else data
+    return _open(bounded(np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data))
+
+
+def _open(data: np.ndarray) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(data.data), formats=FORMATS)
     except UnidentifiedImageError:
-        begin = bytes(data[:32])
-        for name, (_, accepts) in Image.OPEN.items():
-            # A function of the first bytes, which says no more than whether the format may be this one.
-            if name not in FORMATS and accepts is not None and accepts(begin) is True:
-                kinds = ", ".join(KINDS.values())
-                raise UnusableImageError(f"a file of the format {name}; those decoded are {kinds}") from None
+        begin = data[:32].tobytes()
+        if name := _other_format(begin):
+            kinds = ", ".join(KINDS.values())
+            raise UnusableImageError(f"a file of the format {name}; those decoded are {kinds}") from None
+        if samples := tiff_samples(data):
+            raise UnusableImageError(f"a TIFF of {samples.describe()}, which are not decoded") from None
+        if kind := _accepted(begin):
+            raise UnusableImageError(f"a damaged {kind}, or one of an unknown kind") from None
         raise UnusableImageError("not an image, or one of an unknown format") from None
+    if image.format in COPIED:
+        if image.width * image.height > HUGE:
+            raise UnusableImageError(f"a {KINDS[image.format]} of more than {HUGE} pixels")
+        if len(data) > LARGEST_COPIED:
+            raise UnusableImageError(f"a {KINDS[image.format]} of more than {LARGEST_COPIED} bytes")
+    return image
+
+
+def _accepted(begin: bytes) -> str:
+    """The name of the format that a file may be in, of those that are opened, by its first bytes; else ""."""
+    return next((kind for name, kind in KINDS.items() if _begins(name, begin)), "")
+
+
+def _other_format(begin: bytes) -> str:
+    """Pillow's name of the format that a file may be in, of those that are not opened; else ""."""
+    return next((name for name in Image.OPEN if name not in FORMATS and _begins(name, begin)), "")
+
+
+def _begins(name: str, begin: bytes) -> bool:
+    # A function of the first bytes. It says no more than whether the format may be this one, or why it cannot
+    # be read.
+    _, accepts = Image.OPEN.get(name, (None, None))
+    return accepts is not None and accepts(begin) is True
 
 
 def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     """The encoded image for DALI, and the (height, width) that it decodes to.
 
-    JPEG, PNG and WebP images that look complete stay as they are. All others are decoded here and become
-    uncompressed, and so are those above `LARGEST` pixels, reduced by an integer factor to at most `REDUCED`.
+    JPEG, PNG and WebP images that look complete stay as they are, but for a PNG's texts. All others are
+    decoded here and become uncompressed, and so are those above `LARGEST` pixels, reduced by an integer
+    factor to at most `REDUCED`.
 
     Args:
         data: (bytes,) uint8.
 
     Raises:
-        UnusableImageError: not an image, a truncated one, or one whose pixels cannot be converted to RGB.
+        UnusableImageError: not an image, a truncated one, one whose pixels cannot be converted to RGB, or one
+            that would take too much time or memory.
     """
     if not len(data):
         raise UnusableImageError("the file is empty")
     try:
         data = bounded(data)
-        image = open_encoded(data)
-        if image.mode in WITHOUT_RANGE:
-            raise UnusableImageError(f"its {WITHOUT_RANGE[image.mode]} pixels have no known range")
-        check_decoding(image, data)
+        image = _open(data)
+        samples = tiff_samples(data)
+        if image.mode in WITHOUT_RANGE or (samples and samples.kind in (SIGNED, FLOATING)):
+            values = samples.describe() if samples else f"{WITHOUT_RANGE[image.mode]} values"
+            raise UnusableImageError(f"its {values} have no known range")
         pixels = image.width * image.height
         if pixels > HUGE:
             with _one_huge:
                 return _decoded(image)
         decodable = image.mode in DECODED_BY_DALI.get(image.format or "", ())
-        if decodable and pixels <= LARGEST and _looks_complete(data, image.format):
+        small = pixels <= LARGEST and len(data) <= LARGE_FILE
+        if decodable and small and _looks_complete(data, image.format):
             return data, (image.height, image.width)
         return _decoded(image)
     except UnusableImageError:
@@ -173,78 +206,10 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         raise UnusableImageError(str(error) or type(error).__name__) from None
 
 
-def bounded(data: np.ndarray) -> np.ndarray:
-    """An encoded image that Pillow opens in a bounded time: a PNG without texts, others as they are.
-
-    Raises:
-        UnusableImageError: its structure would take too long to read.
-    """
-    if data[:8].tobytes() == b"\x89PNG\r\n\x1a\n":
-        return _without_texts(data)
-    if data[:3].tobytes() == b"\xff\xd8\xff":
-        _check_segments(data)
-    return data
-
-
-def check_decoding(image: Image.Image, data: np.ndarray) -> None:
-    """Refuse an opened image, of `bounded` data, that would take too much time or memory to decode.
-
-    Raises:
-        UnusableImageError: the message is the reason.
-    """
-    pixels = image.width * image.height
-    if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
-        check_scans(data, pixels)
-    if image.format == "WEBP" and pixels > HUGE:
-        raise UnusableImageError(f"{pixels} pixels, more than {HUGE}, the most of a WebP")
-
-
-def check_scans(data: np.ndarray, pixels: int) -> None:
-    """Refuse a progressive JPEG that has many scans; each takes as long as an image."""
-    # Within a scan a byte FF is followed by other bytes than DA; in a thumbnail there may be a few.
-    scans = data.tobytes().count(b"\xff\xda")
-    if scans > MOST_SCANS and scans * pixels > SCANNED_PIXELS:
-        raise UnusableImageError(f"a progressive JPEG of {scans} scans, which take too long to decode")
-
-
-def _check_segments(data: np.ndarray) -> None:
-    """Refuse a JPEG with too many segments before its first scan, or too many bytes between them."""
-    content, offset = data.data, 2
-    for _ in range(MOST_SEGMENTS):
-        start = offset
-        # A marker is FF and another byte than FF, of which any number may fill up.
-        while offset + 4 <= len(data) and (content[offset] != 0xFF or content[offset + 1] == 0xFF):
-            offset += 1
-            if offset - start > MOST_JUNK:
-                raise UnusableImageError(f"more than {MOST_JUNK} bytes between two segments of a JPEG")
-        if offset + 4 > len(data) or content[offset + 1] in (0xDA, 0xD9):
-            return
-        marker = content[offset + 1]
-        alone = marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8  # markers without a length
-        offset += 2 if alone else 2 + int.from_bytes(content[offset + 2 : offset + 4], "big")
-    raise UnusableImageError(f"a JPEG of more than {MOST_SEGMENTS} segments")
-
-
-def _without_texts(data: np.ndarray) -> np.ndarray:
-    """A PNG without its texts: Pillow refuses an image for a megabyte of them."""
-    kept, start, offset = [], 0, 8
-    for _ in range(MOST_CHUNKS):
-        if offset + 12 > len(data):
-            break
-        end = offset + 12 + int.from_bytes(data[offset : offset + 4], "big")
-        if data[offset + 4 : offset + 8].tobytes() in PNG_TEXTS:
-            kept.append(data[start:offset])
-            start = end
-        offset = end
-    else:
-        raise UnusableImageError(f"a PNG of more than {MOST_CHUNKS} chunks")
-    return np.concatenate([*kept, data[start:]]) if kept else data
-
-
 def decoding_error(data: np.ndarray) -> str:
     """The reason why Pillow cannot decode an encoded image completely; "" if it can."""
     try:
-        with open_encoded(bounded(data)) as image:
+        with open_encoded(data) as image:
             image.load()
     except Exception as error:  # see `examine`
         return str(error) or type(error).__name__
@@ -291,7 +256,11 @@ def _decoded(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         factor = _factor(image)
         # A JPEG is reduced during decoding, by a power of two.
         image.draft("RGB", (image.width // factor, image.height // factor))
-    pixels = eight_bits(image).convert("RGB")
+    pixels = eight_bits(image)
+    if pixels.mode == "RGB":  # convert would copy it
+        pixels.load()
+    else:
+        pixels = pixels.convert("RGB")
     if pixels.width * pixels.height > limit:
         pixels = pixels.reduce(_factor(pixels))
     header = b"P6 %d %d 255\n" % pixels.size

@@ -16,6 +16,7 @@ import numpy as np
 from bincomm.data.cache import cache_folder, leads_out, read_cached, write_cached
 from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.files import LOCK
+from bincomm.logs import printable_name
 
 FORMAT = f"2 {EXTENSIONS}"  # of the cache; files of another format are ignored
 RECENT = 2_000_000_000  # ns; a folder changed since then may change again without another time stamp
@@ -91,7 +92,9 @@ def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
         except FileNotFoundError:  # vanished since its name was read, or its link leads nowhere by now
             continue
         except OSError as error:
-            raise ValueError(f"data: cannot read {error.filename}: {error.strerror}") from error
+            raise ValueError(
+                f"data: cannot read {printable_name(str(error.filename))}: {error.strerror}"
+            ) from error
         is_run = entry[1]
         if is_run and parent != root:  # its curves are not data
             entry = [entry[0], is_run, [], "", {}]

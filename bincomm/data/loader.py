@@ -265,9 +265,10 @@ class Loader:
                     return candidate, *load(self.images, candidate)
                 except UnusableImageError as error:
                     self._reject(step, candidate, str(error))
+        name = printable_name(self.images.name(image))
         raise TooManyUnusableError(
-            f"data: none of {2 * SUBSTITUTES} images tried in place of {self.images.name(image)} can be used "
-            f"({self._rejected[image][1]})"
+            f"data: none of {2 * SUBSTITUTES} images tried in place of {name} can be used "
+            f"({printable_name(self._rejected[image][1])})"
         )
 
     def _reject(self, step: int, image: int, reason: str) -> None:

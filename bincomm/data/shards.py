@@ -8,20 +8,35 @@ import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from bincomm.data.cache import cache_folder, read_cached, write_cached
 from bincomm.data.images import EXTENSIONS, read_file
+from bincomm.logs import printable_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT = f"6 {EXTENSIONS}"  # of an index; one of another format is ignored
 PARALLEL = 4  # number of shards without an index from which starting several processes pays off
 MAX_PADDING = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
-MAX_HEADER = 1 << 20  # bytes of a member's header; those of long names have a few hundred
+# Types of what describes the next member, or all that follow.
+DESCRIPTIONS = {
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+}
+LARGEST_DESCRIPTION = 1 << 20  # bytes; a name takes at most 4 KiB, extended attributes 64
+END = 1 << 62  # bytes; an offset beyond does not fit into an index
+MAX_GLOBAL = 1000  # descriptions of all that follows, which every member gets a copy of
 MAX_LINKS = 40  # length of a chain of links that is followed
+# What tarfile raises for damage; it calls itself for a header that describes another.
+DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 Span = tuple[int, int]  # offset and size in a shard, bytes
 
 
@@ -86,16 +101,15 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"data: there is no shard {missing[0]}{more}")
+        raise ValueError(f"data: there is no shard {printable_name(missing[0])}{more}")
     unknown = [path for path in paths if not os.path.exists(_index_path(path))]
     if len(unknown) >= PARALLEL:
         _index_in_parallel(unknown)
     indices = [_index(path) for path in paths]
     rows = [row for _, shard_rows in indices for row in shard_rows]
     if not rows:
-        raise ValueError(
-            f"data: no images ({', '.join(EXTENSIONS)}) in {', '.join(paths[:3]) or 'no shards'}"
-        )
+        names = ", ".join(map(printable_name, paths[:3]))
+        raise ValueError(f"data: no images ({', '.join(EXTENSIONS)}) in {names or 'no shards'}")
     shard = np.repeat(np.arange(len(indices)), [len(shard_rows) for _, shard_rows in indices])
     offset, size = (np.array([int(row[column]) for row in rows], np.int64) for column in (0, 1))
     classes, members = ([row[column] for row in rows] for column in (2, 3))
@@ -167,29 +181,27 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
     contents = Contents([], {}, {}, {})
     note = ""
     try:
-        with HeadersOnly(path) as headers, tarfile.open(path, "r:", fileobj=headers) as tar:
+        with tarfile.open(path, "r:", tarinfo=Header) as tar:
             try:
-                for member in tar:
+                while member := tar.next():
+                    if not member.offset < tar.offset < END:
+                        raise tarfile.ReadError("a member of a size below 0, or beyond any disk's")
+                    if len(tar.pax_headers) > MAX_GLOBAL:
+                        raise tarfile.ReadError(f"more than {MAX_GLOBAL} global headers")
                     _add(tar, member, contents)
-            except (tarfile.TarError, ValueError, OverflowError) as error:
+            except DAMAGE as error:
                 if not contents.images:
                     raise
                 note = f"is damaged, and was not read to its end: {error}"
             end = tar.offset
-        with open(path, "rb") as file:
-            file.seek(end)
-            mark = file.read(512)
-        rest = os.path.getsize(path) - end
-        if not note and (len(mark) < 512 or any(mark)):
-            note = f"is cut off or damaged at byte {end}: {max(0, rest)} bytes from there on were not read"
-        elif not note and rest > MAX_PADDING:
-            note = f"holds {rest} bytes beyond its end, which were not read"
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+        note = note or _beyond(path, end)
+    except DAMAGE as error:
         raise ValueError(
-            f"data: {path} is no uncompressed tar file, or an incomplete one: {error}"
+            f"data: {printable_name(path)} is no uncompressed tar file, or an incomplete one: "
+            + printable_name(str(error))
         ) from error
     except OSError as error:
-        raise ValueError(f"data: cannot read {path}: {error.strerror}") from error
+        raise ValueError(f"data: cannot read {printable_name(path)}: {error.strerror}") from error
     for link in contents.links:
         target = contents.follow(link)
         if target in contents.classes:
@@ -208,15 +220,32 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
     return " ".join(note.split()), rows
 
 
-class HeadersOnly(FileIO):
-    """A file of which only little is read at a time: a tar's header may declare any length, and tarfile
-    would read it into memory."""
+def _beyond(path: str, end: int) -> str:
+    """A note on what a tar file holds from its end mark on, which should be at this byte; "" if nothing."""
+    with open(path, "rb") as file:
+        file.seek(end)
+        mark = file.read(512)
+    rest = os.path.getsize(path) - end
+    if len(mark) < 512 or any(mark):
+        return f"is cut off or damaged at byte {end}: {max(0, rest)} bytes from there on were not read"
+    if rest > MAX_PADDING:
+        return f"holds {rest} bytes beyond its end, which were not read"
+    return ""
 
-    def read(self, size: int | None = -1) -> bytes:
-        """As of a file; ReadError for more than `MAX_HEADER` bytes."""
-        if size is None or not 0 <= size <= MAX_HEADER:
-            raise tarfile.ReadError(f"a header of {size} bytes")
-        return super().read(size)
+
+class Header(tarfile.TarInfo):
+    """The header of a member, which must not claim what would take all memory, or never end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "Self":
+        """As of `tarfile.TarInfo`."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.ReadError(f"a member of {header.size} bytes")
+        # What describes the next member, such as a long name, is read at once.
+        if header.type in DESCRIPTIONS and header.size > LARGEST_DESCRIPTION:
+            raise tarfile.ReadError(f"a header of {header.size} bytes, more than {LARGEST_DESCRIPTION}")
+        return header
 
 
 class Contents(NamedTuple):

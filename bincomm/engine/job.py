@@ -266,10 +266,7 @@ def announce(job: Job, steps_done: int) -> None:
         f"({loader.steps_per_epoch} an epoch), on {where}, in {config.output}"
     )
     logger.info(job.schedule.describe())
-    if job.source.about_split:
-        logger.info(job.source.about_split)
-    for note in job.source.notes:
-        logger.info("note: %s", note)
+    job.source.announce()
     if loader.changed:
         logger.warning(
             "the data changed since the run was saved (%s): it continues with the images that are "

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from bincomm.data.images import (
     WITHOUT_RANGE,
-    bounded,
-    check_decoding,
     eight_bits,
     open_encoded,
     read_file,
@@ -427,9 +425,7 @@ def to_pixels(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _open(path: Path) -> Image.Image:
     try:
-        data = bounded(read_file(str(path)))
-        image = open_encoded(data)
-        check_decoding(image, data)
+        image = open_encoded(read_file(str(path)))
         image.load()
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)

@@ -108,7 +108,8 @@ def summary(result: dict[str, Any], output: str) -> str:
         if not evaluation["queries_held_out"]:
             lines.append("  (the queries' images, not their labels, were used in training)")
     else:
-        lines.append("\nno k-NN: the data has no usable images with labels (folders named after classes)")
+        reason = result.get("no_evaluation", "no image with a label can be used")
+        lines.append(f"\nno k-NN: {reason}")
     if "bit_entropy" in metrics:
         entropy, least = metrics["bit_entropy"], metrics["bit_entropy_min"]
         gain = metrics["bit_accuracy"] - metrics["bit_majority"]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from bincomm import cli
 from bincomm.data.export import verify, write_shards
-from bincomm.data.sources import open_source
+from bincomm.data.sources import evaluation_sources, open_source
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +161,39 @@ def test_bad_options_and_help(capsys):
     assert cli.main(["data"]) == 2
     assert cli.main(["data", "--help"]) == 0
     assert "draw the crops" in capsys.readouterr().out
+
+
+def test_parts_of_the_data_are_parts_of_its_shards(tmp_path):
+    for part in ("train", "valid"):
+        for name in ("cat", "dog"):
+            (tmp_path / "in" / part / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "in" / part / name / f"{i}.png")
+    write_shards(open_source(str(tmp_path / "in"), "all"), tmp_path / "out")
+    assert sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.tar")) == [
+        "train/data-00000.tar",
+        "valid/data-00000.tar",
+    ]
+    source = open_source(str(tmp_path / "out"))
+    gallery, queries, held_out = evaluation_sources(str(tmp_path / "out"), source)
+    assert (len(gallery.images), len(queries.images), held_out) == (6, 6, True)
+    assert sorted(queries.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+def test_commands_take_all_parts_or_one(tmp_path, capsys):
+    for part in ("train", "val"):
+        (tmp_path / "in" / part).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / part / "1.png")
+    (tmp_path / "in" / "val" / "2.gif").write_bytes(b"GIF89a")
+    data = ["--data", str(tmp_path / "in")]
+    assert cli.main(["data", "shard", *data, "--output", str(tmp_path / "all")]) == 0
+    written = capsys.readouterr()
+    assert "2 images, 0 left out" in written.out
+    assert cli.main(["data", "verify", *data, "--output", str(tmp_path / "u.txt")]) == 1
+    verified = capsys.readouterr()
+    assert "2 images, 0 cannot be used" in verified.out
+    for shown in (written.err, verified.err):
+        assert "the images are those of all parts, train and val" in shown
+        assert "note: 1 × .gif in" in shown
+    assert cli.main(["data", "verify", *data, "--split", "train", "--output", str(tmp_path / "u.txt")]) == 0
+    assert "1 images, 0 cannot be used" in capsys.readouterr().out

@@ -184,7 +184,7 @@ def test_what_cannot_be_used_has_a_reason(data, reason):
 def test_a_size_of_nothing_is_no_image():
     data = KINDS["png"]().copy()
     data[16:24] = 0
-    with pytest.raises(UnusableImageError, match="not an image"):
+    with pytest.raises(UnusableImageError, match="a damaged PNG"):
         examine(data)
 
 
@@ -270,37 +270,6 @@ def test_more_pixels_than_anyone_has_are_refused(monkeypatch):
         examine(KINDS["png"]())
 
 
-def with_segments(data, segments):
-    """A JPEG with other segments before its own."""
-    return np.frombuffer(data[:2].tobytes() + b"".join(segments) + data[2:].tobytes(), np.uint8)
-
-
-def test_a_file_costs_a_bounded_time():
-    progressive = encode(PICTURE, "JPEG", progressive=True)
-    assert examine(progressive)[1] == (40, 60)
-    content = progressive.tobytes()
-    last = content.rindex(b"\xff\xda")
-    scans = np.frombuffer(content[:last] + 2000 * content[last:-2] + content[-2:], np.uint8)
-    assert examine(scans)[1] == (40, 60)  # so few pixels are quick
-    large = Image.new("RGB", (600, 400))
-    content = encode(large, "JPEG", progressive=True).tobytes()
-    last = content.rindex(b"\xff\xda")
-    many = np.frombuffer(content[:last] + 2000 * content[last:-2] + content[-2:], np.uint8)
-    with pytest.raises(UnusableImageError, match="a progressive JPEG of 20.. scans"):
-        examine(many)
-    exif = b"\xff\xe1" + struct.pack(">H", 60008) + b"Exif\0\0" + bytes(60000)
-    assert examine(with_segments(progressive, 100 * [exif]))[1] == (40, 60)
-    with pytest.raises(UnusableImageError, match="a JPEG of more than 512 segments"):
-        examine(with_segments(progressive, 600 * [exif]))
-    for filling in (b"\xff\xe0\0\2" + bytes(1 << 20), b"\xff" * (1 << 20)):
-        with pytest.raises(UnusableImageError, match="more than 65536 bytes between two segments"):
-            examine(with_segments(progressive, [filling]))
-    empty = struct.pack(">I", 0) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
-    picture = encode(PICTURE, "PNG").tobytes()
-    with pytest.raises(UnusableImageError, match="a PNG of more than 65536 chunks"):
-        examine(np.frombuffer(picture[:33] + 70_000 * empty + picture[33:], np.uint8))
-
-
 def test_long_texts_are_no_reason_to_leave_a_png_out():
     texts = PngInfo()
     texts.add_text("prompt", "a" * (3 << 20), zip=True)
@@ -312,10 +281,3 @@ def test_long_texts_are_no_reason_to_leave_a_png_out():
     assert size == (40, 60)
     assert np.array_equal(decoded(left), np.asarray(PICTURE))
     assert images.decoding_error(data) == ""
-
-
-def test_a_webp_needs_most_memory(monkeypatch):
-    monkeypatch.setattr(images, "HUGE", 2000)
-    with pytest.raises(UnusableImageError, match="2400 pixels, more than 2000, the most of a WebP"):
-        examine(encode(PICTURE, "WEBP"))
-    assert examine(encode(PICTURE, "PNG"))[1] == (40, 60)

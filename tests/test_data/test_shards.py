@@ -211,6 +211,140 @@ def test_notes_say_what_is_not_read_of_a_damaged_shard(tmp_path, damage, left, w
         assert [words in note for note in source.notes] == ([True] if words else [])
 
 
+def split_members(part, count=2):
+    return [(f"{part}{name}/{i}.png", picture(i)) for name in ("cat", "dog") for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [
+        ("train-0.tar", "val-0.tar"),
+        ("set-Training-000.tar", "set-validation-000.tar"),
+        ("train/0.tar", "test/0.tar"),
+        ("a/train/0.tar", "a/val/0.tar"),
+    ],
+)
+@pytest.mark.parametrize("pattern", [False, True])
+def test_parts_by_the_names_of_shards(tmp_path, train, held_out, pattern):
+    for name in (train, held_out):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, split_members(""))
+    data = str(tmp_path)
+    if pattern:
+        data = f"{tmp_path}/{'*/' * train.count('/')}*.tar"
+    source = open_source(data)
+    assert {shard.rpartition(".tar/")[0] for shard in source.images.names()} == {str(tmp_path / train)[:-4]}
+    assert "are held out for evaluation" in source.about_split
+    _, queries, is_held_out = evaluation_sources(data, source)
+    assert is_held_out
+    assert len(queries.images) == 4
+    assert all(name.startswith(str(tmp_path / held_out)) for name in queries.images.names())
+    assert len(open_source(data, "all").images) == 8
+    kind = "test" if "test" in held_out else "val"
+    assert list(open_source(data, kind).images.names()) == list(queries.images.names())
+
+
+def test_parts_by_folders_inside_shards(tmp_path):
+    path = write(tmp_path / "x.tar", split_members("Train/") + split_members("valid/"))
+    source = open_source(path)
+    assert source.classes == ["cat", "dog"]
+    assert source.images.members == [name for name, _ in split_members("Train/")]
+    assert source.about_split == ("the images are those of Train; those of valid are held out for evaluation")
+    _, queries, held_out = evaluation_sources(path, source)
+    assert held_out
+    assert queries.images.members == [name for name, _ in split_members("valid/")]
+    assert open_source(path, "all").labels.tolist() == [0, 0, 1, 1] * 2
+    members = [member for part in ("train/", "val/", "valid/") for member in split_members(part)]
+    path = write(tmp_path / "y.tar", members)
+    with pytest.raises(ValueError, match="data: expected one of val and valid in .*names of the same part"):
+        open_source(path)
+    (tmp_path / "two").mkdir()
+    write(tmp_path / "two" / "train-0.tar", split_members(""))
+    write(tmp_path / "two" / "val-0.tar", split_members(""))
+    write(tmp_path / "two" / "validation-0.tar", split_members(""))
+    with pytest.raises(ValueError, match="data: expected one of val and validation in the names of shards"):
+        open_source(str(tmp_path / "two"))
+
+
+def test_extensions_of_shards_in_any_case(tmp_path):
+    path = write(tmp_path / "X.TAR", split_members(""))
+    for data in (path, str(tmp_path), f"{tmp_path}/*.TAR"):
+        assert len(open_source(data).images) == 4
+
+
+def test_one_shard_of_a_split_is_no_split(tmp_path):
+    (tmp_path / "val").mkdir()
+    for name in ("train-0.tar", "train-1.tar"):
+        write(tmp_path / "val" / name, split_members(""))
+    assert len(open_source(str(tmp_path / "val")).images) == 8
+
+
+def header(name, kind, size, description=b""):
+    """A member that claims a size, as it is in a tar file."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    data = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    data[124:136] = (
+        b"\x80" + size.to_bytes(11, "big") if size >= 0 else b"\xff" + size.to_bytes(11, "big", signed=True)
+    )
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data)
+    return bytes(data) + description + bytes(-len(description) % 512)
+
+
+def record(keyword, value):
+    """A record of a PAX header, which begins with its own length."""
+    text = f" {keyword}={value}\n".encode()
+    length = next(n for n in range(len(text), len(text) + 9) if n == len(text) + len(str(n)))
+    return str(length).encode() + text
+
+
+LARGE = 64 << 30
+NEGATIVE = record("size", "-4096")
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        (header("a", tarfile.XHDTYPE, LARGE), f"a header of {LARGE} bytes"),
+        (header("a", tarfile.XGLTYPE, LARGE), f"a header of {LARGE} bytes"),
+        (header("a", tarfile.GNUTYPE_LONGNAME, LARGE), f"a header of {LARGE} bytes"),
+        (header("a", tarfile.GNUTYPE_LONGLINK, LARGE), f"a header of {LARGE} bytes"),
+        (header("a", tarfile.REGTYPE, -1024), "a member of -1024 bytes"),
+        (
+            header("a", tarfile.XHDTYPE, len(NEGATIVE), NEGATIVE) + header("b", tarfile.REGTYPE, 0),
+            "a member of a size below 0",
+        ),
+        (header("b.png", tarfile.REGTYPE, 1 << 70), "beyond any disk"),
+        (header("a", tarfile.XGLTYPE, 10, b"10 k=abcd\n") * 2000, "recursion"),
+        (
+            b"".join(
+                header("a", tarfile.XGLTYPE, len(global_), global_) + header(f"{n}", tarfile.REGTYPE, 0)
+                for n in range(1100)
+                for global_ in [record(f"k{n}", "x")]
+            ),
+            "more than 1000 global headers",
+        ),
+    ],
+    ids=["pax", "pax, global", "long name", "long link", "negative", "negative pax", "huge", "chain", "many"],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tar_that_would_take_all_memory_or_never_end(tmp_path, members, words, first):
+    path = tmp_path / "x.tar"
+    write(path, [("a.png", picture(1))])
+    end = 512 + (len(picture(1)) + 511) // 512 * 512
+    path.write_bytes(members if first else path.read_bytes()[:end] + members)
+    with open(path, "ab") as file:
+        file.truncate(100 << 30)  # of holes
+    if first:
+        with pytest.raises(ValueError, match=f"data: .*x.tar is no uncompressed tar file.*{words}"):
+            open_shards([str(path)])
+    else:
+        images, _, (note,) = open_shards([str(path)])
+        assert images.members == ["a.png"]
+        assert words in note
+
+
 def test_a_member_twice_is_two_images(tmp_path):
     path = write(tmp_path / "x.tar", [("a.png", picture(1)), ("a.png", picture(2))])
     images, _, _ = open_shards([path])
@@ -304,4 +438,6 @@ def test_a_header_of_any_length_is_not_read(tmp_path):
         file.truncate(7 << 30)
     shards, _, notes = open_shards([str(tmp_path / "a.tar")])
     assert shards.members == ["a.png"]
-    assert notes[0].endswith("is damaged, and was not read to its end: a header of 68719476736 bytes")
+    assert notes[0].endswith(
+        "is damaged, and was not read to its end: a header of 68719476736 bytes, more than 1048576"
+    )

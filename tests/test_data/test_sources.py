@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from bincomm.data.digits import digits
-from bincomm.data.sources import Source, evaluation_sources, open_source
+from bincomm.data.sources import Source, evaluation_sources, open_source, why_no_evaluation
 from bincomm.distributed.ranks import ALONE
 from bincomm.engine.lock import open_run
 
@@ -108,6 +108,127 @@ def test_the_usual_names_of_parts_are_no_classes(tmp_path, train, held_out):
         open_source(str(tmp_path))
 
 
+def test_all_parts_of_a_folder_or_one(tmp_path):
+    make(tmp_path, *(f"{part}/{name}/{part}.png" for part in ("train", "valid") for name in ("cat", "dog")))
+    source = open_source(str(tmp_path), "all")
+    assert names(source, tmp_path) == [
+        "train/cat/train.png",
+        "train/dog/train.png",
+        "valid/cat/valid.png",
+        "valid/dog/valid.png",
+    ]
+    assert source.classes == ["cat", "dog"]
+    assert source.labels.tolist() == [0, 1, 0, 1]
+    assert [source.parts.name(image) for image in range(4)] == ["train", "train", "valid", "valid"]
+    assert source.about_split == "the images are those of all parts, train and valid; --split takes one"
+    assert names(open_source(str(tmp_path), "val"), tmp_path) == [
+        "valid/cat/valid.png",
+        "valid/dog/valid.png",
+    ]
+    assert open_source(str(tmp_path), "train").about_split == "the images are those of train"
+    with pytest.raises(ValueError, match=f"split: expected train or val in {tmp_path}, got test"):
+        open_source(str(tmp_path), "test")
+    with pytest.raises(ValueError, match="split: expected no split, because there are no such parts, in"):
+        open_source(str(tmp_path / "train"), "val")
+
+
+def test_a_folder_of_train_alone_has_its_classes(tmp_path):
+    source = open_source(make(tmp_path, *(f"Train/{name}/{i}.png" for name in ("a", "b") for i in range(5))))
+    assert source.classes == ["a", "b"]
+    _, queries, held_out = evaluation_sources(str(tmp_path), source)
+    assert not held_out
+    assert names(queries, tmp_path) == ["Train/a/4.png", "Train/b/4.png"]
+
+
+def test_a_list_has_the_classes_and_parts_of_its_folders(tmp_path):
+    files = [f"x/{part}/{name}/{i}.png" for part in ("train", "val") for name in ("a", "b") for i in range(5)]
+    make(tmp_path, *files)
+    (tmp_path / "train.txt").write_text("\n".join(files[:10]))
+    source = open_source(str(tmp_path / "train.txt"))
+    assert source.classes == ["a", "b"]
+    assert evaluation_sources(str(tmp_path / "train.txt"), source)[2] is False
+    (tmp_path / "all.txt").write_text("\n".join(files))
+    source = open_source(str(tmp_path / "all.txt"))
+    assert names(source, tmp_path) == files[:10]
+    _, queries, held_out = evaluation_sources(str(tmp_path / "all.txt"), source)
+    assert held_out
+    assert names(queries, tmp_path) == files[10:]
+
+
+def test_why_there_is_no_evaluation(tmp_path):
+    make(tmp_path, "a/1.png", "b/cat/1.png", "b/dog/1.png")
+    for data, reason in (
+        (str(tmp_path / "a"), "not every image lies in a folder named after a class"),
+        (str(tmp_path / "b"), "no class has 5 images"),
+        (
+            {str(tmp_path / "a"): 1, str(tmp_path / "b"): 1},
+            "the data is a mix of sources; `bincomm",
+        ),
+    ):
+        source = open_source(data)
+        assert evaluation_sources(data, source) is None
+        assert why_no_evaluation(data, source).startswith(reason)
+
+
+def test_a_list_names_files_below_its_folder_unless_another_is_given(tmp_path):
+    elsewhere = make(tmp_path / "elsewhere", "1.png")
+    make(tmp_path / "lists", "0.png", "x/0.png")
+    path = tmp_path / "lists" / "list.txt"
+    for line in (f"{elsewhere}/1.png", "../elsewhere/1.png", "x/../../elsewhere/1.png"):
+        path.write_text(f"0.png\n{line}\n")
+        with pytest.raises(
+            ValueError, match=f"1 files that do not lie in {tmp_path}/lists/, such as .*{path}@{tmp_path}$"
+        ):
+            open_source(str(path))
+        for root in (tmp_path, "..", "/", ""):
+            assert len(open_source(f"{path}@{root}").images) == 2
+    path.write_text(f"{tmp_path}/lists/0.png\n./../lists/0.png\n")  # these lie in it
+    assert len(open_source(str(path)).images) == 2
+
+
+def test_names_in_errors_are_one_line_without_control_characters(tmp_path):
+    bad = "x\nbincomm: all is well\x1b[2J"
+    for part in ("train/cat", "train/dog", f"val/{bad}", "val/cat"):
+        make(tmp_path / "in", f"{part}/1.png")
+    with pytest.raises(ValueError, match="got also x") as error:
+        evaluation_sources(str(tmp_path / "in"), open_source(str(tmp_path / "in")))
+    (tmp_path / "list.txt").write_text("x\x1b[2J.png")
+    with pytest.raises(ValueError, match="do not exist") as listed:
+        open_source(str(tmp_path / "list.txt"))
+    (tmp_path / bad).mkdir()
+    (tmp_path / bad / "1.tar").write_bytes(b"no tar file at all" * 100)
+    with pytest.raises(ValueError, match="no uncompressed tar file") as shard:
+        open_source(str(tmp_path / bad))
+    for told in (error, listed, shard):
+        assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("s3://bucket/x", "is an address; nothing is fetched from there"),
+        ("s3://bucket/x-{000..127}.tar", "is an address; nothing is fetched from there"),
+        ("https://host/x.zip", "is an address; nothing is fetched from there"),
+        ("x.zip", "does not exist, and is an archive: unpack it"),
+        ("there.ZIP", "there.ZIP' is an archive: unpack it"),
+        ("x.tar.gz", "is a compressed tar file: unpack it"),
+        ("x.npz", "is a file of arrays"),
+        ("x.parquet", "is a table"),
+        ("x.jpg", "is one image: give its folder"),
+        ("user/name", "a set of this name on a hub must be downloaded.*hf download"),
+        ("cifar11", "does not exist; .*did you mean cifar10?"),
+    ],
+)
+def test_what_is_no_source_says_how_to_get_there(tmp_path, monkeypatch, data, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.ZIP").write_text("x")
+    with pytest.raises(ValueError, match=f"data: .*{words}") as error:
+        open_source(data)
+    assert "expected a folder of images, tar shards, a .txt file of paths, digits, or one of" in str(
+        error.value
+    )
+
+
 def test_validation_goes_before_test(tmp_path):
     make(tmp_path, *(f"{part}/{name}/{part}.png" for part in ("train", "valid", "test") for name in "ab"))
     _, queries, _ = evaluation_sources(str(tmp_path), open_source(str(tmp_path)))
@@ -163,7 +284,7 @@ def test_text_list(tmp_path):
 def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(ValueError, match="data: .*nowhere' does not exist; expected a folder"):
         open_source(str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="data: '' is no folder"):
+    with pytest.raises(ValueError, match="data: '' does not exist"):
         open_source("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="data: .*empty holds no images .*but nothing, it is empty"):
@@ -172,7 +293,7 @@ def test_what_is_wrong_is_named(tmp_path):
         open_source(make(tmp_path / "texts", "a.txt", "b/c.txt", "d.csv"))
     with pytest.raises(ValueError, match=r"data: .*a\.txt lists files that do not exist"):
         open_source(str(tmp_path / "texts" / "a.txt"))
-    with pytest.raises(ValueError, match=r"data: .*d\.csv' is no folder, text file of paths or tar file"):
+    with pytest.raises(ValueError, match=r"data: .*d\.csv' is a table: write its images"):
         open_source(str(tmp_path / "texts" / "d.csv"))
 
 

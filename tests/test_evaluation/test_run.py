@@ -72,7 +72,9 @@ def test_what_a_finished_run_prints(run):
     split = {**result, "evaluation": {**evaluation, "queries_held_out": False}}
     assert "(the queries' images, not their labels, were used in training)" in summary(split, "runs/a")
     nothing = summary({**result, "evaluation": None, "last_metrics": {}}, "runs/a")
-    assert "no k-NN: the data has no usable images with labels" in nothing
+    assert "no k-NN: no image with a label can be used" in nothing
+    unlabeled = {**result, "evaluation": None, "no_evaluation": "the data is a mix of sources"}
+    assert "no k-NN: the data is a mix of sources" in summary(unlabeled, "runs/a")
     assert "channel" not in nothing
 
 

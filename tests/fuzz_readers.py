@@ -1,0 +1,290 @@
+"""Damaged images and tar files through everything that reads them, for a given time.
+
+    python tests/fuzz_readers.py --minutes 0.5
+    python tests/fuzz_readers.py --seed 123      # repeats one finding
+
+A case is a function of its seed alone. A reader must take it, or refuse it as documented, within `SECONDS`
+and `MEMORY`; it runs in a child process, so that a crash or an endless loop is a finding, too.
+"""
+
+import argparse
+import io
+import itertools
+import multiprocessing
+import os
+import resource
+import struct
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+Image.init()  # all formats, also those that are not registered by default
+SECONDS = 60  # for a case; docs/data.md promises a third on a quiet machine
+MEMORY = 6 << 30  # bytes of address space beyond what the libraries take, twice what docs/data.md promises
+MARKS = [
+    b"\xff\xda",
+    b"\xff\xc2",
+    b"\xff\xe1",
+    b"\xff\xd8",
+    b"IDAT",
+    b"zTXt",
+    b"acTL",
+    b"VP8X",
+    b"ANMF",
+    b"!\xfe",
+]
+NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+
+
+def images() -> dict[str, bytes]:
+    """Small images of every kind that is read."""
+    y, x = np.mgrid[0:40, 0:60]
+    color = Image.fromarray(np.stack([4 * x, 6 * y, 2 * (x + y)], -1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x010E] = "a picture"
+    kinds: list[tuple[str, Image.Image, dict]] = [
+        ("JPEG", color, {"exif": exif}),
+        ("JPEG", color, {"progressive": True, "icc_profile": bytes(500)}),
+        ("JPEG", color.convert("CMYK"), {}),
+        ("PNG", color, {"icc_profile": bytes(500)}),
+        ("PNG", color.convert("P"), {"transparency": 3}),
+        ("PNG", color, {"save_all": True, "append_images": [color]}),
+        ("WEBP", color, {"lossless": True, "exif": exif}),
+        ("WEBP", color, {"save_all": True, "append_images": [color.transpose(Image.Transpose.ROTATE_180)]}),
+        ("BMP", color, {}),
+        ("BMP", color.convert("P"), {}),
+        ("TIFF", color, {"compression": "tiff_lzw"}),
+        ("TIFF", color, {"compression": "jpeg"}),
+        ("TIFF", color.convert("L"), {"save_all": True, "append_images": [color], "big_tiff": True}),
+        ("GIF", color, {"comment": b"a comment", "loop": 0, "save_all": True, "append_images": [color]}),
+        ("JPEG2000", color, {"tile_size": (32, 32)}),
+        ("AVIF", color, {}),
+    ]
+    encoded = {}
+    for number, (kind, image, options) in enumerate(kinds):
+        if kind in Image.SAVE:
+            file = io.BytesIO()
+            image.save(file, kind, **options)
+            encoded[f"{kind} {number}"] = file.getvalue()
+    return encoded
+
+
+def tars(image: bytes) -> dict[str, bytes]:
+    """Small tar files of every format, with links, classes and long names."""
+    written = {}
+    formats = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
+    for number, kind in enumerate(formats):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=kind) as tar:
+            long = "folder/" * (5 if kind == tarfile.USTAR_FORMAT else 30)
+            for name in ("train/cat/0.jpg", "val/cat/1.jpg", f"{long}2.jpg"):
+                member = tarfile.TarInfo(name)
+                member.size = len(image)
+                tar.addfile(member, io.BytesIO(image))
+            for name, type in (("a.png", tarfile.SYMTYPE), ("b.png", tarfile.LNKTYPE)):
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = type, "train/cat/0.jpg"
+                tar.addfile(member)
+            member = tarfile.TarInfo("a.cls")
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"7"))
+        written[f"tar {number}"] = file.getvalue()
+    return written
+
+
+def mutate(data: bytes, rng: np.random.Generator, checksums: bool) -> bytes:
+    """The data with a few random changes; the headers of a tar get right checksums again, mostly."""
+    changed = bytearray(data)
+    for _ in range(int(rng.integers(1, 6))):
+        # Headers are changed most: a position near the beginning is likelier.
+        at = int(len(changed) * rng.random() ** rng.integers(1, 6))
+        count = int(rng.integers(1, 64))
+        number = int(rng.choice(NUMBERS))
+        order = "<" if rng.random() < 0.5 else ">"
+        actions = [
+            lambda at=at: changed.__setitem__(slice(at, at + 1), bytes([int(rng.integers(256))])),
+            lambda at=at: changed.__setitem__(
+                slice(at, at + 1), bytes([changed[at] ^ 1 << int(rng.integers(8))])
+            ),
+            lambda at=at, n=number, o=order: changed.__setitem__(slice(at, at + 4), struct.pack(o + "I", n)),
+            lambda at=at, n=number, o=order: changed.__setitem__(
+                slice(at, at + 2), struct.pack(o + "H", n & 0xFFFF)
+            ),
+            lambda at=at, c=count: changed.__delitem__(slice(at, at + c)),
+            lambda at=at, c=count: changed.__setitem__(slice(at, at), rng.bytes(c)),
+            lambda at=at, c=count: changed.__setitem__(
+                slice(at, at), bytes(changed[at : at + c]) * int(rng.integers(1, 2000))
+            ),
+            lambda at=at: changed.__delitem__(slice(at, None)),
+            lambda at=at: changed.__setitem__(slice(at, at), MARKS[int(rng.integers(len(MARKS)))]),
+        ]
+        if not changed:
+            break
+        actions[int(rng.integers(len(actions)))](at=min(at, len(changed) - 1))
+    if checksums:
+        for start in range(0, len(changed) - 511, 512):
+            header = changed[start : start + 512]
+            if header[257:262] == b"ustar":
+                header[148:156] = b" " * 8
+                changed[start + 148 : start + 156] = b"%06o\0 " % (sum(header) & 0o777777)
+    return bytes(changed)
+
+
+def case(seed: int) -> tuple[str, bytes]:
+    """The name and the content of a seed's file."""
+    rng = np.random.default_rng(seed)
+    encoded = images()
+    if rng.random() < 0.3:
+        kinds = tars(next(iter(encoded.values())))
+    else:
+        kinds = encoded
+    name = list(kinds)[int(rng.integers(len(kinds)))]
+    return name, mutate(kinds[name], rng, name.startswith("tar") and rng.random() < 0.8)
+
+
+class Reader:
+    """What a case is given to, in the child."""
+
+    def __init__(self, folder: Path) -> None:
+        from bincomm.data.dali import decoding_pipeline
+
+        self.folder = folder
+        self.batch: list[np.ndarray] = []
+        self.build = lambda: decoding_pipeline(lambda: self.batch, batch_size=1, threads=1, device_id=None)
+        self.pipeline = self.build()
+
+    def __call__(self, seed: int) -> None:
+        name, data = case(seed)
+        if name.startswith("tar"):
+            self.read_tar(data)
+        else:
+            self.read_image(np.frombuffer(data, np.uint8))
+
+    def read_image(self, data: np.ndarray) -> None:
+        """Examine, then decode what was let through to the size that was promised."""
+        from bincomm.data.images import UnusableImageError, decoding_error, examine
+
+        try:
+            given, size = examine(data)
+        except UnusableImageError as error:
+            reason = str(error)
+            assert reason
+            return
+        self.batch[:] = [given]
+        try:
+            (shape,) = self.pipeline.run()
+        except RuntimeError:
+            self.pipeline = self.build()  # DALI cannot continue after an error
+            decoding_error(given)
+            return
+        decoded = tuple(np.array(shape.as_array()[0]).tolist())
+        assert decoded == (*size, 3), f"decoded to {decoded}, promised {size}"
+
+    def read_tar(self, data: bytes) -> None:
+        """Index, then read every image."""
+        from bincomm.data.images import UnusableImageError, load
+        from bincomm.data.sources import evaluation_sources, open_source
+
+        path = self.folder / "x.tar"
+        path.write_bytes(data)
+        try:
+            source = open_source(str(path))
+            again = open_source(str(path))  # from its index
+            evaluation_sources(str(path), source)
+        except ValueError as error:
+            reason = str(error)
+            assert reason.startswith("data: "), reason
+            return
+        assert list(source.images.names()) == list(again.images.names()), "its index holds something else"
+        for index in range(min(20, len(source.images))):
+            try:
+                load(source.images, index)
+            except UnusableImageError as error:
+                reason = str(error)
+                assert reason
+
+
+def child(connection: Connection, folder: str) -> None:
+    """Reads the cases whose seeds it is sent, and answers with a traceback or nothing."""
+    os.environ["BINCOMM_CACHE"] = os.path.join(folder, "cache")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries write about damage
+    reader = Reader(Path(folder))
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    connection.send("")
+    while True:
+        seed = connection.recv()
+        try:
+            reader(seed)
+            connection.send("")
+        except Exception:
+            connection.send(traceback.format_exc())
+
+
+class Child:
+    """A child process, started again where it ended."""
+
+    def __init__(self, folder: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=child, args=(other, folder), daemon=True)
+        self.process.start()
+        other.close()
+        self.connection.recv()
+
+    def failure(self, seed: int) -> str:
+        """What is wrong with a case; "" if nothing."""
+        self.connection.send(seed)
+        if not self.connection.poll(SECONDS):
+            return f"it takes more than {SECONDS} s"
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self.process.join()
+            return f"the process ended with {self.process.exitcode}"
+
+    def end(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.join()
+
+
+def main() -> int:
+    """Try cases until the time is over or one fails."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=0.5)
+    parser.add_argument("--seed", type=int, help="try this case alone")
+    options = parser.parse_args()
+    start = time.monotonic()
+    first = int(time.time()) << 24 if options.seed is None else options.seed
+    print(f"readers: seeds from {first}, for {options.minutes:g} minutes", flush=True)
+    findings, tried = 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        reader = Child(folder)
+        for seed in itertools.count(first):
+            failure = reader.failure(seed)
+            tried += 1
+            if failure:
+                findings += 1
+                print(
+                    f"{case(seed)[0]}: {failure}\nagain: python tests/fuzz_readers.py --seed {seed}",
+                    flush=True,
+                )
+                reader.end()
+                reader = Child(folder)
+            if options.seed is not None or time.monotonic() - start > 60 * options.minutes or findings >= 10:
+                break
+        reader.end()
+    print(f"readers: {tried} cases, {findings} findings")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
