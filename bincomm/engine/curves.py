@@ -22,7 +22,7 @@ def plot_curves(run: Path) -> None:
         ("bits predicted right", ["bit_accuracy", "bit_majority"], "share of bits"),
         ("learning rate", ["lr"], ""),
     ]
-    figure = Figure(figsize=(15, 6), layout="constrained")
+    figure = Figure(figsize=(15, 6))
     for axes, (title, keys, unit) in zip(figure.subplots(2, 4).flat, panels, strict=True):
         for key in keys:
             axes.plot(steps, [record.get(key, math.nan) for record in records], label=key)
@@ -30,4 +30,5 @@ def plot_curves(run: Path) -> None:
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend(fontsize="small")
+    figure.subplots_adjust(0.05, 0.08, 0.99, 0.95, wspace=0.25, hspace=0.4)
     write_file(run / "curves.png", lambda file: figure.savefig(file, format="png", dpi=110))
