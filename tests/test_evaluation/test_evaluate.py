@@ -423,12 +423,16 @@ def test_the_command(run, tmp_path, capsys):
 def test_a_result_is_shown_though_what_follows_fails(run, tmp_path, capsys):
     output = tmp_path / "result.json"
     arguments = ["evaluate", str(run), '--data={"digits": 1}', "--protocols=knn", f"--output={output}"]
+    for name in ("train/images", "train/masks", "val/images", "val/masks"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (20, 20)).save(tmp_path / name / "1.png")
+    (tmp_path / "train/masks/1.png").write_bytes(b"")
     assert cli.main([*arguments, f"--segmentation={tmp_path}"]) == 2
     printed = capsys.readouterr()
     result = json.loads(output.read_text())
     assert f"k=20 {result['knn']['20']:.2%}" in printed.out
     assert result["preprocessing"] == {"global_size": 16, "eval_crop": 1.0}
-    assert str(tmp_path) in printed.err
+    assert "train/masks/1.png: cannot be read" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -440,7 +444,7 @@ def test_a_result_is_shown_though_what_follows_fails(run, tmp_path, capsys):
         (["--protocols=knn, mpa"], "protocols: there is none named 'mpa'"),
         (["--davis=nowhere"], "davis: expected a folder, got nowhere"),
         (["--segmentation=nowhere"], "segmentation: expected a folder, got nowhere"),
-        (["--davis=unlabeled"], "unlabeled/ImageSets/2017/val.txt: cannot be read"),
+        (["--davis=unlabeled"], "davis: expected a folder of DAVIS with JPEGImages/480p"),
         (["--data=two"], "no class has 5 images, of which one could be held out"),
         (["--backbone=resnet18"], "backbone: expected resnetv2_18, as "),
         (["--data=unlabeled"], "data: expected images with labels"),
