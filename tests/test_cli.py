@@ -72,6 +72,7 @@ def test_the_home_directory_in_keys_and_in_the_cache(tmp_path, monkeypatch):
         cache_folder()
 
 
+@pytest.mark.slow
 def test_the_plotting_backend_of_a_notebook_is_no_hindrance():
     """Matplotlib cannot even be imported where MPLBACKEND names a module that is missing."""
     code = "from bincomm.cli import main; assert main(['doctor']) == 0; import matplotlib.figure"

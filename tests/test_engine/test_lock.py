@@ -35,6 +35,7 @@ def test_files_can_be_read_by_others_as_the_umask_allows(tmp_path):
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o644
 
 
+@pytest.mark.slow
 def test_a_run_is_held_by_one_process(tmp_path):
     hold = "import sys, time; from bincomm.engine.lock import open_run\n"
     hold += "from bincomm.distributed.ranks import ALONE\n"

@@ -164,6 +164,7 @@ def test_after_too_many_in_a_row_the_student_moves_no_more():
     assert Guard.LIMIT == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crops", ["global", pytest.param("global and local", marks=pytest.mark.long)])
 def test_compiled_or_not_it_is_the_same_step(crops):
     """A second size of crops compiles everything once more, which takes a minute."""
@@ -182,6 +183,7 @@ def test_compiled_or_not_it_is_the_same_step(crops):
         torch.testing.assert_close(one.losses, other.losses, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_told_and_output_without(monkeypatch):
     plain, step = create(RESNET), create(RESNET)
 
@@ -222,6 +224,7 @@ def test_nothing_on_the_way_is_read_on_the_host(make, accumulate):
         step(*next(batches(1)), **RATES)
 
 
+@pytest.mark.slow
 def test_all_passes_of_an_accumulating_step_are_compiled_and_tried(monkeypatch):
     step, graphs = create(accumulate=2), []
     views = next(batches(1))
