@@ -72,7 +72,8 @@ def separation(within: Tensor, between: Tensor) -> float:
 
 
 class SubsetPrecision(NamedTuple):
-    """mAP with a subset of the bits: over draws of subsets, mean, standard deviation, least, largest."""
+    """mAP with a subset of the bits: over draws of subsets, mean, standard deviation, least, largest; and the
+    number of queries that it leaves out, because the gallery has no image of their class."""
 
     bits: int
     draws: int
@@ -80,6 +81,7 @@ class SubsetPrecision(NamedTuple):
     deviation: float
     least: float
     largest: float
+    unmatched: int
 
 
 def precision_by_bits(
@@ -114,6 +116,7 @@ def precision_by_bits(
     generator = torch.Generator().manual_seed(seed)
     order, m = torch.randperm(n, generator=generator), max(1, min(queries, n // 5))
     query, gallery = order[:m], order[m:]
+    unmatched = int((~torch.isin(labels[query], labels[gallery])).sum())
     result = []
     for count in counts:
         values = []
@@ -125,7 +128,8 @@ def precision_by_bits(
             )
         deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         mean = float(np.mean(values))
-        result.append(SubsetPrecision(count, len(values), mean, deviation, min(values), max(values)))
+        least, largest = min(values), max(values)
+        result.append(SubsetPrecision(count, len(values), mean, deviation, least, largest, unmatched))
     return result
 
 

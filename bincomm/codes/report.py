@@ -217,6 +217,8 @@ def _of_classes(
             "by_chance": constant[0].precision,
             "by_bits": [subset._asdict() for subset in by_bits],
         }
+        if unmatched := by_bits[0].unmatched:
+            notes.append(f"Retrieval leaves out {unmatched} queries without another image of their class.")
     except ValueError:
         notes.append("No query has another image of its class: retrieval is left out.")
     named = pair is not None

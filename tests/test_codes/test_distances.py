@@ -72,6 +72,12 @@ def test_all_bits_retrieve_as_the_full_code_does():
     assert two.deviation == pytest.approx((two.largest - two.least) / math.sqrt(2))
     assert one.precision < half.precision < full.precision
     assert precision_by_bits(bits, labels, [20]) == precision_by_bits(bits, labels, [20])
+    assert (full.unmatched, half.unmatched) == (0, 0)
+    labels[query[:7]] = torch.arange(100, 107)  # each the only one of its class
+    (full,) = precision_by_bits(bits, labels, [40])
+    rest = query[7:]
+    expected = mean_average_precision(messages[gallery], labels[gallery], messages[rest], labels[rest])
+    assert (full.precision, full.unmatched) == (pytest.approx(expected), 7)
     with pytest.raises(ValueError, match="counts: expected from 1 to 40 bits"):
         precision_by_bits(bits, labels, [41])
     with pytest.raises(ValueError, match="at least one query"):
