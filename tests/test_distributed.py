@@ -274,7 +274,8 @@ def test_all_ranks_tell_why_one_failed():
     assert "ValueError the true reason" in texts[1]
     for rank in (0, 2):
         assert f"rank {rank} ends, because rank 1 ended: the true reason" in texts[rank]
-        assert "peer" not in texts[rank]
+        # torch logs a broken connection by itself where a rank closes it before another has read.
+        assert not [line for line in texts[rank].splitlines() if "peer" in line and not line.startswith("[")]
 
 
 def test_a_rank_that_finds_no_device_tells_the_others():
