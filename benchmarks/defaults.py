@@ -3,12 +3,12 @@ digits=digits cifar10=FOLDER photo=FOLDER ...
 
 Writes RESULTS.json and RESULTS.md: short runs by the default path, which gives the data and a time limit and
 nothing else; with other numbers of bits and sizes of batches; with other backbones; with other start values
-of β; and with fixed β in place of the automatic one. Of a source without labels there is one run, by the
-default path. What was measured is not measured again.
+of β; and with fixed β in place of the automatic one, for as many steps. Of a source without labels there is
+one run, by the default path. What was measured is not measured again.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -66,47 +66,63 @@ def main() -> int:
     """Measure and write the results."""
     parser = create_parser(__doc__, sources="+")
     options = parser.parse_args()
+    sources = pairs(options.sources)
     try:
-        chosen = cells(pairs(options.sources), given_keys(options))
+        given = given_keys(options)
+        labeled = [name for name, data in sources.items() if evaluation_sources(data, open_source(data))]
     except ValueError as error:  # a source that cannot be opened
         parser.error(str(error))
     session = Session("benchmarks.defaults", options, page)
-    session.run(chosen)
+    create = partial(create_cell, sources, given)
+    defaults = {name: create(name, "defaults", "default") for name in sources}
+    session.run(list(defaults.values()))
+    session.run(changed_cells(labeled, create))
+    for name in labeled:
+        steps = (session.figures(defaults[name]) or {}).get("steps")
+        if steps or options.list:
+            session.run(
+                [create(name, "fixed", f"beta {beta:g}", beta=beta, max_steps=steps) for beta in FIXED]
+            )
+        elif any(session.only.search(f"{name}: beta {beta:g}") for beta in FIXED):
+            print(f"{name}: fixed β is left out, the default path has not been measured")
     return session.end()
 
 
-def cells(sources: dict[str, str], given: dict[str, Any]) -> list[Cell]:
-    """Of all groups, the default path first."""
-    labeled = {}
-    for name, data in sources.items():
-        labeled[name] = evaluation_sources(data, open_source(data)) is not None
-
-    def cell(source: str, group: str, change: str, minutes: float = MINUTES, **keys: Any) -> Cell:
-        # The recipe of the digits takes half a minute, with its own backbone.
-        limited = given.keys() & {"minutes", "max_steps", "epochs"} or (
-            sources[source] == "digits" and "backbone" not in keys
-        )
-        limit = {} if limited else {"minutes": minutes}
-        start = keys.pop("start", None)
-        keys = {**limit, **given, **keys}
-        record = {"source": source, "group": group, "change": change, "start": start, "run": keys}
-        take = partial(measure, sources[source], keys, start)
-        return Cell(f"{source}: {change}", record, take, in_short)
-
-    result = [cell(source, "defaults", "default") for source in sources]
-    for source in (name for name in sources if labeled[name]):
+def changed_cells(labeled: list[str], create: Callable[..., Cell]) -> list[Cell]:
+    """Of sources with labels: other sizes, other backbones, other start values."""
+    result = []
+    for source in labeled:
         for change, keys in SIZES.items():
-            result.append(cell(source, "defaults", change, **keys))
+            result.append(create(source, "defaults", change, **keys))
         for backbone, keys in BACKBONES.items():
             keys = {"backbone": backbone, **keys, **CROPS}
-            result.append(cell(source, "defaults", backbone, MINUTES_OF_BACKBONES, **keys))
-    for source in (name for name in STARTS_ON if name in sources):
+            result.append(create(source, "defaults", backbone, MINUTES_OF_BACKBONES, **keys))
+    for source in (name for name in STARTS_ON if name in labeled):
         result += [
-            cell(source, "starts", f"beta from {start:g}", beta="auto", start=start) for start in STARTS
+            create(source, "starts", f"beta from {start:g}", beta="auto", start=start) for start in STARTS
         ]
-    for source in (name for name in sources if labeled[name]):
-        result += [cell(source, "fixed", f"beta {beta:g}", beta=beta) for beta in FIXED]
     return result
+
+
+def create_cell(
+    sources: dict[str, str],
+    given: dict[str, Any],
+    source: str,
+    group: str,
+    change: str,
+    minutes: float = MINUTES,
+    **keys: Any,
+) -> Cell:
+    """A run of the default path on a source, with these keys; as long as they say, or `minutes`."""
+    start = keys.pop("start", None)
+    # The recipe of the digits takes half a minute, with its own backbone.
+    limited = (given | keys).keys() & {"minutes", "max_steps", "epochs"} or (
+        sources[source] == "digits" and "backbone" not in keys
+    )
+    keys = {**({} if limited else {"minutes": minutes}), **given, **keys}
+    record = {"source": source, "group": group, "change": change, "start": start, "run": keys}
+    take = partial(measure, sources[source], keys, start)
+    return Cell(f"{source}: {change}", record, take, in_short)
 
 
 def measure(data: str, keys: dict[str, Any], start: float | None, folder: Path) -> dict[str, Any]:

@@ -115,6 +115,16 @@ def test_a_list_of_the_cells(bench, tmp_path):
     assert [name for name in names if "photographs" in name] == ["photographs: default"]
 
 
+def test_a_fixed_beta_has_the_steps_of_the_default_path(bench, images):
+    source = f"digits={images}"
+    status, records, _, printed = bench(defaults, source, "--only", "beta 0.3$")
+    assert (status, records) == (0, {})
+    assert printed == "digits: fixed β is left out, the default path has not been measured\n"
+    bench(defaults, source, "--only", "default")
+    _, records, _, _ = bench(defaults, source, "--only", "beta 0.3$")
+    assert records["digits: beta 0.3"]["keys"]["run"]["max_steps"] == 4
+
+
 def test_a_failed_cell_is_told(bench, broken, monkeypatch):
     chosen = ("digits=digits", "--only", "K 32$")
     monkeypatch.setitem(KEYS, "max_steps", 6)  # after four steps that are not finite a run ends
