@@ -36,8 +36,8 @@ class Schedule:
 
     - warm-up: a tenth of the steps;
     - teacher's momentum: 1 - 20/S, so that it averages a twentieth of the run, from 0.9 to 0.996;
-    - learning rate: 5e-4·(768/D)²·√(batch/256), the square from 1 to 8, D the width of the features: narrow
-      backbones learn with larger steps;
+    - learning rate: 5e-4·f·√(batch/256), f the larger one of (768/D)² and √(20 000/S), from 1 to 8, D the
+      width of the features: narrow backbones and short runs need larger steps;
     - resets of the head: every tenth of the run if that is at least `MIN_RESET_STEPS`, else none.
 
     Args:
@@ -59,7 +59,8 @@ class Schedule:
         else:
             self.momentum = config.momentum
         if config.lr == "auto":
-            self.peak = 5e-4 * min(max((768 / features) ** 2, 1), 8) * math.sqrt(config.batch_size / 256)
+            factor = max((768 / features) ** 2, math.sqrt(20_000 / self.steps))
+            self.peak = 5e-4 * min(max(factor, 1), 8) * math.sqrt(config.batch_size / 256)
         else:
             self.peak = config.lr * config.batch_size / 256
         if config.reset_every == "auto":

@@ -26,11 +26,12 @@ def test_warm_up_is_linear_and_joins_the_cosine():
 @pytest.mark.parametrize(
     ("epochs", "epoch_steps", "batch_size", "features", "resolved"),
     [
-        (10, 30, 64, 768, (30, 14 / 15, 2.5e-4, 0)),  # √(64/256)
+        (10, 30, 64, 768, (30, 14 / 15, 2e-3, 0)),  # 8·√(64/256): short
+        (50, 100, 256, 768, (500, 0.996, 1e-3, 0)),  # √(20 000/5 000)
         (50, 100, 256, 384, (500, 0.996, 2e-3, 0)),  # (768/384)²
         (200, 100, 256, 64, (2000, 0.996, 4e-3, 20)),  # at most 8 times; resets every 2000 steps
         (30, 1000, 1024, 1024, (3000, 0.996, 1e-3, 3)),  # no smaller steps for wide backbones
-        (1, 40, 256, 768, (4, 0.9, 5e-4, 0)),  # a momentum of at least 0.9
+        (1, 40, 256, 768, (4, 0.9, 4e-3, 0)),  # a momentum of at least 0.9
         (100, 5004, 256, 768, (50_040, 0.996, 5e-4, 10)),  # the paper's
     ],
 )
