@@ -6,6 +6,7 @@ training images and judged by k-NN on the fifth; then, with the best rate, on al
 evaluated on the test images. What was measured is not measured again.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -193,6 +194,8 @@ def configuration(method: str, data: str, keys: dict[str, Any], folder: Path) ->
     name, own = CONTENDERS[method]
     prototypes = prototypes_for(len(open_source(data).images))
     shared = configure(**{"prototypes": prototypes, **keys, **own, "data": data, "output": str(folder)})
+    if shared.reset_every == "auto":  # in runs that are too short for resets by default, too
+        shared = replace(shared, reset_every=math.ceil(shared.epochs / 10))
     (config,) = method_configs(shared, name, None)
     return config
 

@@ -171,6 +171,14 @@ def test_an_interrupted_run_is_kept_and_goes_on(bench, images, monkeypatch, tmp_
     assert not (tmp_path / folders[0]).exists()
 
 
+def test_resets_are_made_in_short_runs_too(images, tmp_path):
+    methods = ("bits, reset", "bits, fixed head", "DINO")
+    made = [
+        learning.configuration(method, str(images), {**KEYS, "epochs": 15}, tmp_path) for method in methods
+    ]
+    assert [config.reset_every for config in made] == [2, 0, 0]
+
+
 def test_methods_are_tuned_and_compared_once(bench, images, tmp_path):
     few = (f"d={images}", "--seeds", "2", "--methods", "bits, reset", "DINO", "--rates", "0.001", "0.01")
     status, records, page, _ = bench(learning, *few)
