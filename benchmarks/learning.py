@@ -6,7 +6,6 @@ training images and judged by k-NN on the fifth; then, with the best rate, on al
 evaluated on the test images. What was measured is not measured again.
 """
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -42,6 +41,7 @@ from bincomm.comparison import (
     table_row,
     trained_teacher,
     training_seconds,
+    with_resets,
 )
 from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
@@ -192,11 +192,9 @@ def measure_run(method: str, data: str, keys: dict[str, Any], folder: Path) -> d
 def configuration(method: str, data: str, keys: dict[str, Any], folder: Path) -> PretrainConfig:
     """Of one run of a method."""
     name, own = CONTENDERS[method]
-    prototypes = prototypes_for(len(open_source(data).images))
-    shared = configure(**{"prototypes": prototypes, **keys, **own, "data": data, "output": str(folder)})
-    if shared.reset_every == "auto":  # in runs that are too short for resets by default, too
-        shared = replace(shared, reset_every=math.ceil(shared.epochs / 10))
-    (config,) = method_configs(shared, name, None)
+    images = len(open_source(data).images)
+    given = {"prototypes": prototypes_for(images), **keys, **own, "data": data, "output": str(folder)}
+    (config,) = method_configs(with_resets(configure(**given), images), name, None)
     return config
 
 

@@ -130,8 +130,7 @@ def compare(
         prototypes = prototypes_for(len(source.images))
     shared = replace(config, prototypes=prototypes or config.prototypes)
     shared = settle_common_steps(shared, methods[0], source)
-    if shared.reset_every == "auto":  # for bits-reset, in runs that are too short for resets by default, too
-        shared = replace(shared, reset_every=math.ceil(epochs_of(shared, len(source.images)) / 10))
+    shared = with_resets(shared, len(source.images))
     configs = {method: method_configs(shared, method, seeds, given) for method in METHODS}
     done = [m for m, runs in configs.items() if all(is_finished(Path(run.output)) for run in runs)]
     named = [*methods, *(method for method in done if method not in methods)]
@@ -242,6 +241,14 @@ def epochs_of(run: PretrainConfig, images: int) -> float:
     """How many epochs a run has, which max_steps may cut short."""
     epoch_steps = images // run.batch_size
     return run.steps(epoch_steps) / epoch_steps
+
+
+def with_resets(run: PretrainConfig, images: int) -> PretrainConfig:
+    """A run that resets its head every tenth of its epochs where reset_every is auto: by default short ones
+    do not."""
+    if run.reset_every != "auto":
+        return run
+    return replace(run, reset_every=math.ceil(epochs_of(run, images) / 10))
 
 
 def check_resets(run: PretrainConfig, images: int) -> None:

@@ -12,12 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from bincomm.data.images import (
-    WITHOUT_RANGE,
-    eight_bits,
-    open_encoded,
-    read_file,
-)
+from bincomm.data.images import WITHOUT_RANGE, eight_bits, open_encoded, read_file
 from bincomm.evaluation.layouts import Pair, file_error, open_masked_images
 from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_entropy, scaling
 from bincomm.evaluation.pretrained import Pretrained

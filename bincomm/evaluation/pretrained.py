@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig, read_config
 from bincomm.data.images import Images, eight_bits
-from bincomm.data.sources import Files, Source
+from bincomm.data.listing import Files
+from bincomm.data.sources import Source
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
 from bincomm.engine.run import is_finished, read_result
 from bincomm.files import expand_home
