@@ -9,8 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: setup pretrain check test test-long test-fuzz lint types bench bench-codes bench-data bench-defaults bench-domains \
-  bench-factors bench-learning bench-small-step bench-step gpu-test gpu-sanitize gpu-bench gpu-bench-data \
-  gpu-bench-step clean
+  bench-factors bench-learning bench-small-step bench-step gpu gpu-tables gpu-bench-data clean
 .DELETE_ON_ERROR:
 
 # One at a time: a second one waits, and then finds it done.
@@ -61,22 +60,30 @@ bench: setup
 	@mkdir -p build
 	$(call measure,$(BIN)/python,cpu)
 
-# For a machine with a GPU whose `python3` already has torch, triton and nvcc; nothing is installed there.
-gpu-test:
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest tests/test_gpu $(ARGS)
+# For a machine with a GPU whose `python3` already has torch, triton and nvcc; nothing is installed there. In under ten
+# minutes: correctness and the key figures. STAGES=tests,step chooses; ARGS=--dry rehearses without a GPU.
+gpu:
+	$(PYTHON) -m benchmarks.gpu benchmarks/results/gpu $(if $(STAGES),--stages $(STAGES)) $(ARGS)
 
-# Accesses out of bounds, and to shared memory without a barrier between, in our CUDA kernels.
-gpu-sanitize:
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	for tool in memcheck racecheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 --report-api-errors no \
-	    $(PYTHON) -m pytest tests/test_gpu -k "coding_rate and not graph" $(ARGS) || exit 1; done
-
-gpu-bench:
+# The long tables with peers under torch.compile, in parts of less than nine minutes each.
+gpu-tables:
+	$(if $(part-$(PART)),,$(error PART: expected 1 (sign_bce), 2 (coding_rate and hamming_topk), 3 (step of ViT-S) or 4 \
+	  (step of ViT-B), got '$(PART)'))
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	@mkdir -p build
-	$(call measure,$(PYTHON),gpu)
+	$(part-$(PART))
+
+part-1 = $(call measure_part,sign_bce,benchmarks/bench_sign_bce.py)
+part-2 = $(call measure_part,coding_rate,benchmarks/bench_coding_rate.py benchmarks/bench_hamming.py)
+part-3 = $(PYTHON) -m benchmarks.step benchmarks/results/gpu-step-small --case vit_small
+part-4 = $(PYTHON) -m benchmarks.step benchmarks/results/gpu-step-base --case vit_base
+
+# What was measured is written even where a check failed or the time ran out.
+define measure_part
+status=0; timeout --foreground -s INT $(or $(LIMIT),480) $(PYTHON) -m pytest $(2) -p no:cacheprovider \
+	  -o python_files='bench_*.py' --benchmark-json=build/gpu-$(1).json $(ARGS) || status=$$?; \
+	  $(PYTHON) benchmarks/report.py build/gpu-$(1).json benchmarks/results/gpu-$(1) && exit $$status
+endef
 
 bench-data: setup
 	$(call measure_data,$(BIN)/python,cpu)
@@ -111,10 +118,6 @@ bench-step: setup
 # What layout, precision and torch.compile do for a small network's step.
 bench-small-step: setup
 	$(BIN)/python -m benchmarks.small_step benchmarks/results/small-step
-
-gpu-bench-step:
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m benchmarks.step benchmarks/results/step-gpu
 
 has_data = @test -d "$(DATA)" || { echo "DATA: expected a folder of images, got '$(DATA)'"; exit 2; }
 

@@ -5,7 +5,6 @@ pytest-benchmark's; on a GPU it is CUDA events around a step that starts with a 
 an idle GPU, so that launching counts, and again around the replay of a CUDA graph of the step.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.measuring import GPU, check, copy_bandwidth, time_it, value_and_gradient
+from benchmarks.measuring import GPU, check, copy_bandwidth, directions, time_it, value_and_gradient
 from bincomm import __version__
 from bincomm.diagnosis import doctor
 
@@ -57,18 +56,9 @@ def measure(benchmark):
         logits = logits.detach().requires_grad_()
         error = check(value_and_gradient(function, logits), truth, labels["contender"] == "bincomm")
 
-        def prepare() -> tuple[Tensor, ...]:
-            logits.grad = None
-            return (function(logits),) if direction == "backward" else ()
-
-        steps: dict[str, Callable[..., Any]] = {
-            "forward": lambda: function(logits),
-            # A captured backward pass is replayed, and reads the same saved tensors each time.
-            "backward": functools.partial(Tensor.backward, retain_graph=GPU),
-            "both": lambda: function(logits).backward(),
-        }
+        step, prepare = directions(function, logits)[direction]
         labels |= {"direction": direction, "error": error, "elements": logits.numel()}
-        time_it(benchmark, steps[direction], prepare, ROUNDS, labels, moved)
+        time_it(benchmark, step, prepare, ROUNDS, labels, moved)
 
     return run
 

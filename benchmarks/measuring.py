@@ -1,5 +1,6 @@
 """Values and gradients compared with fp64, times and memory of a step, on a CPU and on a GPU."""
 
+import functools
 import os
 import platform
 import statistics
@@ -26,6 +27,25 @@ def value_and_gradient(function: Callable, logits: Tensor) -> tuple[Tensor, Tens
     value.backward()
     assert logits.grad is not None
     return value.detach(), logits.grad
+
+
+def directions(function: Callable, logits: Tensor) -> dict[str, tuple[Callable, Callable[[], tuple]]]:
+    """For "forward", "backward" and "both" what is timed, and what prepares its arguments; `logits` require a
+    gradient."""
+
+    def without_gradient() -> tuple:
+        logits.grad = None
+        return ()
+
+    return {
+        "forward": (lambda: function(logits), without_gradient),
+        # A captured backward pass is replayed, and reads the same saved tensors each time.
+        "backward": (
+            functools.partial(Tensor.backward, retain_graph=GPU),
+            lambda: (*without_gradient(), function(logits)),
+        ),
+        "both": (lambda: function(logits).backward(), without_gradient),
+    }
 
 
 def check(result: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor], is_bincomm: bool) -> float:
@@ -139,6 +159,15 @@ def copy_bandwidth() -> float:
     target.copy_(source)
     took = events(lambda: target.copy_(source), tuple, 20)["p50"]
     return 2 * source.numel() / (took / 1e3)
+
+
+def product_tflops() -> float:
+    """Throughput of a large bf16 product."""
+    side = 8192
+    a, b = (torch.randn(side, side, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * side**3 / (events(lambda: a @ b, tuple, 20)["p50"] / 1e3) / 1e12
 
 
 def machine(*packages: str) -> dict[str, str]:

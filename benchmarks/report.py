@@ -38,7 +38,7 @@ def page(results: dict, name: str) -> str:
     lines = [
         "# Operations, measured",
         "",
-        f"`make {'gpu-bench' if name == 'gpu' else 'bench'}` on {results['date']}: {m['device']}, "
+        f"`make {'bench' if m['device'] == 'CPU' else 'gpu-tables'}` on {results['date']}: {m['device']}, "
         f"{m['cpu']}, {m['threads']} threads, {m['instruction_set']}, Python {m['python']}, "
         f"torch {m['torch']}, bincomm {m['bincomm']}.",
         "Medians in milliseconds, bincomm's with 20 % and 80 % of the rounds, a peer's also as a multiple of "

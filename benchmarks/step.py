@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import plain_loop
-from benchmarks.measuring import GPU, events, in_words, machine
+from benchmarks.measuring import GPU, in_words, machine, product_tflops
 from bincomm.building import create_networks, create_objective
 from bincomm.config import PretrainConfig
 from bincomm.engine.compiling import compile_networks
@@ -97,7 +97,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, help="results are written to this name .json and .md")
-    parser.add_argument("--part", choices=[*CASES], help="measure this case alone and print the result")
+    parser.add_argument("--case", action="append", choices=[*CASES], help="one of the cases; default: all")
+    parser.add_argument("--part", choices=[*CASES], help="measure this case here and print the result")
     parser.add_argument("--images", type=int, help="images a step, for --part")
     options = parser.parse_args()
     if options.part:
@@ -113,8 +114,9 @@ def main() -> None:
         "cases": {},
     }
     if GPU:
-        results["matmul_tflops"] = matmul_tflops()
-    for part, case in CASES.items():
+        results["matmul_tflops"] = product_tflops()
+    for part in options.case or CASES:
+        case = CASES[part]
         images = case.images
         while True:
             print(f"{part}, {images} images ...", file=sys.stderr, flush=True)
@@ -162,8 +164,8 @@ class Contender(NamedTuple):
     notes: str = ""
 
 
-def race(case: Case) -> dict[str, Any]:
-    """All contenders in turns."""
+def race(case: Case, without: Sequence[str] = ()) -> dict[str, Any]:
+    """All contenders in turns, without those that have one of these words in their name."""
     torch.manual_seed(1)
     dtype = PRECISIONS[case.precision]
     size, small = case.global_size, case.local_size
@@ -181,6 +183,8 @@ def race(case: Case) -> dict[str, Any]:
 
     contenders, owned, losses = {}, {}, {}
     for name, make in makers.items():
+        if any(word in name for word in without):
+            continue
         before = allocated()
         contenders[name] = make()
         losses[name] = [float(contenders[name].step()) for _ in range(2)]  # the second after an update
@@ -312,22 +316,14 @@ def flops(case: Case, crops: list[Tensor], images: int = 2) -> int:
     return counter.get_total_flops() * case.images // images
 
 
-def matmul_tflops() -> float:
-    """Throughput of a large bf16 product here."""
-    side = 8192
-    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    return 2 * side**3 / (events(lambda: a @ b, tuple, 20)["p50"] / 1e3) / 1e12
-
-
 def page(results: dict[str, Any]) -> str:
     """The Markdown page."""
     malloc = ", ".join(f"{name}={value}" for name, value in results["malloc"].items())
     lines = [
         "# A training step, measured",
         "",
-        f"`make {'gpu-' if GPU else ''}bench-step` on {results['date']}: {in_words(results['machine'])}; "
+        f"`make {'gpu-tables' if GPU else 'bench-step'}` on {results['date']}: "
+        f"{in_words(results['machine'])}; "
         f"{results['threads']} threads{'; ' + malloc if malloc else ''}. Head 2048 wide, 256 bits, synthetic "
         f"crops. Medians of {results['rounds']} rounds of {STEPS} steps, least and most in brackets; "
         "contenders take turns, and their losses agreed over two steps before they were timed. An image with "

@@ -9,10 +9,10 @@ from PIL import Image
 
 from bincomm.configuration import configure
 from bincomm.data.crops import Crops
-from bincomm.data.loader import Loader
 from bincomm.data.sources import open_source
-from bincomm.pretraining import pretrain
 
+Loader = pytest.importorskip("bincomm.data.loader", reason="needs DALI", exc_type=ImportError).Loader
+pretrain = pytest.importorskip("bincomm.pretraining", reason="needs DALI", exc_type=ImportError).pretrain
 pytestmark = pytest.mark.slow
 
 
@@ -39,6 +39,7 @@ def test_batches_are_those_of_the_cpu():
 
 @pytest.mark.parametrize("form", [{"compile": "off"}, {"compile": "on"}, {"cuda_graph": True}])
 def test_a_short_run(tmp_path, form):
+    pytest.importorskip("jsonargparse", reason="reading a configuration needs jsonargparse")
     keys = {"precision": "bf16", "log_every": 10, "save_every": 10, "max_steps": 60, **form}
     result = pretrain(configure("digits", output=tmp_path / "run", **keys))
     assert result["machine"]["device"] == "cuda"
