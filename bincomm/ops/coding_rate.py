@@ -278,7 +278,11 @@ def _factor_pytorch(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _inverse_pytorch(factor: Tensor) -> Tensor:
-    return torch.cholesky_inverse(factor.double()).float().contiguous()
+    # Not by cholesky_inverse: it reads back whether the factor is singular, so it would wait for a GPU.
+    lower = factor.double()
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return torch.bmm(inverse.mT, inverse).float()
 
 
 def _gradient_pytorch(grad: Tensor, g: Tensor, logits: Tensor, reciprocal: Tensor, alpha: float) -> Tensor:
