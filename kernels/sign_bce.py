@@ -28,14 +28,17 @@ import triton.language as tl
 from torch import Tensor
 
 # Launch constants, chosen by counting on the compiled code.
-WARPS = 4  # small programs: at n·K = 128 k there are as many as a GPU has multiprocessors
-# Bytes of a view that a thread loads at once, the largest load there is. With loads of two views in flight
-# and at most 64 registers per thread, a multiprocessor has 32 KB or more in flight; an H200 needs 23 KB to
+WARPS = 4  # of a program, at most
+FEWEST_PROGRAMS = 512  # if possible, so that every multiprocessor has some
+# Bytes of a view that a thread loads at once, the largest load there is. With loads of three views in flight
+# and at most 64 registers per thread, a multiprocessor has 48 KB or more in flight; an H200 needs 23 KB to
 # keep its memory busy.
 LOAD_BYTES = 16
 REDUCE_BLOCK = 4096  # partial sums per step of the reduction: each step costs a memory latency
 REDUCE_WARPS = 8
-VIEWS_PER_LOG = tl.constexpr(14)  # even, and Π(1 + e), at most 2⁸ per view, stays finite in fp32
+VIEWS_IN_FLIGHT = tl.constexpr(3)  # views whose logits are loaded at once
+# A multiple of those, and Π(1 + e), at most 2⁸ per view, stays finite in fp32 also with the rest.
+VIEWS_PER_LOG = tl.constexpr(12)
 
 MODES = {"cross": 0, "all": 1, "matched": 2}
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -59,8 +62,7 @@ def launch_sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tup
     packed = teacher.dtype == torch.int32
     messages = student.new_empty(0 if packed else (teachers, n, words), dtype=torch.int32)
     source = teacher.contiguous() if packed else teacher
-    block = groups_per_program(student.dtype)
-    programs = _number_of_programs(n, words, block)
+    programs, block, warps = _programs(n, words, student.dtype)
     # Deterministic, without atomics: one partial sum per program, added up in a fixed order by one program.
     partial = student.new_empty(programs, dtype=torch.float32)
     loss = student.new_empty((), dtype=torch.float32)
@@ -73,7 +75,8 @@ def launch_sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tup
                 partial,
                 *(views, n, *student.stride(), *source.stride()),
                 **{"K": bits, "U": teachers, "MODE": MODES[pairs], "PACKED": packed},
-                **{"BLOCK": block, "num_warps": WARPS},
+                **{"REST": _number_of_shared_views(views, teachers, pairs) % VIEWS_IN_FLIGHT.value},
+                **{"BLOCK": block, "num_warps": warps},
             )
         scale = 1 / max(1, _number_of_terms(views, teachers, n, bits, pairs))
         sign_bce_reduce_kernel[(1,)](
@@ -94,8 +97,7 @@ def launch_sign_bce_backward(grad: Tensor, student: Tensor, messages: Tensor, pa
     (views, n, bits), teachers = student.shape, messages.shape[0]
     words = triton.cdiv(bits, 32)
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    block = groups_per_program(student.dtype)
-    programs = _number_of_programs(n, words, block)
+    programs, block, warps = _programs(n, words, student.dtype)
     if programs:
         with torch.cuda.device_of(student):
             sign_bce_backward_kernel[(programs,)](
@@ -106,21 +108,31 @@ def launch_sign_bce_backward(grad: Tensor, student: Tensor, messages: Tensor, pa
                 *(views, n, *student.stride()),
                 1 / _number_of_terms(views, teachers, n, bits, pairs),
                 **{"K": bits, "U": teachers, "MODE": MODES[pairs]},
-                **{"BLOCK": block, "num_warps": WARPS},
+                **{"BLOCK": block, "num_warps": warps},
             )
     return gradient
 
 
-def groups_per_program(dtype: torch.dtype) -> int:
+def groups_per_program(dtype: torch.dtype, warps: int = WARPS) -> int:
     """Groups of eight bits that one program processes: one load per thread."""
-    return 32 * WARPS * LOAD_BYTES // (8 * dtype.itemsize)
+    return 32 * warps * LOAD_BYTES // (8 * dtype.itemsize)
 
 
-def _number_of_programs(n: int, words: int, block: int) -> int:
+def _programs(n: int, words: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """How many programs there are, their groups of eight bits, and their warps."""
     groups = 4 * n * words
     if groups >= 2**31:
         raise ValueError(f"student: n = {n} images of {32 * words} bits exceed the 2³⁴ bits a view may have")
-    return triton.cdiv(groups, block)
+    warps = WARPS
+    while warps > 1 and groups < FEWEST_PROGRAMS * groups_per_program(dtype, warps):
+        warps //= 2
+    block = groups_per_program(dtype, warps)
+    return triton.cdiv(groups, block), block, warps
+
+
+def _number_of_shared_views(views: int, teachers: int, pairs: str) -> int:
+    """Of the views that are paired with all teachers."""
+    return {"cross": views - teachers, "all": views, "matched": 0}[pairs]
 
 
 def _number_of_terms(views: int, teachers: int, n: int, bits: int, pairs: str) -> int:
@@ -206,9 +218,25 @@ def _multiply_factors(p, a):
 
 
 @triton.jit
-def _log_of_product(p, mask):
+def _inside(x, mask, K: tl.constexpr):
+    """Where a group may have bits beyond K, whether x and inside."""
+    if K % 32:
+        x = x & mask
+    return x
+
+
+@triton.jit
+def _inside_or_0(x, mask, K: tl.constexpr):
+    """Where a group may have bits beyond K, 0 there."""
+    if K % 32:
+        x = tl.where(mask, x, 0.0)
+    return x
+
+
+@triton.jit
+def _log_of_product(p, mask, K: tl.constexpr):
     """Σ log(1 + p) over the eight bits of a group, (BLOCK, 8) -> (BLOCK,)."""
-    p = tl.reduce(tl.where(mask, p, 0.0), 1, _combine_products)
+    p = tl.reduce(_inside_or_0(p, mask, K), 1, _combine_products)
     u = 1 + p
     # Corrects the rounding of 1 + p (Higham, Accuracy and Stability, 1.14.1).
     return tl.where(u == 1, p, tl.log(u) * (p / (u - 1)))
@@ -218,6 +246,51 @@ def _log_of_product(p, mask):
 def _multiply(w, x):
     """w x with 0 · inf = 0: an infinite logit with the correct sign costs nothing."""
     return tl.where(w == 0, 0.0, w * x)
+
+
+@triton.jit
+def _zero_bits(n, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros (BLOCK, 8) of a dtype. The compiler does not know that they are, as n might be negative."""
+    bits: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+    zero = (n >> 31).to(bits) + tl.zeros((BLOCK, 8), bits)
+    return zero.to(dtype, bitcast=True)
+
+
+@triton.jit
+def _and(x, y, z):
+    """x & y & z, bit by bit."""
+    if INTERPRETED:
+        return x
+    return _bitwise("lop3.b32 $0, $1, $2, $3, 0x80;", x, y, z)
+
+
+@triton.jit
+def _or_and(x, y, z):
+    """x | (y & z), bit by bit."""
+    if INTERPRETED:
+        return x
+    return _bitwise("lop3.b32 $0, $1, $2, $3, 0xf8;", x, y, z)
+
+
+@triton.jit
+def _bitwise(instruction: tl.constexpr, x, y, z):
+    """One instruction for 32 bits of x, y and z."""
+    PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise(
+        instruction, "=r,r,r,r", [x, y, z], dtype=x.dtype, is_pure=True, pack=PACK
+    )
+
+
+@triton.jit
+def _nan_or_0(t):
+    """For each group NaN if one of its logits is, else 0: (BLOCK, 8) -> (BLOCK,)."""
+    largest = tl.reduce(tl.abs(t), 1, _largest)
+    return tl.where(largest == largest, 0.0, largest)
+
+
+@triton.jit
+def _largest(x, y):
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -238,12 +311,14 @@ def sign_bce_forward_kernel(
     U: tl.constexpr,
     MODE: tl.constexpr,
     PACKED: tl.constexpr,
+    REST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A partial sum of the loss, not yet divided by the number of terms, and unless PACKED the messages."""
     image, bit, group, group_mask, mask = _group_indices(n, K, BLOCK)
     offset = image * stride_student_image + bit * stride_student_bit
     zero = tl.zeros((BLOCK, 8), tl.float32)
+    zero_bits = _zero_bits(n, student_ptr.dtype.element_ty, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
 
     BYTES: tl.constexpr = 4 * ((K + 31) // 32)
@@ -256,8 +331,8 @@ def sign_bce_forward_kernel(
             byte = tl.load(teacher_ptr + _to_int64(u) * n * BYTES + source)
         else:
             t = tl.load(teacher_ptr + _to_int64(u) * stride_teacher_view + source).to(tl.float32)
-            byte = tl.sum(tl.where((t > 0) & mask, power, 0.0), 1, keep_dims=True).to(tl.int32)
-            total += tl.sum(tl.where(t == t, 0.0, t), 1)  # a NaN of the teacher must show in the loss
+            byte = tl.sum(tl.where(_inside(t > 0, mask, K), power, 0.0), 1, keep_dims=True).to(tl.int32)
+            total += _nan_or_0(t)  # a NaN of the teacher must show in the loss
         teacher_bytes += (byte,)  # type: ignore[assignment]  # unrolled: each has its own type
     if not PACKED:
         for u in tl.static_range(U):  # after all teachers' loads: the compiler moves no load across a store
@@ -271,34 +346,61 @@ def sign_bce_forward_kernel(
     # the other teachers or, if matched, only with their own.
     OWN_VIEWS: tl.constexpr = 0 if MODE == 1 else U
     if MODE != 2:
-        positive, negative = zero, zero
+        p, positive, negative = zero, zero, zero
         view_ptr = student_ptr + _to_int64(OWN_VIEWS) * stride_student_view
-        for first in range(OWN_VIEWS, views, VIEWS_PER_LOG):
-            p = zero
-            # Unrolled, so that two views' loads are in flight at once. Loading one view ahead is not the
-            # same: the compiler would unpack 16-bit logits, so wait for them, before the next iteration.
-            for _ in tl.range(first, tl.minimum(first + VIEWS_PER_LOG, views), loop_unroll_factor=2):
-                a = tl.load(view_ptr + offset).to(tl.float32)
-                view_ptr += stride_student_view
-                p = _multiply_factors(p, a)
-                positive += tl.maximum(a, 0.0)
-                negative -= tl.minimum(a, 0.0)
-            total += U * _log_of_product(p, mask)
+        for first in range(OWN_VIEWS, views - REST, VIEWS_PER_LOG):
+            if first > OWN_VIEWS:
+                total += U * _log_of_product(p, mask, K)
+                p = zero
+            for _ in range(first, tl.minimum(first + VIEWS_PER_LOG, views - REST), VIEWS_IN_FLIGHT):
+                # Loads of three views are to be in flight at once, but the compiler would unpack the logits
+                # of one, so wait for them, before it loads the next ones. Therefore each depends on all
+                # three, by bits that are 0.
+                logits = ()
+                for _v in tl.static_range(VIEWS_IN_FLIGHT):
+                    logits += (tl.load(view_ptr + offset),)  # type: ignore[assignment]
+                    view_ptr += stride_student_view
+                common = _and(logits[0], logits[1], logits[2])
+                for v in tl.static_range(VIEWS_IN_FLIGHT):
+                    a = _or_and(logits[v], common, zero_bits).to(tl.float32)
+                    p = _multiply_factors(p, a)
+                    positive += tl.maximum(a, 0.0)
+                    negative -= tl.minimum(a, 0.0)
+        logits = ()
+        for _v in tl.static_range(REST):
+            logits += (tl.load(view_ptr + offset),)  # type: ignore[assignment]
+            view_ptr += stride_student_view
+        for v in tl.static_range(REST):
+            a = logits[v].to(tl.float32)
+            p = _multiply_factors(p, a)
+            positive += tl.maximum(a, 0.0)
+            negative -= tl.minimum(a, 0.0)
+        total += U * _log_of_product(p, mask, K)
         sums = _sum_of_bits(teacher_bytes, U)
-        total += tl.sum(tl.where(mask, _multiply(U - sums, positive) + _multiply(sums, negative), 0.0), 1)
+        linear = _multiply(U - sums, positive) + _multiply(sums, negative)
+        total += tl.sum(_inside_or_0(linear, mask, K), 1)
     OWN_TEACHERS: tl.constexpr = 1 if MODE == 2 else U - 1
     if OWN_VIEWS and OWN_TEACHERS:
         for first in tl.static_range(0, U, VIEWS_PER_LOG):
             p = zero
-            for u in tl.static_range(first, min(first + VIEWS_PER_LOG, U)):
-                s = _unpack_bits(teacher_bytes[u])
-                if MODE == 0:
-                    s = _sum_of_bits(teacher_bytes, U) - s
-                a = tl.load(student_ptr + _to_int64(u) * stride_student_view + offset).to(tl.float32)
-                p = _multiply_factors(p, a)
-                linear = _multiply(tl.where(a > 0, OWN_TEACHERS - s, s), tl.abs(a))
-                total += tl.sum(tl.where(mask, linear, 0.0), 1)
-            total += OWN_TEACHERS * _log_of_product(p, mask)
+            for start in tl.static_range(first, min(first + VIEWS_PER_LOG, U), VIEWS_IN_FLIGHT):
+                logits = ()
+                for u in tl.static_range(start, min(start + VIEWS_IN_FLIGHT, U)):
+                    a = tl.load(student_ptr + _to_int64(u) * stride_student_view + offset)
+                    logits += (a,)  # type: ignore[assignment]
+                for u in tl.static_range(start, min(start + VIEWS_IN_FLIGHT, U)):
+                    s = _unpack_bits(teacher_bytes[u])
+                    if MODE == 0:
+                        s = _sum_of_bits(teacher_bytes, U) - s
+                    a = logits[u - start].to(tl.float32)
+                    p = _multiply_factors(p, a)
+                    if OWN_TEACHERS == 1:  # max(-a, 0) if the bit is 1, else max(a, 0)
+                        linear = tl.maximum(tl.where(s > 0, -a, a), 0.0)
+                    else:
+                        linear = _multiply(tl.where(a > 0, OWN_TEACHERS - s, s), tl.abs(a))
+                    total += tl.sum(_inside_or_0(linear, mask, K), 1)
+            total += OWN_TEACHERS * _log_of_product(p, mask, K)
+    total = tl.where(tl.reshape(group_mask, (BLOCK,)), total, 0.0)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
 
 

@@ -19,14 +19,20 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import __file__ as nvidia
 from triton.compiler import ASTSource
 
+from benchmarks.model import sass
 from bincomm.kernels import hamming, messages, sign_bce
 
 TOOLS = Path(nvidia).parent / "bin"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Address, instruction without its predicate, operands
-INSTRUCTION = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*)"
 HEADER_FIELDS = ("<Q", 40), ("<H", 60), ("<H", 62)  # of ELF: section table, number of sections, their names
 K = 256
+VIEWS, TEACHERS = 12, 2
+SHARED = VIEWS - TEACHERS  # views that are paired with all teachers
+# How often the loops run, by kernel, in the order of their ends: forward over views, around it over logs.
+TRIPS = {
+    "forward": {0: SHARED // sign_bce.VIEWS_IN_FLIGHT.value, 1: 1},
+    "backward": {0: SHARED // 2},
+}
 
 
 def kernels():
@@ -35,7 +41,14 @@ def kernels():
     for dtype in TYPES:
         block = sign_bce.groups_per_program(TYPES[dtype])
         for mode in ("cross", "matched"):
-            shared = {"K": K, "U": 2, "MODE": sign_bce.MODES[mode], "BLOCK": block, "stride_student_bit": 1}
+            rest = SHARED % sign_bce.VIEWS_IN_FLIGHT.value if mode == "cross" else 0
+            shared = {
+                "K": K,
+                "U": TEACHERS,
+                "MODE": sign_bce.MODES[mode],
+                "BLOCK": block,
+                "stride_student_bit": 1,
+            }
             for packed in (False, True):
                 yield (
                     f"forward {dtype} {mode}{' packed' if packed else ''}",
@@ -53,7 +66,7 @@ def kernels():
                         "stride_teacher_view": "i32",
                         "stride_teacher_image": "i32",
                     },
-                    {**shared, "PACKED": packed, "stride_teacher_bit": 1},
+                    {**shared, "PACKED": packed, "REST": rest, "stride_teacher_bit": 1},
                 )
             yield (
                 f"backward {dtype} {mode}",
@@ -138,37 +151,47 @@ def machine_code(cubin):
 
 
 def disassemble(codes, capability, folder):
-    """The lines (instruction, address it jumps to or None) of each of these machine codes.
+    """The instructions of each of these machine codes.
 
     The disassembler takes much longer to start than to work: all codes go through it as one file.
     """
     file = folder / "code.bin"
     file.write_bytes(b"".join(codes))
-    command = [TOOLS / "nvdisasm", "-b", f"SM{capability}", file]
-    lines = {}
-    for line in subprocess.check_output(command, text=True).splitlines():
-        if match := re.search(INSTRUCTION, line):
-            address, instruction, operands = match.groups()
-            target = re.match(r"BRA.*?(0x[0-9a-f]+)", instruction + operands)
-            lines[int(address, 16)] = instruction, int(target.group(1), 16) if target else None
+    command = [TOOLS / "nvdisasm", "-b", f"SM{capability}", "-hex", file]
+    instructions = sass.parse(subprocess.check_output(command, text=True))
     ends = list(itertools.accumulate(map(len, codes), initial=0))
     return [
-        {address: line for address, line in lines.items() if first <= address < end}
+        [instruction for instruction in instructions if first <= instruction.address < end]
         for first, end in itertools.pairwise(ends)
     ]
 
 
-def longest_loop(lines):
-    """Instructions of the longest innermost loop: what further views, of a 128-bit load each, cost."""
-    index = {address: i for i, address in enumerate(lines)}
-    instructions = [instruction for instruction, _ in lines.values()]
-    loops = [
-        (index[target], index[address] + 1)
-        for address, (_, target) in lines.items()
-        if target is not None and target < address
-    ]
+def longest_loop(instructions):
+    """The longest innermost loop: what further views, of a 128-bit load each, cost."""
+    loops = sass.loops(instructions)
     innermost = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
-    return max((instructions[a:b] for a, b in innermost), key=len, default=[])
+    bodies = [[i for i in instructions if a <= i.address <= b] for a, b in innermost]
+    return max(bodies, key=len, default=[])
+
+
+def loads_in_flight(instructions):
+    """How many 128-bit loads are issued before the first instruction that waits for one of them."""
+    count, scoreboards = 0, set()
+    for instruction in instructions:
+        if scoreboards & set(instruction.waits):
+            break
+        if instruction.operation.startswith("LDG") and ".128" in instruction.operation:
+            count += 1
+            scoreboards.add(instruction.when_written)
+    return count
+
+
+def executed(name, instructions):
+    """How many instructions a warp executes with VIEWS and TEACHERS; None for kernels without such views."""
+    kernel, *rest = name.split()
+    if "cross" not in rest:
+        return None
+    return sum(1 for _ in sass.path(instructions, TRIPS[kernel]))
 
 
 def costs(capability):
@@ -181,10 +204,12 @@ def costs(capability):
     return {
         name: {
             **usage,
-            "instructions": [instruction for instruction, _ in lines.values()],
-            "loop": longest_loop(lines),
+            "instructions": [instruction.operation for instruction in code],
+            "loop": [instruction.operation for instruction in longest_loop(code)],
+            "loads_in_flight": loads_in_flight(longest_loop(code)),
+            "executed": executed(name, code),
         }
-        for name, usage, lines in zip(cubins, usages, codes, strict=True)
+        for name, usage, code in zip(cubins, usages, codes, strict=True)
     }
 
 

@@ -17,12 +17,22 @@ REGISTERS = 64  # per thread: 64 k registers then hold 1024 threads, half of wha
 # Machine instructions per logit in the loop over views, at most, on these architectures; `pytest -rP` prints
 # the count. Up to 17 forward and 30 backward on 16-bit logits, memory limits an H200, not instructions.
 BUDGETS = {
-    "forward fp32": (10.5, 10.5, 10),
-    "forward fp16": (10, 10, 9.5),
-    "forward bf16": (10.5, 10.5, 10),
+    "forward fp32": (11, 11, 10),
+    "forward fp16": (11, 11, 9.5),
+    "forward bf16": (11.5, 11.5, 10),
     "backward fp32": (9, 9, 9),
     "backward fp16": (8.5, 8.5, 8.5),
     "backward bf16": (9, 9, 9),
+}
+# All instructions that a warp executes, per logit, with 12 views of which 2 are a teacher's own. Reading the
+# teachers and their own views costs as much as half of the loop.
+EXECUTED = {
+    "forward fp32": 20.5,
+    "forward fp16": 16,
+    "forward bf16": 16.5,
+    "backward fp32": 11.5,
+    "backward fp16": 11,
+    "backward bf16": 11.5,
 }
 
 
@@ -76,17 +86,31 @@ def test_bits_are_counted_in_one_instruction(costs, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loads_of_several_views_are_in_flight(costs, architecture):
+    """They are issued before the first of them is waited for, and each into registers of its own."""
+    for name, cost in costs[architecture].items():
+        if "cross" in name:
+            fewest = 3 if name.startswith("forward") else 2
+            assert cost["loads_in_flight"] >= fewest, name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_instructions_per_logit(costs, architecture, record_property):
     counted = 0
     for name, cost in costs[architecture].items():
         if "cross" in name:
             kernel, dtype, *_ = name.split()
+            width = 4 if dtype == "fp32" else 8  # logits of a load
             loads = sum(i.startswith("LDG") and ".128" in i for i in cost["loop"])
-            assert loads >= 2, f"{name}: only one view's logits are in flight at a time"
-            per_logit = len(cost["loop"]) / (loads * (4 if dtype == "fp32" else 8))
-            print(f"sm_{architecture} {name}: {per_logit:.2f} per logit, {cost['registers']} registers")
-            record_property(name, per_logit)
+            in_loop = len(cost["loop"]) / (loads * width)
+            in_all = cost["executed"] / (12 * width)
+            print(
+                f"sm_{architecture} {name}: {in_loop:.2f} per logit in the loop, {in_all:.2f} in all, "
+                f"{cost['registers']} registers"
+            )
+            record_property(name, in_all)
             budget = BUDGETS[f"{kernel} {dtype}"][ARCHITECTURES.index(architecture)]
-            assert 5 < per_logit <= budget, f"{name}: {per_logit:.2f}"
+            assert 5 < in_loop <= budget, f"{name}: {in_loop:.2f}"
+            assert in_loop < in_all <= EXECUTED[f"{kernel} {dtype}"], f"{name}: {in_all:.2f}"
             counted += 1
     assert counted == 9

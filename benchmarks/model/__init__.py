@@ -1,0 +1,1 @@
+"""What the kernels' machine code would take on a GPU, without one."""
