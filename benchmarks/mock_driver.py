@@ -74,6 +74,9 @@ def launch_everything() -> None:
         messages.launch_unpack_signs(rows, bits)
     codes = torch.empty(100, 8, dtype=torch.int32)
     hamming.launch_hamming_distance(codes, codes)
+    for words in (1, 2, 4, 8, 16, 32, 63):
+        wide = torch.empty(100, words, dtype=torch.int32)
+        hamming.launch_hamming_topk(wide, wide, 5)
 
 
 if __name__ == "__main__":

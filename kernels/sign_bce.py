@@ -360,7 +360,7 @@ def sign_bce_forward_kernel(
                 for _v in tl.static_range(VIEWS_IN_FLIGHT):
                     logits += (tl.load(view_ptr + offset),)  # type: ignore[assignment]
                     view_ptr += stride_student_view
-                common = _and(logits[0], logits[1], logits[2])
+                common = _and(logits[0], logits[1], logits[2])  # type: ignore[misc]  # unrolled
                 for v in tl.static_range(VIEWS_IN_FLIGHT):
                     a = _or_and(logits[v], common, zero_bits).to(tl.float32)
                     p = _multiply_factors(p, a)

@@ -163,4 +163,5 @@ def test_every_specialization_compiles(capability, tmp_path):
         "pack_signs_kernel",
         "unpack_signs_kernel",
         "hamming_distance_kernel",
+        "hamming_select_kernel",
     }

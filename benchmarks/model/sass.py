@@ -55,7 +55,9 @@ def parse(text: str) -> list[Instruction]:
             labels[match[1]] = int(following[1], 16)
     instructions = []
     for match in LINE.finditer(text):
-        predicate, operation, operands = re.fullmatch(r"(@!?U?P\w+\s+)?(\S+)\s*(.*)", match[2]).groups()
+        words = re.fullmatch(r"(@!?U?P\w+\s+)?(\S+)\s*(.*)", match[2])
+        assert words is not None  # it matches every line
+        predicate, operation, operands = words.groups()
         control = int(match[4], 16) >> 41
         target = None
         if operation.startswith("BRA"):

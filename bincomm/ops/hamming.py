@@ -7,6 +7,7 @@ from bincomm.ops import reference
 from bincomm.ops.library import BACKEND, define, use_triton
 
 DISTANCES_PER_BLOCK = 1 << 24  # held at once when the database is searched in blocks
+COUNTED_BITS = 2046  # of messages, at most, for which the GPU's kernel has a bin for every distance
 
 
 def hamming_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -96,7 +97,6 @@ define(
 define(
     "hamming_topk(Tensor queries, Tensor database, int k) -> (Tensor, Tensor)",
     cpu="C++",
-    cuda="torch.topk",
     pytorch=topk_in_blocks,
     fake=lambda queries, database, k: (
         queries.new_empty((queries.shape[0], k), dtype=torch.int32),
@@ -104,3 +104,10 @@ define(
     ),
 )
 use_triton("hamming_distance", "hamming", "launch_hamming_distance")
+use_triton(
+    "hamming_topk",
+    "hamming",
+    "launch_hamming_topk",
+    unless=lambda queries, database, k: 32 * queries.shape[1] > COUNTED_BITS,
+    pytorch=topk_in_blocks,
+)

@@ -71,14 +71,25 @@ def define(
         KERNELS[name] = where
 
 
-def use_triton(name: str, module: str, function: str) -> None:
-    """Use a Triton launcher of `bincomm.kernels` for CUDA tensors; it is imported at its first call."""
+def use_triton(
+    name: str,
+    module: str,
+    function: str,
+    unless: Callable[..., bool] | None = None,
+    pytorch: Callable | None = None,
+) -> None:
+    """Use a Triton launcher of `bincomm.kernels` for CUDA tensors; it is imported at its first call. Where
+    `unless` is true of the arguments, the PyTorch implementation runs."""
     if importlib.util.find_spec("triton") is None:
         return
     launcher = functools.cache(
         lambda: getattr(importlib.import_module(f"bincomm.kernels.{module}"), function)
     )
-    LIBRARY.impl(name, lambda *args: launcher()(*args), "CUDA")
+
+    def choose(*args):
+        return pytorch(*args) if pytorch and unless and unless(*args) else launcher()(*args)
+
+    LIBRARY.impl(name, choose, "CUDA")
     KERNELS[name]["cuda"] = "Triton"
 
 

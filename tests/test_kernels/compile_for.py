@@ -102,6 +102,13 @@ def kernels():
         {"stride_a_word": 1, "stride_b_word": 1, "ROWS": hamming.ROWS, "COLUMNS": hamming.COLUMNS},
     )
     yield (
+        "select",
+        hamming.hamming_select_kernel,
+        {"distances_ptr": "*i16", "keys_ptr": "*i64"},
+        {"size": "i32", "k": "i32", "length": "i32"},
+        {"BINS": 512, "COLUMNS": hamming.SELECT_COLUMNS},
+    )
+    yield (
         "reduce",
         sign_bce.sign_bce_reduce_kernel,
         {"partial_ptr": "*fp32", "loss_ptr": "*fp32"},

@@ -56,10 +56,11 @@ def costs(tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills_and_few_registers(costs, architecture):
-    assert len(costs[architecture]) == 24
+    assert len(costs[architecture]) == 25
     for name, cost in costs[architecture].items():
         assert cost["spilled"] == 0, name
-        assert cost["registers"] <= REGISTERS, name
+        # A program that selects has its counts, a bin for every distance, in registers.
+        assert cost["registers"] <= (128 if name == "select" else REGISTERS), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
