@@ -163,8 +163,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> coding_rate_sweep(Tensor gram_) {
 
 template <typename T>
 Logits<T> view_of(const Tensor& logits, const float* reciprocal) {
-  return {static_cast<const T*>(logits.const_data_ptr()), reciprocal, logits.stride(0), logits.stride(1),
-          logits.stride(2), static_cast<int>(logits.size(1)), static_cast<int>(logits.size(2))};
+  const T* const data = static_cast<const T*>(logits.const_data_ptr());
+  constexpr int64_t kWidth = 16 / sizeof(T);
+  const bool wide = reinterpret_cast<uintptr_t>(data) % 16 == 0 && logits.stride(2) == 1 &&
+                    logits.stride(0) % kWidth == 0 && logits.stride(1) % kWidth == 0;
+  return {data, reciprocal, logits.stride(0), logits.stride(1), logits.stride(2), static_cast<int>(logits.size(1)),
+          static_cast<int>(logits.size(2)), wide};
 }
 
 // Calls `function` with a null pointer of the type the logits are stored in.

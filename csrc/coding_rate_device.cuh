@@ -11,6 +11,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -43,6 +44,12 @@ __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162floa
 __device__ __forceinline__ void narrow(float x, float* to) { *to = x; }
 __device__ __forceinline__ void narrow(float x, __half* to) { *to = __float2half_rn(x); }
 __device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
+// 1 / x for 1 <= x < 2^126, to one unit in the last place, without the special cases of a division.
+__device__ __forceinline__ float reciprocal_of(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 __device__ __forceinline__ float largest(float) { return 3.40282347e38f; }
 __device__ __forceinline__ float largest(__half) { return 65504.0f; }
 __device__ __forceinline__ float largest(__nv_bfloat16) { return 3.38953139e38f; }
@@ -78,6 +85,7 @@ __device__ __forceinline__ float* of_block(float* own, unsigned) { return own; }
 inline float* shared_memory() { return fibers::shared(); }
 inline float widen(float x) { return x; }
 inline void narrow(float x, float* to) { *to = x; }
+inline float reciprocal_of(float x) { return std::nextafter(1.0f / x, 2.0f); }  // an error as on a GPU
 inline float largest(float) { return 3.40282347e38f; }
 inline unsigned cluster_rank() { return fibers::cluster_rank(); }
 inline void cluster_barrier(fibers::Where where = fibers::Where::current()) { fibers::cluster_barrier(where); }
@@ -226,7 +234,7 @@ static_assert(fits<1>(256, 163) && fits<1>(192, 99) && fits<2>(512, 227) && fits
 // -W for the inverse W of a tile's Cholesky factor, and its pivots, by one warp: row `lane` of the tile is in
 // registers. Gauss-Jordan elimination: at step j, x[c] is the Schur complement for c > j, the inverse for c < j.
 __device__ __forceinline__ void factor(const float* tile, float* minus_w, float* line, float* pivots, int lane) {
-  float x[kTile], v[kTile];
+  float x[kTile];
 #pragma unroll
   for (int four = 0; four < kTile / 4; ++four) {
     const float4 f = four_of(tile, lane, four);
@@ -243,18 +251,19 @@ __device__ __forceinline__ void factor(const float* tile, float* minus_w, float*
       }
     }
     __syncwarp();
+    // Each pivot of identity plus positive semi-definite is at least 1: less is rounding. NaN stays NaN.
+    const float diagonal = shown[j];
+    const float pivot = diagonal < 1.0f ? 1.0f : diagonal;
+    if (lane == j) own = diagonal;
+    const float m = lane > j ? x[j] * reciprocal_of(pivot) : 0.0f;
 #pragma unroll
     for (int c = 0; c < kTile; c += 4) {
       const float4 f = *reinterpret_cast<const float4*>(shown + c);
-      v[c] = f.x, v[c + 1] = f.y, v[c + 2] = f.z, v[c + 3] = f.w;
-    }
-    // Each pivot of identity plus positive semi-definite is at least 1: less is rounding. NaN stays NaN.
-    const float pivot = v[j] < 1.0f ? 1.0f : v[j];
-    if (lane == j) own = v[j];
-    const float m = lane > j ? x[j] * (1.0f / pivot) : 0.0f;
+      const float v[4] = {f.x, f.y, f.z, f.w};
 #pragma unroll
-    for (int c = 0; c < kTile; ++c) {
-      if (c != j) x[c] = fmaf(-m, v[c], x[c]);
+      for (int i = 0; i < 4; ++i) {
+        if (c + i != j) x[c + i] = fmaf(-m, v[i], x[c + i]);
+      }
     }
     if (lane > j) x[j] = -m;
   }
@@ -475,6 +484,7 @@ struct Logits {
   const float* reciprocal;  // (views, n)
   int64_t view_stride, image_stride, bit_stride;
   int n, bits;
+  bool wide;  // whether 16 bytes can be loaded at once: bits are neighbors in memory, and rows aligned
 
   __device__ __forceinline__ float raw(int64_t view, int image, int bit) const {
     return widen(a[view * view_stride + image * image_stride + bit * bit_stride]);
@@ -484,12 +494,35 @@ struct Logits {
   }
   // 32 images by 32 bits, zero beyond the ends.
   __device__ __forceinline__ void fill(float* tile, int64_t view, int image, int bit, int lane) const {
-    const T* from = a + view * view_stride + image * image_stride + (bit + lane) * bit_stride;
-    const float* scale = reciprocal + view * n + image;
-    const int inside = bit + lane < bits ? n - image : 0;
+    const T* const from = a + view * view_stride + image * image_stride + bit * bit_stride;
+    const float* const scale = reciprocal + view * n + image;
+    const int images = n - image;
+    if (wide && bit + kTile <= bits) {
+      constexpr int kWidth = 16 / sizeof(T), kLanes = kTile / kWidth;  // of a load, and that share a row
+      const int part = lane % kLanes;
+#pragma unroll 4
+      for (int r = lane / kLanes; r < kTile; r += kTile / kLanes) {
+        float4 loaded = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float z = 0.0f;
+        if (r < images) {
+          loaded = *reinterpret_cast<const float4*>(from + r * image_stride + part * kWidth);
+          z = scale[r];
+        }
+        T values[kWidth];
+        std::memcpy(values, &loaded, sizeof values);
+#pragma unroll
+        for (int w = 0; w < kWidth; w += 4) {
+          four_of(tile, r, (part * kWidth + w) / 4) =
+              make_float4(widen(values[w]) * z, widen(values[w + 1]) * z, widen(values[w + 2]) * z,
+                          widen(values[w + 3]) * z);
+        }
+      }
+      return;
+    }
+    const int inside = bit + lane < bits ? images : 0;
 #pragma unroll 8
     for (int r = 0; r < kTile; ++r) {
-      tile[element(r, lane)] = r < inside ? widen(from[r * image_stride]) * scale[r] : 0.0f;
+      tile[element(r, lane)] = r < inside ? widen(from[r * image_stride + lane * bit_stride]) * scale[r] : 0.0f;
     }
   }
 };
@@ -572,10 +605,21 @@ __device__ __forceinline__ void direction(const Logits<T>& logits, const float* 
   float* const x = shared + 2 * warp * kTileSize;
   float* const y = x + kTileSize;
   const auto fill_inverse = [&](float* tile, int row, int at) {
-    const float* from = inverse + (view * side + row) * side + at + lane;
+    const float* const from = inverse + (view * side + row) * side + at;
+    if (side % 4 == 0 && at + kTile <= side) {  // rows are aligned: load 16 bytes at once
+#pragma unroll
+      for (int r = lane / 8; r < kTile; r += 4) {
+        four_of(tile, r, lane % 8) =
+            r < side - row ? *reinterpret_cast<const float4*>(from + static_cast<int64_t>(r) * side + 4 * (lane % 8))
+                           : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      }
+      return;
+    }
     const int inside = at + lane < side ? side - row : 0;
 #pragma unroll 8
-    for (int r = 0; r < kTile; ++r) tile[element(r, lane)] = r < inside ? from[static_cast<int64_t>(r) * side] : 0.0f;
+    for (int r = 0; r < kTile; ++r) {
+      tile[element(r, lane)] = r < inside ? from[static_cast<int64_t>(r) * side + lane] : 0.0f;
+    }
   };
   Product product;
   for (int s = warp * kTile; s < side; s += warps * kTile) {
@@ -642,13 +686,13 @@ __global__ void coding_rate_reciprocal_norms_kernel(Logits<T> logits, float* rec
 }
 
 template <typename T, bool kOfImages>
-__global__ void __launch_bounds__(kProductWarps* kTile)
+__global__ void __launch_bounds__(kProductWarps* kTile, 2)
     coding_rate_gram_kernel(Logits<T> logits, float alpha, float* out) {
   gram<T, kOfImages>(logits, alpha, out);
 }
 
 template <typename T, bool kOfImages>
-__global__ void __launch_bounds__(kProductWarps* kTile)
+__global__ void __launch_bounds__(kProductWarps* kTile, 2)
     coding_rate_direction_kernel(Logits<T> logits, const float* inverse, float* g, float* radial) {
   direction<T, kOfImages>(logits, inverse, g, radial);
 }

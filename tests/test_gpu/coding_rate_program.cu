@@ -122,7 +122,8 @@ bool run(int views, int n, int bits) {
   const Array<float> a(values), grad(ones), reciprocal(rows), gram(views * static_cast<int64_t>(m) * m);
   const Array<float> inverse(gram.size), rate(views), smallest(views), out(rows * bits), radial(rows * bit_tiles);
   const Array<int> clamped(views);
-  const Logits<float> logits{a.data, reciprocal.data, static_cast<int64_t>(n) * bits, bits, 1, n, bits};
+  const Logits<float> logits{a.data, reciprocal.data, static_cast<int64_t>(n) * bits, bits, 1, n, bits,
+                             bits % 4 == 0};
   const auto warps = [](int depth) { return static_cast<int>(std::min<int64_t>(kProductWarps, tiles_of(depth))); };
   const auto bytes = [](int warps) { return 2 * warps * kTileSize * sizeof(float); };
   const auto allow = [](auto kernel) {

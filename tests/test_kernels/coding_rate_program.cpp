@@ -56,8 +56,8 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
   auto inverse = array<float>(out.size()), rate = array<float>(views), smallest = array<float>(views);
   auto clamped = array<int>(views);
   auto gradient_of_a = array<float>(rows * bits), radial = array<float>(rows * bit_tiles);
-  Logits<float> logits{a.data(), reciprocal.data(), static_cast<int64_t>(n) * bits, bits, 1, n, bits};
-  if (permuted) logits.view_stride = 1, logits.image_stride = static_cast<int64_t>(bits) * views, logits.bit_stride = views;
+  Logits<float> logits{a.data(), reciprocal.data(), static_cast<int64_t>(n) * bits, bits, 1, n, bits, bits % 4 == 0};
+  if (permuted) logits.view_stride = 1, logits.image_stride = static_cast<int64_t>(bits) * views, logits.bit_stride = views, logits.wide = false;
 
   const auto warps = [](int depth) { return std::min<int>(kProductWarps, tiles_of(depth)); };
   const auto bytes = [](int warps) { return 2 * warps * kTileSize * sizeof(float); };
