@@ -497,17 +497,14 @@ struct Logits {
     const T* const from = a + view * view_stride + image * image_stride + bit * bit_stride;
     const float* const scale = reciprocal + view * n + image;
     const int images = n - image;
-    if (wide && bit + kTile <= bits) {
+    if (wide && bit + kTile <= bits && images >= kTile) {
       constexpr int kWidth = 16 / sizeof(T), kLanes = kTile / kWidth;  // of a load, and that share a row
       const int part = lane % kLanes;
+      const T* row = from + lane / kLanes * image_stride + part * kWidth;
 #pragma unroll 4
-      for (int r = lane / kLanes; r < kTile; r += kTile / kLanes) {
-        float4 loaded = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        float z = 0.0f;
-        if (r < images) {
-          loaded = *reinterpret_cast<const float4*>(from + r * image_stride + part * kWidth);
-          z = scale[r];
-        }
+      for (int r = lane / kLanes; r < kTile; r += kTile / kLanes, row += kTile / kLanes * image_stride) {
+        const float4 loaded = *reinterpret_cast<const float4*>(row);
+        const float z = scale[r];
         T values[kWidth];
         std::memcpy(values, &loaded, sizeof values);
 #pragma unroll
@@ -606,12 +603,11 @@ __device__ __forceinline__ void direction(const Logits<T>& logits, const float* 
   float* const y = x + kTileSize;
   const auto fill_inverse = [&](float* tile, int row, int at) {
     const float* const from = inverse + (view * side + row) * side + at;
-    if (side % 4 == 0 && at + kTile <= side) {  // rows are aligned: load 16 bytes at once
+    if (side % 4 == 0 && at + kTile <= side && row + kTile <= side) {  // rows are aligned: load 16 bytes at once
+      const float* four = from + static_cast<int64_t>(lane / 8) * side + 4 * (lane % 8);
 #pragma unroll
-      for (int r = lane / 8; r < kTile; r += 4) {
-        four_of(tile, r, lane % 8) =
-            r < side - row ? *reinterpret_cast<const float4*>(from + static_cast<int64_t>(r) * side + 4 * (lane % 8))
-                           : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      for (int r = lane / 8; r < kTile; r += 4, four += 4 * static_cast<int64_t>(side)) {
+        four_of(tile, r, lane % 8) = *reinterpret_cast<const float4*>(four);
       }
       return;
     }

@@ -42,10 +42,10 @@ def costs(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    script = Path(__file__).with_name("compile_for.py")
+    command = [sys.executable, "-m", "benchmarks.model.compiled"]
     processes = {
         architecture: subprocess.Popen(
-            [sys.executable, script, str(architecture)], env=environment, stdout=subprocess.PIPE, text=True
+            [*command, str(architecture)], env=environment, stdout=subprocess.PIPE, text=True
         )
         for architecture in ARCHITECTURES
     }

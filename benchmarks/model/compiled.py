@@ -1,7 +1,7 @@
-"""Compile every Triton kernel for a GPU that is not there and print, as JSON, what its code costs.
+"""The kernels compiled for a GPU that is not there, and what their machine code costs.
 
-Run by test_static.py in a process of its own, because the interpreter cannot be switched off again:
-python compile_for.py 90
+python -m benchmarks.model.compiled CAPABILITY prints the costs of the Triton kernels as JSON. It runs in a
+process of its own, without TRITON_INTERPRET, because the interpreter cannot be switched off again.
 """
 
 import itertools
@@ -20,12 +20,11 @@ from triton.backends.nvidia import __file__ as nvidia
 from triton.compiler import ASTSource
 
 from benchmarks.model import sass
-from bincomm.kernels import hamming, messages, sign_bce
+from bincomm.kernels import hamming, messages, sign_bce  # type: ignore[attr-defined]
 
 TOOLS = Path(nvidia).parent / "bin"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 HEADER_FIELDS = ("<Q", 40), ("<H", 60), ("<H", 62)  # of ELF: section table, number of sections, their names
-K = 256
 VIEWS, TEACHERS = 12, 2
 SHARED = VIEWS - TEACHERS  # views that are paired with all teachers
 # How often the loops run, by kernel, in the order of their ends: forward over views, around it over logs.
@@ -35,15 +34,15 @@ TRIPS = {
 }
 
 
-def kernels():
-    """(name, kernel, pointers, numbers, compile-time values) as the launchers pass them, for K = 256."""
+def kernels(bits=256):
+    """(name, kernel, pointers, numbers, compile-time values) as the launchers pass them."""
     strides = dict.fromkeys(("stride_student_view", "stride_student_image"), "i32")
     for dtype in TYPES:
         block = sign_bce.groups_per_program(TYPES[dtype])
         for mode in ("cross", "matched"):
             rest = SHARED % sign_bce.VIEWS_IN_FLIGHT.value if mode == "cross" else 0
             shared = {
-                "K": K,
+                "K": bits,
                 "U": TEACHERS,
                 "MODE": sign_bce.MODES[mode],
                 "BLOCK": block,
@@ -85,14 +84,14 @@ def kernels():
             messages.pack_signs_kernel,
             {"logits_ptr": f"*{dtype}", "messages_ptr": "*u8"},
             {"n": "i32", "stride_row": "i32"},
-            {"K": K, "BLOCK": messages.GROUPS, "stride_bit": 1},
+            {"K": bits, "BLOCK": messages.GROUPS, "stride_bit": 1},
         )
     yield (
         "unpack",
         messages.unpack_signs_kernel,
         {"messages_ptr": "*u8", "signs_ptr": "*u8"},
         {"n": "i32"},
-        {"K": K, "BLOCK": messages.GROUPS},
+        {"K": bits, "BLOCK": messages.GROUPS},
     )
     yield (
         "hamming",
@@ -201,13 +200,18 @@ def executed(name, instructions):
     return sum(1 for _ in sass.path(instructions, TRIPS[kernel]))
 
 
-def costs(capability):
-    """{kernel: registers, spilled bytes, machine instructions and those of its loop}."""
-    cubins = {name: compile_kernel(*rest, capability) for name, *rest in kernels()}
+def compile_all(capability, bits=256, only=lambda name: True):
+    """{kernel: (registers and spilled bytes, instructions)}."""
+    cubins = {name: compile_kernel(*rest, capability) for name, *rest in kernels(bits) if only(name)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         usages = [resource_usage(cubin, folder) for cubin in cubins.values()]
         codes = disassemble(list(map(machine_code, cubins.values())), capability, folder)
+    return {name: (usage, code) for name, usage, code in zip(cubins, usages, codes, strict=True)}
+
+
+def costs(capability):
+    """{kernel: registers, spilled bytes, machine instructions and those of its loop}."""
     return {
         name: {
             **usage,
@@ -216,7 +220,7 @@ def costs(capability):
             "loads_in_flight": loads_in_flight(longest_loop(code)),
             "executed": executed(name, code),
         }
-        for name, usage, code in zip(cubins, usages, codes, strict=True)
+        for name, (usage, code) in compile_all(capability).items()
     }
 
 

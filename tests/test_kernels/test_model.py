@@ -1,0 +1,120 @@
+"""The model of the kernels' times: what it reads from machine code, and that by it no kernel became slower."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bincomm
+from benchmarks.model import sass
+from benchmarks.model.machine import H100, H200, LAUNCH, Launch, busy_cycles, latency, microseconds
+
+ROOT = Path(__file__).parents[2]
+EXTENSION = bincomm.doctor()["extension"]
+
+
+def encode(stall=1, written=7, read=7, waits=()):
+    """The upper 64 bits of an instruction, of which bits 41 and up control its execution."""
+    mask = sum(1 << number for number in waits)
+    return (stall | written << 5 | read << 8 | mask << 11) << 41
+
+
+def listing(*lines, labels=None):
+    """What a disassembler prints: (instruction, how `encode` is called) each."""
+    text = ""
+    for number, (instruction, control) in enumerate(lines):
+        address = 16 * number
+        text += f".L_x_{labels[address]}:\n" if labels and address in labels else ""
+        text += f"        /*{address:04x}*/   {instruction} ;   /* 0x{number:016x} */\n"
+        text += f"                                          /* 0x{encode(**control):016x} */\n"
+    return text
+
+
+LOOP = (  # two loops in turn, the second of which may be left out, and a way out in its middle
+    ("MOV R1, RZ", {}),
+    ("LDG.E.128 R4, desc[UR4][R2.64]", {"written": 2, "read": 0}),
+    ("@P0 BRA `(.L_x_1)", {}),
+    ("@!P1 BRA `(.L_x_3)", {}),
+    ("FADD R5, R4, R5", {"waits": (2,)}),
+    ("BRA.U UP0, `(.L_x_2)", {}),
+    ("EXIT", {}),
+)
+LABELS = {16: 1, 64: 2, 96: 3}
+
+
+def test_instructions_and_what_they_wait_for():
+    text = listing(
+        ("@!P0 LDG.E.128 R4, desc[UR4][R2.64]", {"stall": 5, "written": 2, "read": 0}),
+        ("FADD R5, R4, R5", {"stall": 12, "waits": (0, 2)}),
+        ("@P1 BRA 0x10", {}),
+    )
+    load, add, branch = sass.parse(text)
+    assert (load.predicate, load.operation, load.name) == ("@!P0", "LDG.E.128", "LDG")
+    assert (load.stall, load.when_written, load.when_read, load.waits) == (5, 2, 0, ())
+    assert (add.stall, add.when_written, add.when_read, add.waits) == (12, None, None, (0, 2))
+    assert (branch.address, branch.target) == (32, 16)
+    assert sass.loops([load, add, branch]) == [(16, 32)]
+
+
+@pytest.mark.parametrize(
+    ("trips", "names"),
+    [
+        ({0: 3, 1: 2}, "MOV LDG BRA LDG BRA LDG BRA BRA FADD BRA FADD BRA EXIT"),
+        ({0: 1, 1: 0}, "MOV LDG BRA BRA EXIT"),
+    ],
+)
+def test_the_path_of_a_warp(trips, names):
+    instructions = sass.parse(listing(*LOOP, labels=LABELS))
+    assert [i.name for i in sass.path(instructions, trips)] == names.split()
+
+
+def test_a_path_ends_at_the_branch_that_pads_the_code():
+    text = listing(("@P0 EXIT", {}), ("MOV R1, RZ", {}), ("BRA 0x0", {}), ("BRA 0x30", {}))
+    assert [i.name for i in sass.path(sass.parse(text), {0: 2})] == ["EXIT", "MOV", "BRA"] * 2 + ["BRA"]
+
+
+def test_latency_is_that_of_what_is_waited_for():
+    load, other = ("LDG.E R4, desc[UR4][R2.64]", {"written": 1}), ("FADD R5, R6, R6", {"stall": 4})
+    waiting = ("FADD R5, R4, R4", {"waits": (1,), "stall": 4})
+    alone = latency(sass.parse(listing(load, waiting)))
+    assert 600 < alone < 610
+    assert latency(sass.parse(listing(load, load, waiting))) == alone + 1  # both are in flight
+    assert latency(sass.parse(listing(load, waiting, load, waiting))) == 2 * alone
+    assert latency(sass.parse(listing(*[other] * 10))) == 40
+
+
+def test_the_longest_of_memory_units_and_latency_counts():
+    path = sass.parse(listing(*[("MUFU.EX2 R1, R1", {})] * 1000))
+    assert busy_cycles(path) == (8000, 1000)
+    wave = H200.multiprocessors * 16  # blocks of 4 warps with 32 registers that are there at once
+    small, full = (Launch(blocks, 4, 32, 0, 0) for blocks in (1, wave))
+    cycle = 1e-3 / H200.clock
+    assert microseconds(path, small, H200) == pytest.approx(LAUNCH + 8000 * cycle)
+    assert microseconds(path, full, H200) == pytest.approx(LAUNCH + 16 * 8000 * cycle)
+    moving = Launch(1, 4, 32, 0, 10**9)
+    assert microseconds(path, moving, H100) == pytest.approx(LAUNCH + 1e15 / H100.bandwidth)
+    waiting = sass.parse(listing(("LDG.E R4, [R2]", {"written": 1}), ("MOV R1, R4", {"waits": (1,)})))
+    twice = Launch(2 * wave, 4, 32, 0, 0)
+    assert microseconds(waiting, twice, H200) == pytest.approx(LAUNCH + 2 * latency(waiting) * cycle)
+
+
+@pytest.mark.slow
+@pytest.mark.kernels
+@pytest.mark.skipif(
+    "9.0" not in (EXTENSION.get("cuda_architectures") or ""), reason="bincomm._C has no code for sm_90"
+)
+def test_no_kernel_is_slower_than_in_the_table(tmp_path):
+    """By more than a tenth; and one that is, is named."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    stored = json.loads((ROOT / "benchmarks" / "results" / "model.json").read_text())
+    stored["rows"][0]["us"]["H200"] /= 1.5
+    (tmp_path / "model.json").write_text(json.dumps(stored))
+    for results, status in ((ROOT / "benchmarks" / "results" / "model", 0), (tmp_path / "model", 1)):
+        command = [sys.executable, "-m", "benchmarks.model", str(results), "--check"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+        assert done.returncode == status, done.stdout
+    assert done.stdout.startswith("sign_bce forward (12, 2, 256, 256) fp32: ")
+    assert len(done.stdout.splitlines()) == 1
