@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from bincomm.bits import binary_entropy
 from bincomm.ops import reference
+from bincomm.ops.agreement_and_rate import agreement_and_rate
 from bincomm.ops.coding_rate import coding_rate, rate_bounds
 from bincomm.ops.messages import check_logits
-from bincomm.ops.sign_bce import sign_bce
 
 AGREEMENTS = ("hard", "soft", "cosine")
 
@@ -135,16 +135,19 @@ class DiscreteCommunication(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Student (V, n, K) and teacher (U, n, K) logits -> loss, agreement, rate (nats), beta."""
+        group = all_ranks()
+        views, rates = student[: len(teacher)], None
         if self.agreement == "hard":
-            agreement = cost = sign_bce(student, teacher)
+            agreement, rates = agreement_and_rate(student, teacher, eps_squared=self.eps_squared, group=group)
+            cost = agreement
         elif self.agreement == "soft":
             agreement = cost = soft_bce(student, teacher, self.tau)
         else:
             agreement = cosine_to_signs(student, teacher)
             cost = -agreement
-        group = all_ranks()
-        views = student[: len(teacher)]
-        rate = coding_rate(views, eps_squared=self.eps_squared, group=group).mean()
+        if rates is None:
+            rates = coding_rate(views, eps_squared=self.eps_squared, group=group)
+        rate = rates.mean()
         beta = self.beta_of(views, rate.detach(), group)
         return {
             "loss": cost - beta * balance(student, group) * rate,

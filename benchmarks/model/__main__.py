@@ -1,7 +1,7 @@
 """Times of the kernels on GPUs that are not there, by a model: python -m benchmarks.model RESULTS
 
-Writes RESULTS.json and RESULTS.md. --check compares with what RESULTS.json holds, and fails where a kernel has
-become slower by more than a tenth.
+Writes RESULTS.json and RESULTS.md. --check compares with what RESULTS.json holds, and fails where a kernel
+has become slower by more than a tenth.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 import triton
 
 from benchmarks.model import sass
-from benchmarks.model.compiled import SHARED, TEACHERS, TOOLS, TRIPS, VIEWS, compile_all
+from benchmarks.model.compiled import TEACHERS, TOOLS, TRIPS, VIEWS, compile_all
 from benchmarks.model.machine import H100, H200, Launch, busy_cycles, latency, microseconds
 from bincomm.files import write_json, write_text
 from bincomm.kernels import hamming, sign_bce  # type: ignore[attr-defined]
@@ -151,9 +151,9 @@ def coding_rate_cases() -> Iterator[Case]:
 
 
 def step_of(code: list[sass.Instruction]) -> list[sass.Instruction]:
-    """What a warp does for a tile of both factors: the loops that fill them 16 bytes at a time, and the product.
+    """What a warp does for a tile of both factors: the loops that fill them 16 bytes at a time, the product.
 
-    They are known by what they contain, as the code around them is for sizes that are no multiples of a tile.
+    They are known by what they contain: the code around them is for sizes that are no multiples of a tile.
     """
     loops = sass.loops(code)
     bodies = [
@@ -200,9 +200,10 @@ def page(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "# Kernels by a model, not measured",
         "",
         f"`python -m benchmarks.model benchmarks/results/model`, machine code for sm_{CAPABILITY}, triton "
-        f"{versions['triton']}, torch {versions['torch']}. **Nothing here was measured.** The error is unknown "
-        "until it is compared with figures of a GPU; what is assumed is said in "
-        "[machine.py](../model/machine.py). coding_rate's inversion is not modelled, nor its kernels of norms.",
+        f"{versions['triton']}, torch {versions['torch']}. **Nothing here was measured.** The error is "
+        "unknown until it is compared with figures of a GPU; what is assumed is said in "
+        "[machine.py](../model/machine.py). coding_rate's inversion and its kernels of norms and gradients "
+        "are not modelled.",
         "",
         f"| {' | '.join(head)} |",
         "|---" * len(head) + "|",

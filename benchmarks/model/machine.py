@@ -2,10 +2,10 @@
 
 What is assumed, and from where:
 
-- multiprocessors, clock, registers and shared memory: NVIDIA's data sheets; the clock is the one that they run
-  at under load, 1.755 GHz;
-- bandwidth: that of a large copy, read and write together, 4.3 TB/s measured on an H200, 90 % of the data sheet
-  for the H100;
+- multiprocessors, clock, registers and shared memory: NVIDIA's data sheets; the clock is the one that they
+  run at under load, 1.755 GHz;
+- bandwidth: that of a large copy, read and write together, 4.3 TB/s measured on an H200, 90 % of the data
+  sheet for the H100;
 - instructions a cycle of each of the four parts of a multiprocessor: the table of arithmetic throughput in
   NVIDIA's programming guide for compute capability 9.0;
 - latencies: usual values of published microbenchmarks, to 20 %.
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from benchmarks.model.sass import Instruction
 
-# Cycles that an instruction of a warp keeps a unit of its part of the multiprocessor busy: unit and cycles. One
-# that is not listed takes the integer unit.
+# Cycles that an instruction of a warp keeps a unit of its part of the multiprocessor busy: unit and cycles.
+# One that is not listed takes the integer unit.
 UNITS = {
     **dict.fromkeys(("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2"), ("multiply", 1)),
     **dict.fromkeys(("IMAD", "IDP"), ("multiply", 2)),
@@ -97,8 +97,8 @@ def latency(path: Iterable[Instruction]) -> int:
 
 
 def microseconds(path: list[Instruction], launch: Launch, machine: Machine) -> float:
-    """Of a launch whose warps all take this path: the longest of moving the bytes, of the busiest unit, and of
-    the latency of as many blocks, one after another, as a multiprocessor gets."""
+    """Of a launch whose warps all take this path: the longest of moving the bytes, of the busiest unit, and
+    of the latency of as many blocks, one after another, as a multiprocessor gets."""
     resident = min(
         machine.blocks,
         machine.warps // launch.warps,

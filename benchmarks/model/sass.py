@@ -107,7 +107,7 @@ def path(instructions: Sequence[Instruction], trips: Mapping[int, int]) -> Itera
         instruction = instructions[at]
         yield instruction
         at += 1
-        # An endless branch pads the code; one comes to it where the way out is in the middle of the last loop.
+        # An endless branch pads the code, and is reached where the last loop's way out is in its middle.
         if (instruction.name == "EXIT" and not instruction.is_conditional) or (
             instruction.target == instruction.address
         ):

@@ -213,22 +213,33 @@ def _setup_context(ctx, inputs, output) -> None:
     _, factor, reciprocal, images, smallest, clamped = output
     ctx.save_for_backward(logits, factor, reciprocal, images)
     ctx.mark_non_differentiable(factor, reciprocal, images, smallest, clamped)
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
-def _backward(ctx, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None]:
-    logits, factor, reciprocal, images = ctx.saved_tensors
+def _backward(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
+    if grad is None:
+        return None, None, None
+    return rate_gradient(grad, *ctx.saved_tensors, ctx.eps_squared, ctx.group), None, None
+
+
+def rate_gradient(
+    grad: Tensor,
+    logits: Tensor,
+    factor: Tensor,
+    reciprocal: Tensor,
+    images: Tensor,
+    eps_squared: float,
+    group: str,
+) -> Tensor:
+    """Gradient of the logits, from that of the rates and what the operation has returned."""
     n, bits = logits.shape[-2:]
-    if ctx.group:
+    if group:
         # Every rank's loss depends on this rank's logits.
-        grad = reference.SumOverRanks.apply(grad, ctx.group) * (bits / ctx.eps_squared / images)
+        grad = reference.SumOverRanks.apply(grad, group) * (bits / eps_squared / images)
         alpha, of_images = 1.0, False
     else:
-        alpha, of_images = bits / (n * ctx.eps_squared), n < bits
-    return (
-        OPS.coding_rate_backward.default(grad, logits, factor, reciprocal, alpha, of_images),
-        None,
-        None,
-    )
+        alpha, of_images = bits / (n * eps_squared), n < bits
+    return OPS.coding_rate_backward.default(grad, logits, factor, reciprocal, alpha, of_images)
 
 
 def _refuse_second_derivative(ctx, *_: Tensor | None) -> None:

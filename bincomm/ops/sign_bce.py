@@ -31,7 +31,7 @@ def sign_bce(student: Tensor, teacher: Tensor, *, pairs: str = "cross") -> Tenso
         TypeError: an argument is not a tensor of the dtypes above.
         ValueError: shapes, devices or `pairs` do not fit.
     """
-    _check(student, teacher, pairs)
+    check_pairs(student, teacher, pairs)
     if uses_reference(student):
         return reference.sign_bce(student, teacher.detach(), pairs)
     refuse_tangent("student", student)
@@ -40,7 +40,8 @@ def sign_bce(student: Tensor, teacher: Tensor, *, pairs: str = "cross") -> Tenso
     return torch.ops.bincomm.sign_bce(student, teacher, pairs)[0]
 
 
-def _check(student: Tensor, teacher: Tensor, pairs: str) -> None:
+def check_pairs(student: Tensor, teacher: Tensor, pairs: str) -> None:
+    """Raise TypeError or ValueError naming the argument unless these are arguments of `sign_bce`."""
     check_logits("student", student)
     if isinstance(teacher, Tensor) and teacher.dtype == torch.int32:
         packed = True
@@ -99,9 +100,14 @@ def _setup_context(ctx, inputs, output) -> None:
     student, teacher, ctx.pairs = inputs
     # Backward recomputes from the logits and the bits; nothing else of the logits' size is saved.
     ctx.save_for_backward(student, teacher if teacher.dtype == torch.int32 else output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the message
 
 
-def _backward(ctx, grad_loss: Tensor, grad_messages: Tensor | None) -> tuple[Tensor, None, None]:
+def _backward(
+    ctx, grad_loss: Tensor | None, grad_messages: Tensor | None
+) -> tuple[Tensor | None, None, None]:
+    if grad_loss is None:
+        return None, None, None
     student, messages = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated again
         return sign_bce_backward_pytorch(grad_loss, student, messages, ctx.pairs), None, None

@@ -1,4 +1,4 @@
-"""The model of the kernels' times: what it reads from machine code, and that by it no kernel became slower."""
+"""The model of the kernels: what it reads from machine code, and that no kernel became slower by it."""
 
 import json
 import os
