@@ -5,6 +5,7 @@ import torch
 
 import bincomm
 from bincomm.ops import reference
+from bincomm.ops.agreement_and_rate import agreement_and_rate
 from bincomm.ops.coding_rate import largest_side
 from bincomm.ops.library import KERNELS
 
@@ -63,12 +64,20 @@ def test_messages(shape):
     assert torch.equal(bincomm.unpack_signs(words, shape[-1]), logits > 0)
 
 
-def test_hamming():
-    a, b = (torch.randint(-(2**31), 2**31, (rows, 8), dtype=torch.int32) for rows in (300, 5000))
-    expected = bincomm.hamming_distance(a, b)
-    assert torch.equal(bincomm.hamming_distance(a.cuda(), b.cuda()).cpu(), expected)
-    results = bincomm.hamming_topk(a.cuda(), b.cuda(), 20)
-    for result, expected in zip(results, bincomm.hamming_topk(a, b, 20), strict=True):
+@pytest.mark.parametrize("values", [2**31, 2])  # with two values of a word most distances are ties
+@pytest.mark.parametrize(
+    ("queries", "size", "words", "k"),
+    [(300, 5000, 8, 20), (1, 300_000, 8, 20), (3, 50, 1, 50), (70, 3000, 63, 1), (5, 3000, 64, 30)],
+)
+def test_hamming(queries, size, words, k, values, no_sync):
+    a, b = (torch.randint(-values, values, (rows, words), dtype=torch.int32) for rows in (queries, size))
+    torch.cuda.set_sync_debug_mode("default")
+    on_gpu = a.cuda(), b.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    distances, results = bincomm.hamming_distance(*on_gpu), bincomm.hamming_topk(*on_gpu, k)
+    torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(distances.cpu(), bincomm.hamming_distance(a, b))
+    for result, expected in zip(results, bincomm.hamming_topk(a, b, k), strict=True):
         assert torch.equal(result.cpu(), expected)
 
 
@@ -212,6 +221,19 @@ def test_the_objective_never_waits_for_the_gpu(no_sync):
     student = torch.randn(12, 64, 256, device="cuda", requires_grad=True)
     teacher = torch.randn(2, 64, 256, device="cuda")
     bincomm.DiscreteCommunication()(student, teacher)["loss"].backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_agreement_and_rate_are_the_two_operations(dtype):
+    student = torch.randn(12, 64, 256, device="cuda").to(dtype).requires_grad_()
+    teacher = torch.randn(2, 64, 256, device="cuda").to(dtype)
+    agreement, rates = agreement_and_rate(student, teacher, eps_squared=0.05)
+    (gradient,) = torch.autograd.grad(agreement - 0.1 * rates.mean(), student)
+    expected = bincomm.sign_bce(student, teacher), bincomm.coding_rate(student[:2])
+    (exact,) = torch.autograd.grad(expected[0] - 0.1 * expected[1].mean(), student)
+    assert torch.equal(agreement, expected[0])
+    assert torch.equal(rates, expected[1])
+    assert torch.equal(gradient, exact)
 
 
 def test_sign_bce_in_a_cuda_graph():
