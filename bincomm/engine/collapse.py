@@ -31,11 +31,14 @@ class CollapseMonitor:
             "dead": metrics["dead_bits"] > 0.4,
             "narrow": metrics["bit_entropy"] < 0.2,
             "flat": share < 0.02,
-            # The bits vary, but the student does not predict them better than by their frequency. Local crops
-            # do not count: a constant sent to them lowers the agreement although nothing is transmitted.
+            # The bits vary, but the student does not predict them better than by their frequency, or with
+            # next to no confidence, which a beta that is found mends by itself. Local crops do not count: a
+            # constant sent to them lowers the agreement although nothing is transmitted.
             "mute": metrics["bit_entropy"] >= 0.2
-            and metrics.get("transmitted_bits", self.bits) < 0.01 * self.bits
-            and metrics["bit_accuracy"] < metrics["bit_majority"] + 0.01,
+            and metrics.get("transmitted_bits", self.bits) < 0.02 * self.bits
+            and (
+                metrics["bit_accuracy"] < metrics["bit_majority"] + 0.01 or isinstance(self.beta, float | int)
+            ),
         }
         messages = self._messages(metrics, share)
         warnings = []
