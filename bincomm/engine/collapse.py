@@ -66,7 +66,7 @@ class CollapseMonitor:
         weaker = (
             "If this does not change, the crops have too little in common or the teacher is too slow: begin "
             "again with milder crops (a larger global_scale, no gray, solarize and blur, less jitter), a "
-            "lower momentum or a higher lr, and another --output."
+            "lower momentum or a higher lr (auto fits both to the run), and another --output."
         )
         if isinstance(self.beta, float | int):
             weaker = f"beta may be too large (now {self.beta:g}); auto finds it. {weaker}"
