@@ -40,7 +40,7 @@ for _block in BLOCKS:
 
 WITH_PYTHON = [page for page in PAGES if any(b.page == page and b.language == "python" for b in BLOCKS)]
 
-FOLDERS = ("pictures", "imagenet", "pacs128/photo", "pacs128/sketch", "cifar10-5000", "drawn")
+FOLDERS = ("pictures", "imagenet", "pacs128/photo", "pacs128/sketch", "cifar10-10000", "drawn")
 RUNS = ("runs/digits", "runs/pictures", "runs/photo", "runs/cifar")
 
 # Options that make a run short, whatever the command has, and small where the command does not have them.

@@ -31,11 +31,14 @@ class CollapseMonitor:
             "dead": metrics["dead_bits"] > 0.4,
             "narrow": metrics["bit_entropy"] < 0.2,
             "flat": share < 0.02,
-            # The bits vary, but the student does not predict them better than by their frequency. Local crops
-            # do not count: a constant sent to them lowers the agreement although nothing is transmitted.
+            # The bits vary, but the student does not predict them better than by their frequency, or with
+            # next to no confidence, which a beta that is found mends by itself. Local crops do not count: a
+            # constant sent to them lowers the agreement although nothing is transmitted.
             "mute": metrics["bit_entropy"] >= 0.2
-            and metrics.get("transmitted_bits", self.bits) < 0.01 * self.bits
-            and metrics["bit_accuracy"] < metrics["bit_majority"] + 0.01,
+            and metrics.get("transmitted_bits", self.bits) < 0.02 * self.bits
+            and (
+                metrics["bit_accuracy"] < metrics["bit_majority"] + 0.01 or isinstance(self.beta, float | int)
+            ),
         }
         messages = self._messages(metrics, share)
         warnings = []
@@ -63,7 +66,7 @@ class CollapseMonitor:
         weaker = (
             "If this does not change, the crops have too little in common or the teacher is too slow: begin "
             "again with milder crops (a larger global_scale, no gray, solarize and blur, less jitter), a "
-            "lower momentum or a higher lr, and another --output."
+            "lower momentum or a higher lr (auto fits both to the run), and another --output."
         )
         if isinstance(self.beta, float | int):
             weaker = f"beta may be too large (now {self.beta:g}); auto finds it. {weaker}"

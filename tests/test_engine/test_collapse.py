@@ -51,12 +51,18 @@ def test_every_collapse_is_warned_of_once(symptoms, words):
     [
         {"dead_bits": 0.39},
         {"agreement": 0.692},  # of local crops that say nothing; the global ones are heard
-        MUTE | {"bit_accuracy": 0.7},  # more than the frequencies, though with too little confidence
-        MUTE | {"transmitted_bits": 0.2},
+        MUTE | {"transmitted_bits": 0.4},
     ],
 )
 def test_what_is_no_collapse_is_not_warned_of(harmless):
     assert warnings_of(new_monitor(), HEALTHY | harmless) == []
+
+
+@pytest.mark.parametrize(("beta", "warned"), [("auto", False), (None, False), (1.0, True)])
+def test_too_little_confidence_is_mended_by_a_beta_that_is_found_alone(beta, warned):
+    """More bits are predicted than by their frequencies, but hardly a bit is heard."""
+    warnings = warnings_of(new_monitor(beta), HEALTHY | MUTE | {"bit_accuracy": 0.7})
+    assert ["beta may be too large (now 1)" in warning for warning in warnings] == [True] * warned
 
 
 @pytest.mark.parametrize(
