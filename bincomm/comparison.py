@@ -233,7 +233,7 @@ def settle_common_steps(shared: PretrainConfig, first: str, source: Source) -> P
         run = method_configs(shared, first, None)[0]
         with join_ranks(run.device) as ranks:
             chosen = choose_steps(run, source, Path(run.output), ranks)
-        shared = replace(shared, epochs=chosen.epochs, max_steps=chosen.max_steps)
+        shared = replace(shared, **{key: getattr(chosen, key) for key in shared.open_keys})
     return shared
 
 

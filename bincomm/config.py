@@ -13,7 +13,7 @@ from bincomm.files import expand_home, read_yaml
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with other values.
 # Those in the last row change results by rounding, and change which paths drop_path drops.
 INCIDENTAL = (
-    "output", "threads", "save_every", "log_every", "max_unusable", "resume", "keep",
+    "output", "threads", "save_every", "log_every", "max_unusable", "resume", "keep", "fewest_steps",
     "device", "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp", "channels_last",
 )  # fmt: skip
 
@@ -21,7 +21,7 @@ INCIDENTAL = (
 # hold. Those of the crops are in `bincomm.data.crops`.
 LIMITS: dict[str, tuple[float, float]] = {
     "tau": (1e-3, 1e3), "prototypes": (1, 2**24), "freeze_last_layer": (0, 10**9),
-    "seed": (0, 2**63 - 1), "epochs": (1, 10**9),
+    "seed": (0, 2**63 - 1), "epochs": (1, 10**9), "fewest_steps": (0, 10**9),
     "max_steps": (1, 10**12), "minutes": (1e-3, 10**7), "batch_size": (1, 2**24), "bits": (1, 2**16),
     "hidden": (1, 2**16), "head_std": (1e-6, 100), "reset_every": (0, 10**9), "beta": (0, 10**6),
     "eps_squared": (1e-6, 10**6), "lr": (0, 10), "min_lr": (0, 10), "warmup_epochs": (0, 10**9),
@@ -71,6 +71,8 @@ class PretrainConfig:
         max_steps: end after this many steps, even if epochs are more; the schedules then span these steps.
         minutes: train for about this many minutes: the number of steps is chosen from the speed of the first
             ones, in place of epochs and max_steps.
+        fewest_steps: with minutes: where fewer steps than this fit, the batch is halved until as many do, or
+            until it has 16 images; a recipe's does not hold for a batch_size that is given.
         batch_size: images per step, over all GPUs.
         backbone: a timm model name.
         backbone_args: further arguments of timm.create_model, for example {"layers": [1, 1, 1, 1]}.
@@ -138,6 +140,7 @@ class PretrainConfig:
     epochs: int = 100
     max_steps: int | None = None
     minutes: float | None = None
+    fewest_steps: int = 0
     batch_size: int = 256
     backbone: str = "vit_base_patch16_224"
     backbone_args: dict[str, Any] = field(default_factory=dict)
@@ -222,6 +225,11 @@ class PretrainConfig:
         max_steps, beside the minutes."""
         return self.minutes is not None and self.max_steps is None
 
+    @property
+    def open_keys(self) -> tuple[str, ...]:
+        """The keys that are chosen where `steps_are_open`."""
+        return ("epochs", "max_steps", "batch_size") if self.fewest_steps else ("epochs", "max_steps")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to a run's config.yaml (tuples as lists)."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
@@ -232,7 +240,7 @@ class PretrainConfig:
         values, other = self.as_dict(), PretrainConfig().as_dict() | other
         keys = [key for key in values if key not in INCIDENTAL]
         if self.steps_are_open:
-            keys = [key for key in keys if key not in ("epochs", "max_steps")]
+            keys = [key for key in keys if key not in self.open_keys]
         sources = ("data", "init_from")
         pairs = {key: (other.get(key), values[key]) for key in keys}
         return {

@@ -31,6 +31,8 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
         values.pop("backbone_args", None)  # those of the recipe's own
     values = with_keys_of_method(values, keys)
     values = without_other_lengths(values, keys)
+    if "batch_size" in keys:
+        values.pop("fewest_steps", None)  # it would change the batch
     return PretrainConfig(**{"output": f"runs/{run_name(recipe, values, keys)}", **values, **keys})
 
 

@@ -166,6 +166,46 @@ def test_too_few_minutes_give_the_fewest_steps_and_say_so(few_digits, tmp_path, 
     assert "the fewest that are of use, 20, and takes about 20 minutes" in caplog.text
 
 
+def test_a_batch_that_is_given_is_not_made_smaller():
+    assert configure("small_images_cpu").fewest_steps == 300
+    assert configure("small_images_cpu", batch_size=256).fewest_steps == 0
+    assert configure("small_images_cpu", batch_size=256, fewest_steps=50).fewest_steps == 50
+
+
+@pytest.mark.parametrize(
+    ("batch", "fitting", "world", "expected"),
+    [
+        (64, 300, 1, 64),
+        (64, 299, 1, 32),
+        (64, 76, 1, 16),
+        (64, 20, 1, 16),  # no less
+        (24, 20, 1, 24),
+        (96, 100, 1, 24),
+        (64, 100, 4, 16),
+        (72, 20, 4, 36),  # an odd number a rank
+        (12, 1, 1, 12),
+    ],
+)
+def test_a_batch_of_which_as_many_fit_as_a_run_needs(batch, fitting, world, expected):
+    config = PretrainConfig(batch_size=batch, fewest_steps=300)
+    assert budget.smaller_batch(config, fitting, world) == expected
+    assert budget.smaller_batch(PretrainConfig(batch_size=batch), fitting, world) == batch
+
+
+def test_more_steps_of_smaller_batches_where_few_would_fit(few_digits, tmp_path, monkeypatch, caplog):
+    """And the run is resumed with that batch, whatever the speed is then."""
+    Clock(monkeypatch, seconds=1.0)
+    caplog.set_level(logging.INFO)
+    keys = TINY | {"data": few_digits, "output": str(tmp_path / "run"), "minutes": 0.5, "fewest_steps": 35}
+    keys |= {"batch_size": 32, "max_unusable": 0.0}
+    result = pretrain(configure(**keys))
+    values = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (values["batch_size"], values["max_steps"], values["minutes"]) == (16, 30, 0.5)
+    assert "batches of 16 in place of 32, of which only 30 fit (fewest_steps 35)" in caplog.text
+    assert result["last_metrics"]["step"] == 30
+    assert pretrain(configure(**keys)) == result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("seconds", "steps", "told"),

@@ -1,4 +1,4 @@
-"""The number of steps that fits the key `minutes`, from the speed of a few steps."""
+"""The number of steps that fits the key `minutes`, and the batch, from the speed of a few steps."""
 
 import gc
 import logging
@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from bincomm.engine.signals import Signals
 logger = logging.getLogger(__name__)
 
 MIN_STEPS = 20  # with fewer, a run shows nothing
+SMALLEST_BATCH = 16  # in place of which more steps do not help
 # The first steps are slow, but have batches that were made in advance, so that slow data does not show.
 WARM_UP = 5
 AT_LEAST, AT_MOST = 3, 200  # steps that are measured
@@ -34,12 +36,11 @@ def settle_steps(config: PretrainConfig, source: Source, run: Path, ranks: Ranks
     if not config.steps_are_open:
         return config
 
-    def noted() -> tuple[int, int | None]:
+    def noted() -> dict[str, Any]:
         settled = take_steps(config, read_config(run, "output"))
-        return settled.epochs, settled.max_steps
+        return {key: getattr(settled, key) for key in config.open_keys}
 
-    epochs, max_steps = ranks.first(noted)
-    settled = replace(config, epochs=epochs, max_steps=max_steps)
+    settled = replace(config, **ranks.first(noted))
     if settled.steps_are_open:
         settled = choose_steps(config, source, run, ranks)
         ranks.first(lambda: note_config(run, settled))
@@ -50,11 +51,20 @@ def choose_steps(config: PretrainConfig, source: Source, run: Path, ranks: Ranks
     """The configuration with as many steps as fit its minutes at the speed measured now, and log it."""
     assert config.minutes is not None
     logger.info("measuring the speed of a few steps, to choose how many fit the minutes")
-    seconds, epoch_steps = measure(config, source, run, ranks)
-    gc.collect()  # the networks that were measured make room for those of the run
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
-    fitting = int(60 * config.minutes / seconds)
+    while True:
+        seconds, epoch_steps = measure(config, source, run, ranks)
+        gc.collect()  # the networks that were measured make room for those of the run
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+        fitting = int(60 * config.minutes / seconds)
+        smaller = smaller_batch(config, fitting, ranks.world)
+        if smaller == config.batch_size:
+            break
+        logger.info(
+            f"batches of {smaller} in place of {config.batch_size}, of which only {fitting} fit "
+            f"(fewest_steps {config.fewest_steps})"
+        )
+        config = replace(config, batch_size=smaller)
     steps = max(fitting, MIN_STEPS)
     speed = f"{in_short(config.batch_size / seconds)} images/s"
     unit = "minute" if config.minutes == 1 else "minutes"
@@ -68,6 +78,18 @@ def choose_steps(config: PretrainConfig, source: Source, run: Path, ranks: Ranks
             f"that are of use, {steps}, and takes about {in_short(steps * seconds / 60)} minutes"
         )
     return replace(config, epochs=math.ceil(steps / epoch_steps), max_steps=steps)
+
+
+def smaller_batch(config: PretrainConfig, fitting: int, world: int) -> int:
+    """The batch of which as many fit as a run needs, by the number of those of the configuration that fit."""
+    batch = config.batch_size
+    while (
+        fitting * config.batch_size < config.fewest_steps * batch
+        and batch >= 2 * SMALLEST_BATCH
+        and batch % (2 * world * config.accumulate) == 0
+    ):
+        batch //= 2
+    return batch
 
 
 def measure(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> tuple[float, int]:

@@ -50,9 +50,9 @@ def is_finished(run: Path) -> bool:
 
 
 def take_steps(config: PretrainConfig, stored: dict[str, Any]) -> PretrainConfig:
-    """The configuration with the number of steps that a stored one has for the same minutes, if any."""
+    """The configuration with what a stored one has come to for the same minutes, if any."""
     if config.steps_are_open and stored.get("minutes") == config.minutes:
-        return replace(config, epochs=stored["epochs"], max_steps=stored["max_steps"])
+        return replace(config, **{key: stored[key] for key in config.open_keys})
     return config
 
 
