@@ -26,8 +26,10 @@ from benchmarks.resumable import (
     table,
 )
 from bincomm.comparison import training_seconds
+from bincomm.config import read_config
 from bincomm.configuration import configure
 from bincomm.data.sources import evaluation_sources, open_source
+from bincomm.engine.run import take_steps
 from bincomm.evaluation.evaluate import figure
 from bincomm.files import read_json_lines
 from bincomm.objectives import BetaControl
@@ -56,7 +58,7 @@ POINTS, DEAD, ERRORS = 5, 0.1, 2
 
 CHANNEL_HEAD = ("bits transmitted", "points", "dead bits %", "bit entropy", "β at the end")
 DEFAULTS_HEAD = (
-    *("data", "change", "steps", "images/s", "seconds", *CHANNEL_HEAD),
+    *("data", "change", "steps", "batch", "images/s", "seconds", *CHANNEL_HEAD),
     *("k-NN %", "untrained", "pixels", "queries", "transmits", "learns"),
 )
 STARTS_HEAD = ("data", "start", *CHANNEL_HEAD, "k-NN %", "not collapsed")
@@ -131,6 +133,7 @@ def measure(data: str, keys: dict[str, Any], start: float | None, folder: Path) 
     with beta_starts_at(start):
         result = pretrain(config)
     assert result is not None  # there is one rank
+    config = take_steps(config, read_config(folder, "output"))  # and the batch that was chosen
     steps, seconds = result["last_metrics"]["step"], training_seconds(config)
     figures: dict[str, Any] = {
         "steps": steps,
@@ -224,6 +227,7 @@ def page(records: Records) -> str:
                     keys["source"],
                     keys["change"],
                     str(f["steps"]),
+                    str(f["batch_size"]),
                     f"{f['images_per_second']:.0f}",
                     f"{f['seconds']:.0f}",
                     *channel(f),

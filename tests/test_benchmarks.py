@@ -90,7 +90,7 @@ def test_defaults_are_measured_once(bench, images, tmp_path):
     assert betas[0] < 1 < 5 < betas[1]
     assert betas[2] == pytest.approx(0.3)
     assert BetaControl.START < 1  # as before
-    assert "| digits | default | 4 |" in page
+    assert "| digits | default | 4 | 32 |" in page
     assert "## Start value of β" in page
     assert "python -m benchmarks.defaults" in page
     assert not list((tmp_path / "build").glob("*/*"))
