@@ -31,7 +31,7 @@ def test_strides():
 @pytest.mark.parametrize("values", [2**31, 2], ids=["all different", "ties"])
 @pytest.mark.parametrize(
     ("n", "m", "words"),
-    [(1, 1, 1), (3, 70, 2), (2, 700, 3), (1, 2000, 1), (5, 40, 32), (0, 3, 1), (2, 30, 63)],
+    [(1, 1, 1), (2, 300, 3), (1, 700, 1), (5, 40, 2), (0, 3, 1), (1, 30, 63)],
 )
 def test_nearest(n, m, words, values, monkeypatch):
     """Several steps a segment, several segments a query, several parts of the queries."""
