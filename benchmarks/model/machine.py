@@ -10,7 +10,7 @@ What is assumed, and from where:
   NVIDIA's programming guide for compute capability 9.0;
 - latencies: usual values of published microbenchmarks, to 20 %.
 
-Caches, bank conflicts, and what launches of different kernels share are left out.
+Caches, bank conflicts, lanes that read the same address, and what kernels that run at once share are left out.
 """
 
 from collections import Counter
