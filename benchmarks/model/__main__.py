@@ -175,8 +175,10 @@ def extension_code() -> dict[tuple[str, bool], tuple[list[sass.Instruction], int
     if found is None or found.origin is None:
         raise SystemExit("bincomm._C is not built")
 
+    extension = found.origin
+
     def dump(option: str) -> str:
-        command = [TOOLS / "cuobjdump", option, "-arch", f"sm_{CAPABILITY}", found.origin]
+        command = [str(TOOLS / "cuobjdump"), option, "-arch", f"sm_{CAPABILITY}", extension]
         return subprocess.check_output(command, text=True)
 
     name = r"coding_rate_(gram|direction)_kernelIfLb([01])E"

@@ -138,7 +138,7 @@ def resource_usage(cubin, folder):
     command = [TOOLS / "cuobjdump", "-res-usage", file]
     usage = subprocess.check_output(command, text=True, stderr=subprocess.STDOUT)
     registers, local, stack = (
-        int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "LOCAL", "STACK")
+        int(re.findall(rf"{key}:(\d+)", usage)[0]) for key in ("REG", "LOCAL", "STACK")
     )
     return {"registers": registers, "spilled": local + stack}
 
@@ -182,7 +182,8 @@ def longest_loop(instructions):
 
 def loads_in_flight(instructions):
     """How many 128-bit loads are issued before the first instruction that waits for one of them."""
-    count, scoreboards = 0, set()
+    count = 0
+    scoreboards: set[int | None] = set()
     for instruction in instructions:
         if scoreboards & set(instruction.waits):
             break
@@ -202,7 +203,11 @@ def executed(name, instructions):
 
 def compile_all(capability, bits=256, only=lambda name: True):
     """{kernel: (registers and spilled bytes, instructions)}."""
-    cubins = {name: compile_kernel(*rest, capability) for name, *rest in kernels(bits) if only(name)}
+    cubins = {
+        name: compile_kernel(kernel, pointers, scalars, constants, capability)
+        for name, kernel, pointers, scalars, constants in kernels(bits)
+        if only(name)
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         usages = [resource_usage(cubin, folder) for cubin in cubins.values()]

@@ -10,7 +10,8 @@ What is assumed, and from where:
   NVIDIA's programming guide for compute capability 9.0;
 - latencies: usual values of published microbenchmarks, to 20 %.
 
-Caches, bank conflicts, lanes that read the same address, and what kernels that run at once share are left out.
+Left out are caches, bank conflicts, lanes that read the same address, and what kernels share that run at
+once.
 """
 
 from collections import Counter

@@ -219,7 +219,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None]:
     if grad is None:
         return None, None, None
-    return rate_gradient(grad, *ctx.saved_tensors, ctx.eps_squared, ctx.group), None, None
+    logits, factor, reciprocal, images = ctx.saved_tensors
+    gradient = rate_gradient(grad, logits, factor, reciprocal, images, ctx.eps_squared, ctx.group)
+    return gradient, None, None
 
 
 def rate_gradient(
