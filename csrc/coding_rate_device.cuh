@@ -501,7 +501,8 @@ struct Logits {
       constexpr int kWidth = 16 / sizeof(T), kLanes = kTile / kWidth;  // of a load, and that share a row
       const int part = lane % kLanes;
       const T* row = from + lane / kLanes * image_stride + part * kWidth;
-#pragma unroll 4
+      constexpr int kAtOnce = sizeof(T);  // loads in flight: a load of 16-bit logits needs twice the registers
+#pragma unroll kAtOnce
       for (int r = lane / kLanes; r < kTile; r += kTile / kLanes, row += kTile / kLanes * image_stride) {
         const float4 loaded = *reinterpret_cast<const float4*>(row);
         const float z = scale[r];

@@ -1,12 +1,17 @@
 """Private operations, which check little, with empty dimensions: they return or raise, and never end the
 process, as an integer division by zero in C++ would."""
 
+import importlib
 import itertools
+import pkgutil
 
 import pytest
 import torch
 
-import bincomm
+import bincomm.ops
+
+for _module in pkgutil.iter_modules(bincomm.ops.__path__, "bincomm.ops."):
+    importlib.import_module(_module.name)  # where its operations are registered
 
 EMPTY = list(itertools.product((0, 3), (0, 2), (0, 5)))  # (V, n, K)
 OPS = torch.ops.bincomm
@@ -29,6 +34,11 @@ def calls(views, n, bits):
         yield "sign_bce", (logits, message, pairs)
         yield "sign_bce_backward", (numbers(), logits, message, pairs)
     yield "coding_rate", (logits, 0.05, "")
+    for teachers in (0, 2):
+        message, rows = words(teachers, n, width), numbers(teachers, n)
+        yield "agreement_and_rate", (logits, numbers(teachers, n, bits), 0.05, "")
+        forward = (logits, message, numbers(teachers, bits, bits), rows, numbers())
+        yield "agreement_and_rate_backward", (numbers(), numbers(teachers), *forward, 0.05, "")
     yield "coding_rate_rows", (logits,)
     yield "coding_rate_factor", (numbers(views, bits, bits),)
     yield "coding_rate_inverse", (numbers(views, bits, bits),)
