@@ -10,11 +10,13 @@ import itertools
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from unittest.mock import MagicMock
@@ -360,7 +362,7 @@ def step(add: Callable, dry: bool) -> int:
         case = case._replace(**SMALL_CASE)
     result = steps.race(case, without=("torch.compile", "written out"))
     for contender, values in result["step_ms"].items():
-        took = sorted(values)[len(values) // 2]
+        took = statistics.median(values)
         add(
             what=f"{result['title']}: {contender}",
             words=f"{took:.1f} ms a step, {1e3 * case.images / took:.1f} images/s",
@@ -403,17 +405,14 @@ def loop_with_ready_batches(case: Any, steps: int) -> float:
 
     job.Loader = ReadyLoader  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as folder:
-        config = case.config()
-        config = type(config)(
-            **{
-                **config.as_dict(),
-                "data": "digits",
-                "output": folder,
-                "max_steps": steps,
-                "epochs": steps,
-                "log_every": max(1, steps // 5),
-                "compile": "off",
-            }
+        config = replace(
+            case.config(),
+            data="digits",
+            output=folder,
+            max_steps=steps,
+            epochs=steps,
+            log_every=max(1, steps // 5),
+            compile="off",
         )
         with join_ranks(config.device) as ranks, open_run(folder, ranks) as run, Signals(run) as signals:
             begin_run(run, config)

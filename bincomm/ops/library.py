@@ -86,10 +86,13 @@ def use_triton(
         lambda: getattr(importlib.import_module(f"bincomm.kernels.{module}"), function)
     )
 
-    def choose(*args):
-        return pytorch(*args) if pytorch and unless and unless(*args) else launcher()(*args)
+    def launch(*args):
+        return launcher()(*args)
 
-    LIBRARY.impl(name, choose, "CUDA")
+    if unless is None or pytorch is None:
+        LIBRARY.impl(name, launch, "CUDA")
+    else:
+        LIBRARY.impl(name, lambda *args: pytorch(*args) if unless(*args) else launch(*args), "CUDA")
     KERNELS[name]["cuda"] = "Triton"
 
 
