@@ -218,6 +218,12 @@ def _multiply_factors(p, a):
 
 
 @triton.jit
+def _add_view(p, positive, negative, a):
+    """Π(1 + e) - 1, Σ max(a, 0) and Σ max(-a, 0) with the logits a of one more view."""
+    return _multiply_factors(p, a), positive + tl.maximum(a, 0.0), negative - tl.minimum(a, 0.0)
+
+
+@triton.jit
 def _inside(x, mask, K: tl.constexpr):
     """Where a group may have bits beyond K, whether x and inside."""
     if K % 32:
@@ -363,18 +369,13 @@ def sign_bce_forward_kernel(
                 common = _and(logits[0], logits[1], logits[2])  # type: ignore[misc]  # unrolled
                 for v in tl.static_range(VIEWS_IN_FLIGHT):
                     a = _or_and(logits[v], common, zero_bits).to(tl.float32)
-                    p = _multiply_factors(p, a)
-                    positive += tl.maximum(a, 0.0)
-                    negative -= tl.minimum(a, 0.0)
+                    p, positive, negative = _add_view(p, positive, negative, a)
         logits = ()
         for _v in tl.static_range(REST):
             logits += (tl.load(view_ptr + offset),)  # type: ignore[assignment]
             view_ptr += stride_student_view
         for v in tl.static_range(REST):
-            a = logits[v].to(tl.float32)
-            p = _multiply_factors(p, a)
-            positive += tl.maximum(a, 0.0)
-            negative -= tl.minimum(a, 0.0)
+            p, positive, negative = _add_view(p, positive, negative, logits[v].to(tl.float32))
         total += U * _log_of_product(p, mask, K)
         sums = _sum_of_bits(teacher_bytes, U)
         linear = _multiply(U - sums, positive) + _multiply(sums, negative)
