@@ -22,6 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from bincomm.files import write_text
+
 Line = dict[str, Any]
 
 SECONDS = {"ceilings": 30, "build": 90, "tests": 150, "operations": 100, "sanitizer": 50, "step": 90}
@@ -134,7 +136,7 @@ def stop(process: subprocess.Popen) -> None:
 
 def write(results: Path, lines: Lines) -> None:
     """Write the page."""
-    results.with_suffix(".md").write_text(page(results.name, lines.read()))
+    write_text(results.with_suffix(".md"), page(results.name, lines.read()))
 
 
 def page(name: str, stages: dict[str, list[Line]]) -> str:
