@@ -52,7 +52,7 @@ class AccumulatedStep(Step):
                 f"global_views: expected a multiple of accumulate = {self.microbatches} images, got "
                 f"{len(global_views)}"
             )
-        before = self.copy_buffers()
+        before = self.buffers.copy()
         parts = split_batch(global_views, local_views, self.microbatches)
         teacher_logits = self.forward.teacher_logits(*(global_part for global_part, _ in parts))
         self.mark("teacher")

@@ -20,7 +20,7 @@ def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | Non
     accumulates = isinstance(step, AccumulatedStep)
     count = step.microbatches if isinstance(step, AccumulatedStep) else 1
     part = split_batch(global_views, local_views, count)[0]
-    before = step.copy_buffers()
+    before = step.buffers.copy()
     start = time.perf_counter()
     # What earlier runs of this process compiled counts against the limit of graphs of the networks' code.
     torch.compiler.reset()
@@ -44,7 +44,7 @@ def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | Non
     finally:
         step.optimizer.zero_grad()
         forward.reshard_teacher()
-        step.restore_buffers(before)
+        step.buffers.restore(before)
 
 
 def describe(error: Exception) -> str:

@@ -32,7 +32,7 @@ class CapturedStep:
         self.static_views = [None if v is None else v.clone() for v in (global_views, local_views)]
         global_copy, local_copy = self.static_views
         assert global_copy is not None
-        counts, before = step.guard.counts.clone(), step.copy_buffers()
+        counts, before = step.guard.counts.clone(), step.buffers.copy()
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side), torch.random.fork_rng([device]):
@@ -40,7 +40,7 @@ class CapturedStep:
                 step.gradient(global_copy, local_copy)
                 step.optimizer.zero_grad()
         torch.cuda.current_stream(device).wait_stream(side)
-        step.restore_buffers(before)
+        step.buffers.restore(before)
         self.graph = torch.cuda.CUDAGraph()
         # The loader's threads allocate meanwhile, which is no business of this thread's capture.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bincomm.engine.buffers import Buffers
 from bincomm.engine.forward import Forward
 from bincomm.engine.guard import Guard
 from bincomm.engine.optimizer import set_hyperparameters, step_unless
@@ -53,8 +54,7 @@ class Step:
         self.optimizer, self.clip, self.mark = optimizer, clip, mark
         # Listed once: going through all modules takes longer than reading some of the parameters.
         self.parameters, self.averages = list(student.parameters()), list(teacher.parameters())
-        # What a step changes beside the parameters: statistics of batch norm, the center of DINO.
-        self.buffers = [b for module in (student, teacher, objective) for b in module.buffers()]
+        self.buffers = Buffers(b for module in (student, teacher, objective) for b in module.buffers())
         self.forward = Forward(student, teacher, precision)
         self.guard = Guard(self.forward.device, self.forward.ranks)
 
@@ -75,7 +75,7 @@ class Step:
 
     def gradient(self, global_views: Tensor, local_views: Tensor | None) -> StepOutput:
         """Compute the student's clipped gradient, and judge whether the step is to be skipped."""
-        before = self.copy_buffers()
+        before = self.buffers.copy()
         teacher_logits = self.forward.teacher_logits(global_views)  # their signs are the message
         self.mark("teacher")
         outputs = self.forward.student_logits(global_views, local_views)
@@ -96,8 +96,7 @@ class Step:
         norm = clip_gradients_([p.grad for p in self.parameters if p.grad is not None], self.clip)
         losses = {name: value.detach() for name, value in losses.items()}
         skip = self.guard.judge(losses["loss"], norm)
-        for buffer, old in zip(self.buffers, before, strict=True):
-            buffer.copy_(torch.where(skip > 0, old, buffer))
+        self.buffers.restore(before, where=skip)
         self.mark("clip")
         return StepOutput(losses, norm, logits.detach(), teacher_logits, skip)
 
@@ -109,13 +108,3 @@ class Step:
         update_teacher(self.averages, self.parameters, momentum)
         self.mark("average")
         self.guard.copy_to_host()
-
-    def copy_buffers(self) -> list[Tensor]:
-        """The buffers of networks and objective as they are now."""
-        return [buffer.clone() for buffer in self.buffers]
-
-    @torch.no_grad()
-    def restore_buffers(self, before: list[Tensor]) -> None:
-        """Restore what `copy_buffers` returned."""
-        for buffer, old in zip(self.buffers, before, strict=True):
-            buffer.copy_(old)

@@ -152,6 +152,38 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_teacher(model, make):
     assert not any(map(torch.equal, list(step.student.parameters()), before))
 
 
+class Calls(TorchDispatchMode):
+    """Gathers the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.names.append(operation.overloadpacket.__name__)
+        return operation(*arguments, **options or {})
+
+
+def test_however_many_buffers_there_are_they_are_copied_at_once():
+    """Beside the networks' passes, a step is as many operations with three batch norms as with none."""
+    counts = []
+    for model in (VIT, RESNET):
+        step = create(model)
+        step(*next(batches(1)), **RATES)
+        forward = step.forward
+        outputs = forward.student_logits(*next(batches(1))).detach().requires_grad_()
+        message = forward.teacher_logits(next(batches(1))[0])
+        step.forward.student_logits = lambda *views, outputs=outputs: outputs * 1
+        step.forward.teacher_logits = lambda *views, message=message: message
+        with Calls() as calls:
+            output = step.gradient(None, None)
+        views = ("view", "split_with_sizes", "detach", "alias")  # a launch to none
+        counts.append(sum(name not in views for name in calls.names))
+        assert output.skipped == 0
+    assert len(list(step.student.buffers())) > 20
+    assert counts[1] == counts[0] + 4  # of another dtype: the numbers of batches
+
+
 def test_after_too_many_in_a_row_the_student_moves_no_more():
     step, in_row = create(), []
     for (global_views, _), good in zip(batches(6), (0, 0, 0, 0, 1, 1), strict=True):
