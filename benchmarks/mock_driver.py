@@ -61,7 +61,13 @@ def install(capability: int) -> MockDriver:
 
 def launch_everything() -> None:
     """Launch all kernels, with every dtype, kind of pairs and alignment that they distinguish."""
-    from bincomm.kernels import hamming, messages, sign_bce  # type: ignore[attr-defined]
+    from bincomm.kernels import (  # type: ignore[attr-defined]
+        discrete_communication,
+        hamming,
+        messages,
+        sign_bce,
+    )
+    from bincomm.ops import discrete_communication as objective
 
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
     for dtype, bits, pairs in itertools.product(dtypes, (256, 250), sign_bce.MODES):
@@ -72,6 +78,11 @@ def launch_everything() -> None:
         sign_bce.launch_sign_bce_backward(torch.empty(()), student, packed, pairs)
         rows = messages.launch_pack_signs(teacher.flatten(0, 1))
         messages.launch_unpack_signs(rows, bits)
+        if pairs == "cross":
+            discrete_communication.launch_count_ones(student[:teachers])
+            for state in (torch.empty(0), torch.empty(3)):
+                partial, rates = torch.empty(64), torch.empty(teachers)
+                objective._weigh_on_cuda(partial, rates, student, state, 0.1, 0.05, "", 1)
     codes = torch.empty(100, 8, dtype=torch.int32)
     hamming.launch_hamming_distance(codes, codes)
     for words in (1, 2, 4, 8, 16, 32, 63):

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 # All, to register their operations.
-from bincomm.ops import clip, coding_rate, hamming, library, messages, sign_bce  # noqa: F401
+from bincomm.ops import (  # noqa: F401
+    clip,
+    coding_rate,
+    discrete_communication,
+    hamming,
+    library,
+    messages,
+    sign_bce,
+)
 
 PACKAGES = {
     "triton": "the fused kernels for CUDA tensors; without it the slower PyTorch implementation runs",

@@ -26,10 +26,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bincomm.bits import binary_entropy
 from bincomm.ops import reference
-from bincomm.ops.agreement_and_rate import agreement_and_rate
-from bincomm.ops.coding_rate import coding_rate, rate_bounds
+from bincomm.ops.coding_rate import coding_rate
+from bincomm.ops.discrete_communication import (
+    ENTROPY,
+    SHARE,
+    balance,
+    control_beta,
+    discrete_communication,
+    weigh_rate,
+)
 from bincomm.ops.messages import check_logits
 
 AGREEMENTS = ("hard", "soft", "cosine")
@@ -51,37 +57,30 @@ class BetaControl(nn.Module):
     A channel that has collapsed comes back: the gradient of the rate vanishes with the spread of the rows,
     but β₀ grows a thousandfold in fifty steps. Its limits hold however long a target is out of reach.
 
-    Everything happens on the device, without a sync. The buffers are part of the state of training, and the
-    same on all ranks, because both quantities are those of the images of all ranks.
+    Everything happens on the device, without a sync. The buffer `state` holds log β₀ and the two averages. It
+    is part of the state of training, only ever changed in place, and the same on all ranks, because both
+    quantities are those of the images of all ranks.
     """
 
-    SHARE, ENTROPY = 0.6, 0.9  # targets
-    START, LEAST, LARGEST = 0.1, 1e-4, 1e3  # β₀
-    log_beta: Tensor
-    averages: Tensor
+    START = 0.1  # β₀
+    state: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("log_beta", torch.tensor(math.log(self.START)))
-        self.register_buffer("averages", torch.tensor([self.SHARE, self.ENTROPY]))
+        self.register_buffer("state", torch.tensor([math.log(self.START), SHARE, ENTROPY]))
 
     @torch.no_grad()
     def forward(self, share: Tensor, entropy: Tensor) -> Tensor:
         """Share and entropy of a batch, scalars from 0 to 1 -> β for this batch; in training mode the state
         follows. What is not finite is passed over."""
-        averages = self.averages.lerp(torch.stack([share, entropy]).to(self.averages), 0.1)
-        averages = torch.where(averages.isfinite(), averages, self.averages)
-        errors = []
-        for average, target in zip(averages, (self.SHARE, self.ENTROPY), strict=True):
-            short = target - average
-            errors.append(short / torch.where(short > 0, target, 1 - target))
-        error = torch.maximum(*errors)
-        log_beta = self.log_beta + torch.where(error > 0, 0.15, 0.03) * error
-        log_beta = log_beta.clamp(math.log(self.LEAST), math.log(self.LARGEST))
+        beta, state = control_beta(self.state, share, entropy)
+        self.follow(state)
+        return beta
+
+    def follow(self, state: Tensor) -> None:
+        """In training mode, take the next state."""
         if self.training:
-            self.averages.copy_(averages)
-            self.log_beta.copy_(log_beta)
-        return (log_beta + error).exp()
+            self.state.copy_(state)
 
 
 class DiscreteCommunication(nn.Module):
@@ -122,7 +121,7 @@ class DiscreteCommunication(nn.Module):
             raise ValueError(f"agreement: expected one of {', '.join(AGREEMENTS)}, got {agreement!r}")
         check_positive("eps_squared", eps_squared)
         check_positive("tau", tau)
-        self.beta = beta
+        self.beta: float | str = beta if isinstance(beta, str) else float(beta)
         self.control = BetaControl() if beta == "auto" else None
         self.eps_squared = eps_squared
         self.agreement = agreement
@@ -136,32 +135,24 @@ class DiscreteCommunication(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """Student (V, n, K) and teacher (U, n, K) logits -> loss, agreement, rate (nats), beta."""
         group = all_ranks()
-        views, rates = student[: len(teacher)], None
+        beta = float(self.beta) if self.control is None else self.control.state
         if self.agreement == "hard":
-            agreement, rates = agreement_and_rate(student, teacher, eps_squared=self.eps_squared, group=group)
-            cost = agreement
-        elif self.agreement == "soft":
-            agreement = cost = soft_bce(student, teacher, self.tau)
+            loss, scalars = discrete_communication(
+                student, teacher, beta=beta, eps_squared=self.eps_squared, group=group
+            )
         else:
-            agreement = cosine_to_signs(student, teacher)
-            cost = -agreement
-        if rates is None:
-            rates = coding_rate(views, eps_squared=self.eps_squared, group=group)
-        rate = rates.mean()
-        beta = self.beta_of(views, rate.detach(), group)
-        return {
-            "loss": cost - beta * balance(student, group) * rate,
-            "agreement": agreement.detach(),
-            "rate": rate.detach(),
-            "beta": beta if isinstance(beta, Tensor) else rate.detach().new_full((), beta),
-        }
-
-    def beta_of(self, views: Tensor, rate: Tensor, group: "dist.ProcessGroup | None") -> Tensor | float:
-        """β for a batch."""
-        if self.control is None:
-            return float(self.beta)
-        least, largest = rate_bounds(number_of_images(views, group), views.shape[-1], self.eps_squared)
-        return self.control((rate - least) / (largest - least), mean_bit_entropy(views, group))
+            if self.agreement == "soft":
+                agreement = cost = soft_bce(student, teacher, self.tau)
+            else:
+                agreement = cosine_to_signs(student, teacher)
+                cost = -agreement
+            rates = coding_rate(student[: len(teacher)], eps_squared=self.eps_squared, group=group)
+            loss, scalars = weigh_rate(
+                agreement, cost, rates, student, beta=beta, eps_squared=self.eps_squared, group=group
+            )
+        if self.control is not None:
+            self.control.follow(scalars[3:])
+        return dict(zip(self.scalars, (loss, *scalars[:3]), strict=True))
 
 
 class SimDINO(nn.Module):
@@ -206,7 +197,7 @@ class SimDINO(nn.Module):
             rows = (student_rows[: len(teacher)] + teacher_rows) / 2
             rate = rate_of_rows(rows, self.eps_squared, group).mean()
         return {
-            "loss": -agreement - balance(student, group) * rate,
+            "loss": -agreement - balance(student.shape[-1], number_of_images(student, group)) * rate,
             "agreement": agreement.detach(),
             "rate": rate.detach(),
         }
@@ -329,30 +320,9 @@ def rate_of_rows(rows: Tensor, eps_squared: float, group: "dist.ProcessGroup | N
     return reference.half_logdet(matrix).to(rows.dtype)
 
 
-def balance(student: Tensor, group: "dist.ProcessGroup | None") -> float:
-    """γ = (K + N)/(K·N), the weight that makes the coding rates of different sizes comparable."""
-    bits, n = student.shape[-1], number_of_images(student, group)
-    return (bits + n) / (bits * n)
-
-
 def number_of_images(views: Tensor, group: "dist.ProcessGroup | None") -> int:
     """N, of all ranks."""
     return views.shape[1] * (1 if group is None else group.size())
-
-
-@torch.no_grad()
-def mean_bit_entropy(views: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """Mean over the bits of the entropy of their values in the images of all ranks: logits (V, n, K) -> bits,
-    from 0 to 1.
-
-    The entropy of N samples is too small by 1/(2N ln 2) on average (Miller and Madow), which is added.
-    """
-    ones = (views > 0).float().sum((0, 1))
-    if group is not None:
-        dist.all_reduce(ones, group=group)
-    images = number_of_images(views, group)
-    entropy = binary_entropy(ones / (len(views) * images)).mean()
-    return (entropy + 1 / (2 * images * math.log(2))).clamp(max=1)
 
 
 def all_ranks() -> "dist.ProcessGroup | None":

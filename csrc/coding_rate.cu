@@ -222,16 +222,15 @@ std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits, double alpha, bool of
   return {out, reciprocal};
 }
 
-Tensor coding_rate_backward(Tensor grad_, Tensor logits, Tensor inverse_, Tensor reciprocal_, double alpha,
-                            bool of_images) {
+// The product with the inverse, and from it the gradient, which is stored, or added to what `out` holds.
+template <bool kAdd>
+void launch_backward(const Arriving& arriving, const Tensor& logits, const Tensor& inverse_, const Tensor& reciprocal_,
+                     double alpha, bool of_images, Tensor& out) {
   const int64_t views = logits.size(0), n = logits.size(1), bits = logits.size(2);
-  const Tensor grad = torch::stable::contiguous(grad_);
+  if (views == 0) return;
   const Tensor inverse = torch::stable::contiguous(inverse_);
   const Tensor reciprocal = torch::stable::contiguous(reciprocal_);
-  const DeviceGuard guard(logits.get_device_index());
-  Tensor out = torch::stable::new_empty(logits, {views, n, bits});
-  if (views == 0) return out;
-  Tensor g = logits.scalar_type() == ScalarType::Float
+  Tensor g = !kAdd && logits.scalar_type() == ScalarType::Float
                  ? out
                  : torch::stable::new_empty(logits, {views, n, bits}, ScalarType::Float);
   const int64_t tiles = tiles_of(bits);
@@ -248,12 +247,31 @@ Tensor coding_rate_backward(Tensor grad_, Tensor logits, Tensor inverse_, Tensor
     kernel<<<grid(views * tiles_of(n) * tiles), shape.threads, shape.bytes, stream>>>(
         a, static_cast<const float*>(inverse.const_data_ptr()), g_data, radial_data);
     const unsigned row_blocks = grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock);
-    coding_rate_gradient_kernel<<<row_blocks, kRowsPerBlock * kTile, 0, stream>>>(
-        a, static_cast<const float*>(grad.const_data_ptr()), static_cast<float>(alpha), g_data, radial_data,
-        static_cast<T*>(out.mutable_data_ptr()), views * n);
+    coding_rate_gradient_kernel<T, kAdd><<<row_blocks, kRowsPerBlock * kTile, 0, stream>>>(
+        a, arriving, static_cast<float>(alpha), g_data, radial_data, static_cast<T*>(out.mutable_data_ptr()),
+        views * n);
     check(cudaGetLastError(), "gradient");
   });
+}
+
+Tensor coding_rate_backward(Tensor grad, Tensor logits, Tensor inverse, Tensor reciprocal, double alpha,
+                            bool of_images) {
+  const DeviceGuard guard(logits.get_device_index());
+  const Arriving arriving{static_cast<const float*>(grad.const_data_ptr()), grad.stride(0), nullptr, 1.0f};
+  Tensor out = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
+  launch_backward<false>(arriving, logits, inverse, reciprocal, alpha, of_images, out);
   return out;
+}
+
+void coding_rate_add_gradient_(Tensor gradient, Tensor grad, Tensor factor_of_grad, double weight, Tensor logits,
+                               Tensor inverse, Tensor reciprocal, double alpha, bool of_images) {
+  STD_TORCH_CHECK(gradient.is_contiguous() && gradient.numel() == logits.numel() &&
+                      gradient.scalar_type() == logits.scalar_type(),
+                  "gradient: expected contiguous, of the logits' shape and dtype");
+  const DeviceGuard guard(logits.get_device_index());
+  const Arriving arriving{static_cast<const float*>(grad.const_data_ptr()), grad.stride(0),
+                          static_cast<const float*>(factor_of_grad.const_data_ptr()), static_cast<float>(weight)};
+  launch_backward<true>(arriving, logits, inverse, reciprocal, alpha, of_images, gradient);
 }
 
 }  // namespace
@@ -269,6 +287,7 @@ STABLE_TORCH_LIBRARY_IMPL(bincomm, CUDA, m) {
   m.impl("coding_rate_gram", TORCH_BOX(&coding_rate_gram));
   m.impl("coding_rate_sweep", TORCH_BOX(&coding_rate_sweep));
   m.impl("coding_rate_backward", TORCH_BOX(&coding_rate_backward));
+  m.impl("coding_rate_add_gradient_", TORCH_BOX(&coding_rate_add_gradient_));
 }
 
 }  // namespace bincomm

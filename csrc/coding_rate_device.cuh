@@ -644,10 +644,22 @@ __device__ __forceinline__ void direction(const Logits<T>& logits, const float* 
   }
 }
 
-// dR/da = alpha (g - (g.z) z) / |a|, times the incoming gradient, one row per warp. A norm that was clamped to its
-// minimum is a constant, and nothing is subtracted.
-template <typename T>
-__device__ __forceinline__ void gradient(const Logits<T>& logits, const float* grad, float alpha, const float* g,
+// The gradients of the rates that arrive: a number for each view, or one for all, times a scalar if there is one.
+struct Arriving {
+  const float* grad;
+  int64_t stride;
+  const float* factor;  // or null
+  float weight;
+
+  __device__ __forceinline__ float of(int64_t view) const {
+    return grad[view * stride] * (factor != nullptr ? *factor * weight : weight);
+  }
+};
+
+// dR/da = alpha (g - (g.z) z) / |a|, times the incoming gradient, one row per warp, or its sum with what is there. A
+// norm that was clamped to its minimum is a constant, and nothing is subtracted.
+template <typename T, bool kAdd>
+__device__ __forceinline__ void gradient(const Logits<T>& logits, const Arriving& arriving, float alpha, const float* g,
                                          const float* radial, T* out, int64_t rows) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kTile;
   const int lane = threadIdx.x % kTile;
@@ -659,14 +671,15 @@ __device__ __forceinline__ void gradient(const Logits<T>& logits, const float* g
   along = sum_of_lanes(along);
   const float reciprocal = logits.reciprocal[row];
   if (reciprocal >= static_cast<float>(1.0 / kNormEps)) along = 0.0f;
-  const float scale = grad[view] * alpha * reciprocal;
+  const float grad = arriving.of(view), scale = grad * alpha * reciprocal;
   // Numbers beyond the type's range become its largest number. But if the incoming gradient is large, as that of a
   // scaled loss, they become infinite, which shows that the scale is too large.
-  const float limit = fabsf(grad[view]) <= 1.0f ? largest(T{}) : INFINITY;
+  const float limit = fabsf(grad) <= 1.0f ? largest(T{}) : INFINITY;
   for (int bit = lane; bit < logits.bits; bit += kTile) {
     const int64_t index = row * logits.bits + bit;
     const float x = (g[index] - along * logits.z(view, image, bit)) * scale;
-    narrow(x < -limit ? -limit : (x > limit ? limit : x), out + index);
+    const float part = x < -limit ? -limit : (x > limit ? limit : x);
+    narrow(kAdd ? widen(out[index]) + part : part, out + index);
   }
 }
 
@@ -694,10 +707,10 @@ __global__ void __launch_bounds__(kProductWarps* kTile, 2)
   direction<T, kOfImages>(logits, inverse, g, radial);
 }
 
-template <typename T>
-__global__ void coding_rate_gradient_kernel(Logits<T> logits, const float* grad, float alpha, const float* g,
-                                const float* radial, T* out, int64_t rows) {
-  gradient(logits, grad, alpha, g, radial, out, rows);
+template <typename T, bool kAdd>
+__global__ void coding_rate_gradient_kernel(Logits<T> logits, Arriving arriving, float alpha, const float* g,
+                                            const float* radial, T* out, int64_t rows) {
+  gradient<T, kAdd>(logits, arriving, alpha, g, radial, out, rows);
 }
 
 }  // namespace bincomm

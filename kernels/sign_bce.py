@@ -57,17 +57,31 @@ def launch_sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tup
         The loss, a scalar in fp32 (NaN without images), and the teacher's message (U, n, ⌈K/32⌉) int32, which
         is empty if the teacher was given as a message.
     """
+    partial, messages = launch_partial_sums(student, teacher, pairs)
+    (views, n, bits), teachers = student.shape, teacher.shape[0]
+    loss = student.new_empty((), dtype=torch.float32)
+    scale = 1 / max(1, number_of_terms(views, teachers, n, bits, pairs))
+    with torch.cuda.device_of(student):
+        sign_bce_reduce_kernel[(1,)](
+            partial, loss, len(partial), scale, n, BLOCK=REDUCE_BLOCK, num_warps=REDUCE_WARPS
+        )
+    return loss, messages
+
+
+def launch_partial_sums(student: Tensor, teacher: Tensor, pairs: str) -> tuple[Tensor, Tensor]:
+    """As `launch_sign_bce_forward`, but instead of the loss the programs' sums of terms, (programs,) fp32.
+
+    They are to be added up in a fixed order, so that the loss is the same every time; atomics have none.
+    """
     (views, n, bits), teachers = student.shape, teacher.shape[0]
     words = triton.cdiv(bits, 32)
     packed = teacher.dtype == torch.int32
     messages = student.new_empty(0 if packed else (teachers, n, words), dtype=torch.int32)
     source = teacher.contiguous() if packed else teacher
     programs, block, warps = _programs(n, words, student.dtype)
-    # Deterministic, without atomics: one partial sum per program, added up in a fixed order by one program.
     partial = student.new_empty(programs, dtype=torch.float32)
-    loss = student.new_empty((), dtype=torch.float32)
-    with torch.cuda.device_of(student):
-        if programs:
+    if programs:
+        with torch.cuda.device_of(student):
             sign_bce_forward_kernel[(programs,)](
                 student,
                 source.view(torch.uint8) if packed else source,
@@ -78,11 +92,7 @@ def launch_sign_bce_forward(student: Tensor, teacher: Tensor, pairs: str) -> tup
                 **{"REST": _number_of_shared_views(views, teachers, pairs) % VIEWS_IN_FLIGHT.value},
                 **{"BLOCK": block, "num_warps": warps},
             )
-        scale = 1 / max(1, _number_of_terms(views, teachers, n, bits, pairs))
-        sign_bce_reduce_kernel[(1,)](
-            partial, loss, programs, scale, n, BLOCK=REDUCE_BLOCK, num_warps=REDUCE_WARPS
-        )
-    return loss, messages
+    return partial, messages
 
 
 def launch_sign_bce_backward(grad: Tensor, student: Tensor, messages: Tensor, pairs: str) -> Tensor:
@@ -106,7 +116,7 @@ def launch_sign_bce_backward(grad: Tensor, student: Tensor, messages: Tensor, pa
                 grad,
                 gradient,
                 *(views, n, *student.stride()),
-                1 / _number_of_terms(views, teachers, n, bits, pairs),
+                1 / number_of_terms(views, teachers, n, bits, pairs),
                 **{"K": bits, "U": teachers, "MODE": MODES[pairs]},
                 **{"BLOCK": block, "num_warps": warps},
             )
@@ -135,7 +145,8 @@ def _number_of_shared_views(views: int, teachers: int, pairs: str) -> int:
     return {"cross": views - teachers, "all": views, "matched": 0}[pairs]
 
 
-def _number_of_terms(views: int, teachers: int, n: int, bits: int, pairs: str) -> int:
+def number_of_terms(views: int, teachers: int, n: int, bits: int, pairs: str) -> int:
+    """How many terms the loss is the mean of: pairs of views, images and bits."""
     count = {"cross": teachers * (views - 1), "all": teachers * views, "matched": views}[pairs]
     return count * n * bits
 

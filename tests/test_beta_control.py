@@ -10,6 +10,7 @@ from torch import nn
 
 from bincomm.bits import bit_statistics, transmitted_bits
 from bincomm.objectives import BetaControl, DiscreteCommunication
+from bincomm.ops.discrete_communication import LARGEST, LEAST
 
 
 def call(control, share, entropy):
@@ -17,7 +18,7 @@ def call(control, share, entropy):
 
 
 def log_of(control):
-    return control.log_beta.item()
+    return control.state[0].item()
 
 
 def test_beta_rises_where_the_channel_is_not_in_use_and_falls_where_it_is():
@@ -46,13 +47,13 @@ def test_a_target_out_of_reach_leaves_beta_within_its_limits_and_soon_back():
     control = BetaControl()
     for _ in range(10_000):
         beta = call(control, 0.0, 0.0)
-    assert log_of(control) == pytest.approx(math.log(BetaControl.LARGEST))
+    assert log_of(control) == pytest.approx(math.log(LARGEST))
     assert math.isfinite(beta)
     betas = [call(control, 1.0, 1.0) for _ in range(300)]
     assert betas[-1] < 1  # a thousandth
     for _ in range(1000):
         call(control, 1.0, 1.0)
-    assert log_of(control) == pytest.approx(math.log(BetaControl.LEAST))
+    assert log_of(control) == pytest.approx(math.log(LEAST))
     assert [call(control, 0.0, 0.0) for _ in range(100)][-1] > 1
 
 
@@ -62,10 +63,10 @@ def test_what_is_not_finite_is_passed_over(inputs):
     for module in (control, other):
         for _ in range(5):
             call(module, 0.3, 0.4)
-    before = control.averages.clone()
+    before = control.state.clone()
     assert math.isfinite(call(control, *inputs))
     assert all(buffer.isfinite().all() for buffer in control.buffers())
-    for average, old, value in zip(control.averages, before, inputs, strict=True):
+    for average, old, value in zip(control.state[1:], before[1:], inputs, strict=True):
         assert torch.equal(average, old) != math.isfinite(value)
     assert call(control, 0.3, 0.4) == pytest.approx(call(other, 0.3, 0.4), rel=0.5)
 
@@ -100,7 +101,7 @@ def test_the_state_is_changed_in_place():
     places, values = [b.data_ptr() for b in before.values()], [b.clone() for b in before.values()]
     call(control, 0.1, 0.2)
     after = dict(control.named_buffers())
-    assert list(after) == list(before) == ["log_beta", "averages"]
+    assert list(after) == list(before) == ["state"]
     for name, buffer in after.items():
         assert buffer is before[name]
     assert [b.data_ptr() for b in after.values()] == places

@@ -159,6 +159,8 @@ def test_every_specialization_compiles(capability, tmp_path):
         "sign_bce_forward_kernel",
         "sign_bce_backward_kernel",
         "sign_bce_reduce_kernel",
+        "count_ones_kernel",
+        "weigh_rate_kernel",
         "pack_signs_kernel",
         "unpack_signs_kernel",
         "hamming_distance_kernel",

@@ -63,12 +63,33 @@ def test_coding_rate(shape):
         gradient = run_in_pytorch("coding_rate_gradient", torch.ones(2), g, logits, reciprocal, alpha)
         whole = run_in_pytorch("coding_rate", logits, 0.05, "")
         run_in_pytorch("coding_rate_backward", torch.ones(2), logits, *whole[1:3], alpha, of_images)
+        total = torch.ones_like(logits)
+        arriving = torch.full((2,), -2.0), torch.tensor(0.5), -1.0
+        run_in_pytorch("coding_rate_add_gradient_", total, *arriving, logits, *whole[1:3], alpha, of_images)
     exact = logits.double().requires_grad_()
     expected = reference.coding_rate(exact)
     expected.sum().backward()
     torch.testing.assert_close(whole[0], rate)
     torch.testing.assert_close(rate.double(), expected.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(total.double(), 1 + exact.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("state", [torch.empty(0), torch.tensor([-2.0, 0.5, 0.8])], ids=["fixed", "auto"])
+def test_the_papers_objective(state):
+    student, teacher = torch.randn(3, 5, 40), torch.randn(2, 5, 40)
+    with RefuseToWait():
+        results = run_in_pytorch("discrete_communication", student, teacher, state, 0.1, 0.05, "", 1)
+        gradient = run_in_pytorch(
+            "discrete_communication_backward", torch.ones(()), results[1], student, *results[2:], 0.05, "", 1
+        )
+    exact = student.double().requires_grad_()
+    agreement, rate, beta = results[1][:3]
+    rates = reference.coding_rate(exact[:2])
+    (reference.sign_bce(exact, teacher) - beta.double() * 45 / 200 * rates.mean()).backward()
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(agreement, bincomm.sign_bce(student, teacher))
+    torch.testing.assert_close(results[0], agreement - beta * 45 / 200 * rate)
 
 
 def test_a_coding_rate_that_no_cuda_kernel_takes(monkeypatch):
@@ -114,10 +135,11 @@ def test_searches():
 
 
 def test_every_operation_is_here():
-    parts = ("", "_backward", "_factor", "_gradient", "_gram", "_inverse", "_rows")
+    parts = ("", "_add_gradient_", "_backward", "_factor", "_gradient", "_gram", "_inverse", "_rows")
     rate = {f"coding_rate{part}" for part in parts}
     others = {"clip_gradients_", "hamming_distance", "hamming_topk", "pack_signs", "unpack_signs"}
-    assert library.KERNELS.keys() == rate | others | {"sign_bce", "sign_bce_backward"}
+    others |= {"sign_bce", "sign_bce_backward", "discrete_communication"}
+    assert library.KERNELS.keys() == rate | others
 
 
 OBJECTIVES = {

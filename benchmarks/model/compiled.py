@@ -20,7 +20,13 @@ from triton.backends.nvidia import __file__ as nvidia
 from triton.compiler import ASTSource
 
 from benchmarks.model import sass
-from bincomm.kernels import hamming, messages, sign_bce  # type: ignore[attr-defined]
+from bincomm.kernels import (  # type: ignore[attr-defined]
+    discrete_communication,
+    hamming,
+    messages,
+    sign_bce,
+)
+from bincomm.ops.discrete_communication import CONSTANTS
 
 TOOLS = Path(nvidia).parent / "bin"
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -113,6 +119,34 @@ def kernels(bits=256):
         {"partial_ptr": "*fp32", "loss_ptr": "*fp32"},
         {"programs": "i32", "scale": "fp32", "n": "i32"},
         {"BLOCK": sign_bce.REDUCE_BLOCK, "num_warps": sign_bce.REDUCE_WARPS},
+    )
+    yield (
+        "count",
+        discrete_communication.count_ones_kernel,
+        {"logits_ptr": "*bf16", "ones_ptr": "*fp32"},
+        {"n": "i32", "rows": "i32", "stride_view": "i32", "stride_image": "i32"},
+        {
+            "stride_bit": 1,
+            "K": bits,
+            "ROWS": discrete_communication.ROWS,
+            "COLUMNS": discrete_communication.COLUMNS,
+        },
+    )
+    numbers = ("scale", "bias", "beta", "balance", "least", "span")
+    yield (
+        "weigh",
+        discrete_communication.weigh_rate_kernel,
+        dict.fromkeys(
+            ("partial_ptr", "rates_ptr", "ones_ptr", "state_ptr", "loss_ptr", "scalars_ptr"), "*fp32"
+        ),
+        dict.fromkeys(("programs", "teachers", "parts", "messages"), "i32") | dict.fromkeys(numbers, "fp32"),
+        {
+            **{"K": bits, "U": TEACHERS, "CONTROLLED": True, **CONSTANTS},
+            "BLOCK": sign_bce.REDUCE_BLOCK,
+            "PARTS": discrete_communication.PARTS_AT_ONCE,
+            "BITS": discrete_communication.BITS_AT_ONCE,
+            "num_warps": discrete_communication.WEIGH_WARPS,
+        },
     )
 
 

@@ -234,14 +234,37 @@ def rate_gradient(
     group: str,
 ) -> Tensor:
     """Gradient of the logits, from that of the rates and what the operation has returned."""
+    grad, alpha, of_images = _scales(grad, logits, images, eps_squared, group)
+    return OPS.coding_rate_backward.default(grad, logits, factor, reciprocal, alpha, of_images)
+
+
+def add_rate_gradient(
+    gradient: Tensor,
+    grad: Tensor,
+    factor_of_grad: Tensor,
+    weight: float,
+    logits: Tensor,
+    factor: Tensor,
+    reciprocal: Tensor,
+    images: Tensor,
+    eps_squared: float,
+    group: str,
+) -> None:
+    """`gradient += rate_gradient(grad * factor_of_grad * weight, ...)`, with a scalar tensor as factor."""
+    grad, alpha, of_images = _scales(grad, logits, images, eps_squared, group)
+    OPS.coding_rate_add_gradient_.default(
+        gradient, grad, factor_of_grad, weight, logits, factor, reciprocal, alpha, of_images
+    )
+
+
+def _scales(
+    grad: Tensor, logits: Tensor, images: Tensor, eps_squared: float, group: str
+) -> tuple[Tensor, float, bool]:
     n, bits = logits.shape[-2:]
     if group:
         # Every rank's loss depends on this rank's logits.
-        grad = reference.SumOverRanks.apply(grad, group) * (bits / eps_squared / images)
-        alpha, of_images = 1.0, False
-    else:
-        alpha, of_images = bits / (n * eps_squared), n < bits
-    return OPS.coding_rate_backward.default(grad, logits, factor, reciprocal, alpha, of_images)
+        return reference.SumOverRanks.apply(grad, group) * (bits / eps_squared / images), 1.0, False
+    return grad, bits / (n * eps_squared), n < bits
 
 
 def _refuse_second_derivative(ctx, *_: Tensor | None) -> None:
@@ -319,6 +342,21 @@ def _backward_pytorch(
     return OPS.coding_rate_gradient.default(grad, g, logits, reciprocal, alpha)
 
 
+def _add_gradient_pytorch(
+    gradient: Tensor,
+    grad: Tensor,
+    factor_of_grad: Tensor,
+    weight: float,
+    logits: Tensor,
+    factor: Tensor,
+    reciprocal: Tensor,
+    alpha: float,
+    of_images: bool,
+) -> None:
+    grad = grad * (factor_of_grad * weight)
+    gradient += OPS.coding_rate_backward.default(grad, logits, factor, reciprocal, alpha, of_images)
+
+
 @functools.cache
 def largest_side(device: int) -> int:
     """Largest side of a matrix that the CUDA kernel inverts on this GPU; 0 where there is no kernel."""
@@ -366,6 +404,13 @@ define(
     cuda="CUDA",
     pytorch=_backward_pytorch,
     fake=lambda grad, logits, factor, reciprocal, alpha, of_images: logits.new_empty(logits.shape),
+)
+define(
+    "coding_rate_add_gradient_(Tensor(a!) gradient, Tensor grad, Tensor factor_of_grad, float weight,"
+    " Tensor logits, Tensor factor, Tensor reciprocal, float alpha, bool of_images) -> ()",
+    cpu="C++, BLAS",
+    cuda="CUDA",
+    pytorch=_add_gradient_pytorch,
 )
 define(
     "coding_rate(Tensor logits, float eps_squared, str group)"

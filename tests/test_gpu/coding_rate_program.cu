@@ -143,8 +143,8 @@ bool run(int views, int n, int bits) {
   depth = warps(m);
   direction_kernel<<<views * row_tiles * bit_tiles, depth * kTile, bytes(depth)>>>(logits, inverse.data, out.data,
                                                                                   radial.data);
-  coding_rate_gradient_kernel<<<row_blocks, kProductWarps * kTile>>>(logits, grad.data, static_cast<float>(alpha),
-                                                                    out.data, radial.data, out.data, rows);
+  coding_rate_gradient_kernel<float, false><<<row_blocks, kProductWarps * kTile>>>(
+      logits, Arriving{grad.data, 1, nullptr, 1.0f}, static_cast<float>(alpha), out.data, radial.data, out.data, rows);
   check(cudaGetLastError());
   check(cudaDeviceSynchronize());
 

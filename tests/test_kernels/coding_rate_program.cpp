@@ -75,11 +75,24 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
   fibers::launch(views * row_tiles * bit_tiles, depth * kTile, 1, bytes(depth), seed + 3, [&] {
     coding_rate_direction_kernel<float, kOfImages>(logits, inverse.data(), gradient_of_a.data(), radial.data());
   });
+  // Added to the logits, for one gradient of all rates, the first, twice as large: -0.5 * -4.
+  auto sum = array<float>(rows * bits);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int bit = 0; bit < bits; ++bit) {
+      const int64_t view = row / n, image = row % n;
+      sum[row * bits + bit] = a[view * logits.view_stride + image * logits.image_stride + bit * logits.bit_stride];
+    }
+  }
+  const std::vector<float> factor(1, -0.5f);
   fibers::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed + 4, [&] {
-    coding_rate_gradient_kernel(logits, grad.data(), alpha, gradient_of_a.data(), radial.data(),
-                                gradient_of_a.data(), rows);
+    coding_rate_gradient_kernel<float, true>(logits, Arriving{grad.data(), 0, factor.data(), -4.0f}, alpha,
+                                             gradient_of_a.data(), radial.data(), sum.data(), rows);
   });
-  for (const auto* result : {&out, &inverse, &rate, &smallest, &gradient_of_a}) write(*result);
+  fibers::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed + 4, [&] {
+    coding_rate_gradient_kernel<float, false>(logits, Arriving{grad.data(), 1, nullptr, 1.0f}, alpha,
+                                              gradient_of_a.data(), radial.data(), gradient_of_a.data(), rows);
+  });
+  for (const auto* result : {&out, &inverse, &rate, &smallest, &gradient_of_a, &sum}) write(*result);
   write(clamped);
 }
 

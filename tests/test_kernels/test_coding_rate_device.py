@@ -27,7 +27,8 @@ def program(tmp_path_factory):
 
 
 def execute(program, logits, side, seed, permuted=False, fault=0):
-    """Rates, smallest pivots, clamped counts, inverses and gradients; the gradient of rate v is v + 1."""
+    """Rates, smallest pivots, clamped counts, inverses, gradients and the logits with gradients added; the
+    gradient of rate v is v + 1, and where they are added 2."""
     views, n, bits = logits.shape
     of_images = n < bits
     arguments = (side, int(of_images), seed, views, n, bits, bits / (n * 0.05), int(permuted))
@@ -42,9 +43,10 @@ def execute(program, logits, side, seed, permuted=False, fault=0):
     assert process.returncode == 0, process.stderr.decode()
     results = torch.from_numpy(numpy.frombuffer(process.stdout, numpy.float32).copy()).double()
     m = n if of_images else bits
-    sizes = [views * m * m, views * m * m, views, views, logits.numel(), views]
-    _, inverse, rate, smallest, gradient, clamped = results.split(sizes)
-    return rate, smallest, clamped, inverse.view(views, m, m), gradient.view(logits.shape)
+    sizes = [views * m * m, views * m * m, views, views, logits.numel(), logits.numel(), views]
+    _, inverse, rate, smallest, gradient, added, clamped = results.split(sizes)
+    inverse = inverse.view(views, m, m)
+    return rate, smallest, clamped, inverse, gradient.view(logits.shape), added.view(logits.shape)
 
 
 def truth(logits):
@@ -55,10 +57,12 @@ def truth(logits):
 
 
 def check(results, logits):
-    rate, smallest, clamped, inverse, gradient = results
+    rate, smallest, clamped, inverse, gradient, added = results
     exact_rate, exact_gradient = truth(logits)
     torch.testing.assert_close(rate, exact_rate, rtol=1e-5, atol=0)
     assert (gradient - exact_gradient).norm() <= 1e-4 * exact_gradient.norm() + 1e-5
+    exact_sum = logits.double() + 2 * exact_gradient / torch.arange(1, len(rate) + 1).view(-1, 1, 1)
+    assert (added - exact_sum).norm() <= 1e-4 * exact_gradient.norm() + 1e-6 * logits.double().norm() + 1e-5
     matrix, _ = reference.regularized_gram(logits.double(), of_images=logits.shape[1] < logits.shape[2])
     factor = torch.linalg.cholesky(matrix)
     exact_inverse = torch.cholesky_inverse(factor)
@@ -99,8 +103,8 @@ def test_a_cluster_a_matrix(program, side, m):
 )
 def test_finite_logits_stay_finite(program, name, logits):
     for side in (1, 2):
-        rate, smallest, clamped, inverse, gradient = execute(program, logits, side, seed=side)
-        for result in (rate, smallest, inverse, gradient):
+        rate, smallest, clamped, inverse, gradient, added = execute(program, logits, side, seed=side)
+        for result in (rate, smallest, inverse, gradient, added):
             assert result.isfinite().all()
         assert ((clamped > 0) == (smallest < 1)).all()
         exact, _ = truth(logits)
@@ -111,7 +115,7 @@ def test_nan_shows_in_its_view_alone(program):
     logits = torch.randn(2, 70, 40)
     logits[1, 50, 3] = math.nan
     for side in (1, 2):
-        rate, smallest, _, _, gradient = execute(program, logits, side, seed=0)
+        rate, smallest, _, _, gradient, _ = execute(program, logits, side, seed=0)
         assert rate[0].isfinite()
         assert gradient[0].isfinite().all()
         assert rate[1].isnan()

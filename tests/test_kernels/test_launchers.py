@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpretedFunction
 
-from bincomm.kernels import messages, sign_bce
+from bincomm.kernels import discrete_communication, messages, sign_bce
+from bincomm.ops import discrete_communication as of_pytorch
 from bincomm.ops import reference
 
 pytestmark = [
@@ -259,3 +262,122 @@ def test_packing_strided():
     assert torch.equal(messages.launch_pack_signs(logits.mT), reference.pack_signs(logits.mT))
     words = messages.launch_pack_signs(torch.randn(6, 70))
     assert torch.equal(messages.launch_unpack_signs(words[::2], 70), reference.unpack_signs(words[::2], 70))
+
+
+# The paper's objective ------------------------------------------------------------------------------------
+
+
+def of_kernels(student, teacher, state, beta=0.3):
+    """What runs for CUDA tensors, where the coding rate is not one of Triton's kernels."""
+    arguments = (student, teacher, state, beta, 0.05, "", 1)
+    return of_pytorch._forward(of_pytorch._agree_on_cuda, of_pytorch._weigh_on_cuda, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("views", "teachers", "n", "bits", "dtype"),
+    [(3, 2, 9, 40, torch.float32), (3, 3, 1, 600, torch.float16), (2, 1, 9, 1, torch.bfloat16)],
+)
+def test_the_objective_is_that_of_pytorch(views, teachers, n, bits, dtype):
+    student, teacher = torch.randn(views, n, bits).to(dtype), torch.randn(teachers, n, bits).to(dtype)
+    student[0, 0, 0] = 0
+    student = student.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    for state in (torch.empty(0), torch.tensor([-1.5, 0.5, 0.8]), torch.tensor([6.9, 0.1, 0.2])):
+        results = of_kernels(student, teacher, state)
+        expected = torch.ops.bincomm.discrete_communication(student, teacher, state, 0.3, 0.05, "", 1)
+        for result, value in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-6)
+
+
+def test_more_images_than_are_counted_at_once():
+    student, rates = torch.randn(3, 1100, 3), torch.tensor([2.0, 3.0])
+    ones = discrete_communication.launch_count_ones(student[:2])
+    assert len(ones) == 18 > discrete_communication.PARTS_AT_ONCE
+    assert torch.equal(ones.sum(0), (student[:2] > 0).float().sum((0, 1)))
+    arguments = (rates, student, torch.tensor([-1.5, 0.5, 0.8]), 0.0, 0.05, "", 1)
+    terms = 2 * 2 * student[0].numel()
+    found = of_pytorch._weigh_on_cuda(torch.tensor([0.3 * terms, 0.2 * terms]), *arguments)
+    expected = of_pytorch._weigh_pytorch(torch.tensor(0.5), *arguments)
+    for result, value in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_objective_of_several_ranks(monkeypatch):
+    """Two ranks with the same images: what is summed over them is twice as much."""
+
+    class Twice:
+        @staticmethod
+        def apply(x, group):
+            return 2 * x
+
+    monkeypatch.setattr(reference, "SumOverRanks", Twice)
+    student, teacher, state = torch.randn(3, 7, 40), torch.randn(2, 7, 40), torch.tensor([-1.5, 0.5, 0.8])
+    arguments = (state, 0.3, 0.05)
+    two = of_pytorch._forward(
+        *(of_pytorch._agree_on_cuda, of_pytorch._weigh_on_cuda, student, teacher, *arguments, "pair", 2)
+    )
+    whole = (torch.cat([x, x], 1) for x in (student, teacher))
+    one = torch.ops.bincomm.discrete_communication(*whole, *arguments, "", 1)
+    for result, expected in zip(two[:2], one[:2], strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_control_passes_over_what_is_not_finite():
+    student, teacher = torch.randn(3, 4, 40), torch.randn(2, 4, 40)
+    student[0, 1, 2] = math.nan
+    state = torch.tensor([-1.5, 0.5, 0.8])
+    loss, scalars, *_ = of_kernels(student, teacher, state)
+    expected = torch.ops.bincomm.discrete_communication(student, teacher, state, 0.3, 0.05, "", 1)[1]
+    assert loss.isnan()
+    assert scalars[4] == 0.5  # the rate is NaN, and the entropy is that of a bit that is 0
+    torch.testing.assert_close(scalars[2:], expected[2:], rtol=1e-5, atol=1e-6)
+
+
+class Launches(TorchDispatchMode):
+    """Names of PyTorch's operations, of which those of `FREE` launch nothing."""
+
+    FREE = ("empty", "new_empty", "select", "slice", "view", "detach", "alias", "expand")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in self.FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("state", "kernels"),
+    [
+        (torch.empty(0), ["sign_bce_forward_kernel", "weigh_rate_kernel"]),
+        (torch.zeros(3), ["sign_bce_forward_kernel", "count_ones_kernel", "weigh_rate_kernel"]),
+    ],
+    ids=["fixed", "auto"],
+)
+def test_launches_of_the_objective(state, kernels, monkeypatch):
+    """And three of the coding rate: norms, Gram matrix and its inversion."""
+    student, teacher = torch.randn(4, 3, 40), torch.randn(2, 3, 40)
+    launched, run = [], InterpretedFunction.run
+
+    def recorded(self, *args, **kwargs):
+        launched.append(self.fn.__name__)
+        with torch.utils._python_dispatch._disable_current_modes():
+            return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", recorded)
+    with Launches() as mode:
+        of_kernels(student, teacher, state)
+    assert launched == kernels
+    assert mode.names == ["coding_rate"]
+
+
+def test_launches_of_the_objectives_gradient():
+    """One of sign_bce, and two of the coding rate: the product with the inverse, and the sum."""
+    student, teacher = torch.randn(4, 3, 40), torch.randn(2, 3, 40)
+    results = torch.ops.bincomm.discrete_communication(student, teacher, torch.empty(0), 0.3, 0.05, "", 1)
+    grad = torch.ones(())
+    with Launches() as mode:
+        of_pytorch._gradient(grad, results[1], student, *results[2:], 0.05, "", 1)
+    assert mode.names == ["sign_bce_backward", "coding_rate_add_gradient_"]

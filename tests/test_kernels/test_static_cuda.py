@@ -25,13 +25,14 @@ ARCHITECTURES = [
     a for a in (80, 90, 100, 120) if f"{a // 10}.{a % 10}" in EXTENSION.get("cuda_architectures", "")
 ]
 KERNEL = r"7bincomm\d+coding_rate_(\w+?)_kernel"  # in a mangled name
-# Registers of a thread, and how often the kernel is compiled: for cluster sizes, or types and sides of G.
+# Registers of a thread, and how often the kernel is compiled: for cluster sizes, or types, sides of G, and
+# whether the gradient is added.
 BUDGETS = {
     "sweep": (128, 3),  # 512 threads
     "gram": (128, 6),  # 256 threads, so two blocks per SM
     "direction": (128, 6),
     "reciprocal_norms": (40, 3),
-    "gradient": (40, 3),
+    "gradient": (40, 6),
 }
 
 
