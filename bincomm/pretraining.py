@@ -19,7 +19,7 @@ from bincomm.engine.job import Job
 from bincomm.engine.lock import open_run
 from bincomm.engine.run import begin_run, read_result
 from bincomm.engine.signals import Interrupted, Signals
-from bincomm.evaluation.run import evaluate_run
+from bincomm.evaluation.run import accuracies, evaluate_run
 from bincomm.files import check_folder, write_json
 from bincomm.networks import Network
 
@@ -57,10 +57,10 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
                 if ranks.rank or teacher is None:
                     return None
                 export_backbone(teacher, config, run)
-                plot_curves(run)
                 result = evaluate_run(teacher, labeled, config, run, ranks.device)
                 if labeled is None:
                     result["no_evaluation"] = why_no_evaluation(config.data, source)
+                plot_curves(run, accuracies(result))
                 write_json(run / "result.json", result)
                 return result
 

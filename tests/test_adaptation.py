@@ -48,7 +48,7 @@ pytestmark = pytest.mark.slow
 def _no_curves():
     """Drawing a run's curves takes longer than such a run; it is tested with pretraining."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bincomm.pretraining.plot_curves", lambda run: None)
+        patch.setattr("bincomm.pretraining.plot_curves", lambda *_: None)
         yield
 
 

@@ -36,7 +36,7 @@ def images(every_nth_digit):
 def _empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Drawing a run's curves takes longer than such a run; it is tested with pretraining.
-    monkeypatch.setattr("bincomm.pretraining.plot_curves", lambda run: None)
+    monkeypatch.setattr("bincomm.pretraining.plot_curves", lambda *_: None)
 
 
 @pytest.fixture

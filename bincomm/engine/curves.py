@@ -1,4 +1,4 @@
-"""The plot of a run's metrics."""
+"""The plot of a run's metrics, and of what came of it."""
 
 import math
 from pathlib import Path
@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from bincomm.files import read_json_lines, write_file
 
 
-def plot_curves(run: Path) -> None:
-    """Draw the run's metrics over its steps into curves.png."""
+def plot_curves(run: Path, accuracies: list[tuple[str, float]]) -> None:
+    """Draw the run's metrics over its steps into curves.png, and its k-NN accuracies: names and shares."""
     records = read_json_lines(run / "metrics.jsonl")
     steps = [record["step"] for record in records]
     panels = [
@@ -22,13 +22,20 @@ def plot_curves(run: Path) -> None:
         ("bits predicted right", ["bit_accuracy", "bit_majority"], "share of bits"),
         ("learning rate", ["lr"], ""),
     ]
-    figure = Figure(figsize=(15, 6))
-    for axes, (title, keys, unit) in zip(figure.subplots(2, 4).flat, panels, strict=True):
+    figure = Figure(figsize=(13, 9))
+    *plots, last = figure.subplots(3, 3).flat
+    for axes, (title, keys, unit) in zip(plots, panels, strict=True):
         for key in keys:
             axes.plot(steps, [record.get(key, math.nan) for record in records], label=key)
         axes.set(title=title, xlabel="step", ylabel=unit)
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend(fontsize="small")
-    figure.subplots_adjust(0.05, 0.08, 0.99, 0.95, wspace=0.25, hspace=0.4)
+    last.barh(range(len(accuracies)), [100 * share for _, share in accuracies], color="lightsteelblue")
+    for place, (name, share) in enumerate(accuracies):
+        last.text(1, place, f"{name}  {share:.1%}", va="center")
+    last.invert_yaxis()
+    title = "k-NN accuracy" if accuracies else "no k-NN"
+    last.set(title=title, xlabel="%", yticks=[], xlim=(0, 100))
+    figure.subplots_adjust(0.06, 0.06, 0.98, 0.96, wspace=0.3, hspace=0.4)
     write_file(run / "curves.png", lambda file: figure.savefig(file, format="png", dpi=110))

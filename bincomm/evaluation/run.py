@@ -91,6 +91,18 @@ def _evaluate_teacher(
     }
 
 
+def accuracies(result: dict[str, Any]) -> list[tuple[str, float]]:
+    """k-NN accuracies, k = 20, with their names, from what result.json holds; none without an evaluation."""
+    evaluation = result["evaluation"] or {}
+    parts = (
+        ("teacher's backbone", "teacher", "knn"),
+        ("its codes, Hamming", "teacher", "knn_codes"),
+        ("before training", "before_training", "knn"),
+        ("raw pixels", "pixels", "knn"),
+    )
+    return [(name, figure(evaluation[part], protocol, "20")) for name, part, protocol in parts if evaluation]
+
+
 def summary(result: dict[str, Any], output: str) -> str:
     """What a finished run prints, from what its result.json holds and its directory."""
     metrics, evaluation, lines = result["last_metrics"], result["evaluation"], []
@@ -98,13 +110,7 @@ def summary(result: dict[str, Any], output: str) -> str:
         teacher = evaluation["teacher"]
         sizes = f"{teacher['query_images']} queries in {teacher['gallery_images']} images"
         lines.append(f"\nk-NN accuracy, k=20, {sizes}")
-        for title, part, protocol in (
-            ("teacher's backbone", "teacher", "knn"),
-            ("its codes, Hamming", "teacher", "knn_codes"),
-            ("before training", "before_training", "knn"),
-            ("raw pixels", "pixels", "knn"),
-        ):
-            lines.append(f"  {title:20} {figure(evaluation[part], protocol, '20'):7.2%}")
+        lines += [f"  {name:20} {share:7.2%}" for name, share in accuracies(result)]
         if not evaluation["queries_held_out"]:
             lines.append("  (the queries' images, not their labels, were used in training)")
     else:

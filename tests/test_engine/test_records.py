@@ -93,8 +93,12 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
     first = json.loads((tmp_path / "speed.jsonl").read_text().splitlines()[0])
     assert first.keys() == {"step", "images_per_second", "data_wait"}
     assert any((tmp_path / "tensorboard").iterdir())
-    plot_curves(tmp_path)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    plots = []
+    for accuracies in ([], [("teacher's backbone", 0.9), ("before training", 0.4)]):
+        plot_curves(tmp_path, accuracies)
+        plots.append((tmp_path / "curves.png").read_bytes())
+        assert plots[-1].startswith(b"\x89PNG")
+    assert plots[0] != plots[1]
 
 
 def test_a_bar_fits_on_a_terminal_of_120_columns(tmp_path, monkeypatch):
