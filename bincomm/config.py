@@ -5,7 +5,7 @@ import glob
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from bincomm.data.crops import Crops, check_limits
 from bincomm.files import expand_home, read_yaml
@@ -94,7 +94,8 @@ class PretrainConfig:
         drop_path: stochastic depth rate of the student.
         momentum: momentum of the teacher's moving average at the start; 1 at the end, by a cosine schedule.
             auto: 1 - 20/steps, at least 0.9 and at most 0.996.
-        precision: number format of the networks' forward pass; the losses are always in fp32.
+        precision: number format of the networks' forward pass, bf16 or fp32; auto: bf16 on a GPU and on
+            processors that compute in it, else fp32. The losses are always in fp32.
         compile: torch.compile both networks; auto does so on a GPU.
         cuda_graph: replay a step's launches from a CUDA graph; for small networks on one GPU, whose steps are
             shorter than launching them.
@@ -158,7 +159,7 @@ class PretrainConfig:
     clip: float = 1.0
     drop_path: float = 0.1
     momentum: float | Literal["auto"] = "auto"
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     cuda_graph: bool = False
     accumulate: int = 1
@@ -186,11 +187,17 @@ class PretrainConfig:
     save_every: int = 1000
     keep: int = 3
 
+    # Whether the precision was left to the device, so that a run that has begun elsewhere may keep its own.
+    precision_is_open: ClassVar[bool] = False
+
     def __post_init__(self):
         for key in ("output", "init_from"):  # ~ in a recipe and from Python, too
             if isinstance(value := getattr(self, key), str):
                 object.__setattr__(self, key, os.path.expanduser(value))
         check_limits(vars(self), LIMITS)
+        if self.precision == "auto":
+            object.__setattr__(self, "precision_is_open", True)
+            object.__setattr__(self, "precision", "bf16" if computes_in_bf16(self.device) else "fp32")
         for key in ("output", "init_from"):  # empty where a variable of the shell is not set
             if getattr(self, key) == "":
                 raise ValueError(f"{key}: expected a path, got an empty string")
@@ -248,6 +255,17 @@ class PretrainConfig:
             for key, (was, now) in pairs.items()
             if was != now and not (key in sources and located(was) == located(now))
         }
+
+
+def computes_in_bf16(device: str) -> bool:
+    """Whether a device, or with "auto" the one that will be taken, multiplies matrices of bf16 faster than of
+    fp32. Of processors that is known for those of x86 with AVX-512 BF16 or AMX."""
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return True
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def located(source: Any) -> Any:

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from bincomm.engine.export import export_backbone
 from bincomm.engine.guard import TrainingError
 from bincomm.engine.job import Job
 from bincomm.engine.lock import open_run
-from bincomm.engine.run import begin_run, read_result
+from bincomm.engine.run import begin_run, precision_of, read_result
 from bincomm.engine.signals import Interrupted, Signals
 from bincomm.evaluation.run import accuracies, evaluate_run
 from bincomm.files import check_folder, write_json
@@ -47,6 +49,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
         source = ranks.leaders_first(lambda: open_source(config.data))
         labeled = ranks.leaders_first(lambda: evaluation_sources(config.data, source))
         with open_run(config.output, ranks) as run:
+            # The same on all ranks, and on another machine that a run goes on on.
+            config = replace(config, precision=ranks.first(partial(precision_of, run, config)))
             if ranks.first(lambda: begin_run(run, config)):
                 logger.info("%s holds a finished run", run)
                 return None if ranks.rank else read_result(run)

@@ -13,6 +13,7 @@ from PIL import Image
 from bincomm.config import PretrainConfig, located
 from bincomm.configuration import configure, configure_comparison
 from bincomm.data.crops import Crops
+from bincomm.engine.run import note_config, precision_of
 from bincomm.parsing import add_keys, add_recipe, key_parser, parse_options
 from bincomm.recipes import choose_recipe, recipe_names
 
@@ -43,6 +44,40 @@ def test_a_method_brings_its_own_keys(tmp_path):
     recipe.write_text("method: dino\nclip: 2.0\n")
     assert of(recipe) == (2.0, 1e-6, 0, 1)
     assert of(recipe, method="bits") == (1.0, 5e-5, "auto", 0)
+
+
+@pytest.mark.parametrize(
+    ("features", "gpu", "device", "precision"),
+    [
+        ({"avx512_bf16": True}, False, "auto", "bf16"),
+        ({"amx_bf16": True, "avx512_bf16": False}, True, "cpu", "bf16"),
+        ({"avx2": True, "avx512_bf16": False}, False, "auto", "fp32"),
+        ({}, True, "cpu", "fp32"),
+        ({}, True, "auto", "bf16"),
+        ({}, True, "cuda", "bf16"),
+    ],
+)
+def test_the_precision_is_that_of_the_device_and_is_kept(
+    monkeypatch, tmp_path, features, gpu, device, precision
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    config = configure("small_images_cpu", device=device)
+    assert config.precision == precision
+    assert configure("digits", device=device).precision == "fp32"  # its figures are those of every machine
+    # On another machine.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": precision == "fp32"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert PretrainConfig(**config.as_dict()).precision == precision
+    other, given = (
+        configure("small_images_cpu", device="cpu", **keys) for keys in ({}, {"precision": "bf16"})
+    )
+    assert other.precision != precision
+    assert precision_of(tmp_path, other) == other.precision
+    (tmp_path / "result.json").write_text("{}")
+    note_config(tmp_path, config)
+    assert precision_of(tmp_path, other) == precision
+    assert precision_of(tmp_path, given) == "bf16"
 
 
 def test_recipe_and_options():
@@ -140,7 +175,7 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
             ["--local_scale", "0.05", "0.4"],
             r"local_scale: expected 2 numbers, got 0.05; .* --local_scale='\[0",
         ),
-        (["--precision", "fp8"], "precision: expected one of bf16, fp32, got fp8"),
+        (["--precision", "fp8"], "precision: expected one of auto, bf16, fp32, got fp8"),
         (
             ["--jitter", "[0.1, 0]"],
             r"jitter: expected 4 numbers, got \[0.1, 0\]; .* --jitter='\[0.4, 0.4, 0.2",

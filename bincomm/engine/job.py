@@ -263,7 +263,7 @@ def announce(job: Job, steps_done: int) -> None:
     logger.info(
         f"{f'resuming at step {steps_done}' if steps_done else 'training'}: {config.backbone}, "
         f"{config.bits} bits, {len(job.source.images)} images, {job.steps} steps of {config.batch_size} "
-        f"({loader.steps_per_epoch} an epoch), on {where}, in {config.output}"
+        f"({loader.steps_per_epoch} an epoch), on {where} in {config.precision}, in {config.output}"
     )
     logger.info(job.schedule.describe())
     job.source.announce()

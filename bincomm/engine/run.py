@@ -5,7 +5,7 @@ import logging
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -37,6 +37,15 @@ def begin_run(run: Path, config: PretrainConfig) -> bool:
     if not finished:
         note_config(run, take_steps(config, stored))
     return finished
+
+
+def precision_of(run: Path, config: PretrainConfig) -> Literal["auto", "bf16", "fp32"]:
+    """The precision of a run: that which it began with, where the configuration leaves it to the device."""
+    if config.precision_is_open and has_begun(run):
+        stored = read_config(run, "output").get("precision")
+        if stored in ("bf16", "fp32"):
+            return stored
+    return config.precision
 
 
 def has_begun(run: Path) -> bool:
