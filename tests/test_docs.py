@@ -13,7 +13,6 @@ import os
 import re
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
 import bincomm
 from tests.pages import LANGUAGES, PAGES, ROOT, anchors, blocks, commands, inline_code, links
@@ -285,21 +285,16 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def torchrun(words: list[str]) -> None:
-    """Two processes of this machine in place of more, one where several machines are meant; two steps of a
-    tiny network."""
+    """Two processes of this machine in place of more; two steps of a tiny network. Where several machines are
+    meant, torchrun only reads its options, and the command runs in this process."""
     start = words.index("--no-python")
     options, command = words[:start], words[start + 1 :]
     assert command[0] == "bincomm"
-    several = "--nnodes" in options
-    with contextlib.closing(socket.create_server(("localhost", 0))) as server:
-        endpoint = f"localhost:{server.getsockname()[1]}"
-    for option, value in (
-        ("--nproc-per-node", "1" if several else "2"),
-        ("--nnodes", "1"),
-        ("--rdzv-endpoint", endpoint),
-    ):
-        if option in options:
-            options[options.index(option) + 1] = value
+    if "--nnodes" in options:
+        get_args_parser().parse_args([*options[1:], "script"])
+        train(command[1:])
+        return
+    options[options.index("--nproc-per-node") + 1] = "2"
     command = small(remove_earlier(command[1:]))
     run(
         [sys.executable, "-m", "torch.distributed.run", *options[1:], "-m", "bincomm.cli", *command],
