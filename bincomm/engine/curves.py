@@ -22,7 +22,7 @@ def plot_curves(run: Path, accuracies: list[tuple[str, float]]) -> None:
         ("bits predicted right", ["bit_accuracy", "bit_majority"], "share of bits"),
         ("learning rate", ["lr"], ""),
     ]
-    figure = Figure(figsize=(13, 9))
+    figure = Figure(figsize=(13, 8))
     *plots, last = figure.subplots(3, 3).flat
     for axes, (title, keys, unit) in zip(plots, panels, strict=True):
         for key in keys:
@@ -38,4 +38,4 @@ def plot_curves(run: Path, accuracies: list[tuple[str, float]]) -> None:
     title = "k-NN accuracy" if accuracies else "no k-NN"
     last.set(title=title, xlabel="%", yticks=[], xlim=(0, 100))
     figure.subplots_adjust(0.06, 0.06, 0.98, 0.96, wspace=0.3, hspace=0.4)
-    write_file(run / "curves.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    write_file(run / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
