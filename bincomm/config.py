@@ -195,9 +195,6 @@ class PretrainConfig:
             if isinstance(value := getattr(self, key), str):
                 object.__setattr__(self, key, os.path.expanduser(value))
         check_limits(vars(self), LIMITS)
-        if self.precision == "auto":
-            object.__setattr__(self, "precision_is_open", True)
-            object.__setattr__(self, "precision", "bf16" if computes_in_bf16(self.device) else "fp32")
         for key in ("output", "init_from"):  # empty where a variable of the shell is not set
             if getattr(self, key) == "":
                 raise ValueError(f"{key}: expected a path, got an empty string")
@@ -216,6 +213,9 @@ class PretrainConfig:
                 if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
                     raise ValueError(f"data: expected a weight from 1e-6 to 1e6 for {name}, got {weight}")
         self.crops  # noqa: B018  (its own checks)
+        if self.precision == "auto":  # last, because it imports torch, which no error needs
+            object.__setattr__(self, "precision_is_open", True)
+            object.__setattr__(self, "precision", "bf16" if computes_in_bf16(self.device) else "fp32")
 
     def steps(self, epoch_steps: int) -> int:
         """Number of steps of the run, from that of an epoch; its minutes must have been settled."""
