@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 
 from bincomm.kernels import discrete_communication, messages, sign_bce
 from bincomm.ops import discrete_communication as of_pytorch
 from bincomm.ops import reference
+from tests.calls import Calls
 
 pytestmark = [
     pytest.mark.kernels,
@@ -332,22 +332,6 @@ def test_the_control_passes_over_what_is_not_finite():
     torch.testing.assert_close(scalars[2:], expected[2:], rtol=1e-5, atol=1e-6)
 
 
-class Launches(TorchDispatchMode):
-    """Names of PyTorch's operations, of which those of `FREE` launch nothing."""
-
-    FREE = ("empty", "new_empty", "select", "slice", "view", "detach", "alias", "expand")
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name not in self.FREE:
-            self.names.append(name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("state", "kernels"),
     [
@@ -367,10 +351,10 @@ def test_launches_of_the_objective(state, kernels, monkeypatch):
             return run(self, *args, **kwargs)
 
     monkeypatch.setattr(InterpretedFunction, "run", recorded)
-    with Launches() as mode:
+    with Calls() as calls:
         of_kernels(student, teacher, state)
     assert launched == kernels
-    assert mode.names == ["coding_rate"]
+    assert calls.names == ["coding_rate"]
 
 
 def test_launches_of_the_objectives_gradient():
@@ -378,6 +362,6 @@ def test_launches_of_the_objectives_gradient():
     student, teacher = torch.randn(4, 3, 40), torch.randn(2, 3, 40)
     results = torch.ops.bincomm.discrete_communication(student, teacher, torch.empty(0), 0.3, 0.05, "", 1)
     grad = torch.ones(())
-    with Launches() as mode:
+    with Calls() as calls:
         of_pytorch._gradient(grad, results[1], student, *results[2:], 0.05, "", 1)
-    assert mode.names == ["sign_bce_backward", "coding_rate_add_gradient_"]
+    assert calls.names == ["sign_bce_backward", "coding_rate_add_gradient_"]
