@@ -6,12 +6,12 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "dense.h"
 #include "rows.h"
 
 namespace bincomm {
@@ -42,21 +42,6 @@ void for_each_part(const std::vector<Part>& parts, const F& f) {
     auto part = std::lower_bound(parts.begin(), parts.end(), begin, is_before);
     for (; part != parts.end() && part->before < end; ++part) f(part - parts.begin(), *part);
   });
-}
-
-// Whether the elements fill a block of memory, in whatever order.
-bool is_dense(const Tensor& x) {
-  std::vector<std::pair<int64_t, int64_t>> steps;  // strides and sizes
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) != 1) steps.emplace_back(x.stride(d), x.size(d));
-  }
-  std::sort(steps.begin(), steps.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : steps) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
 }
 
 Tensor clip_gradients_(std::vector<Tensor> gradients, double limit) {

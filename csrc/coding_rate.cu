@@ -5,8 +5,6 @@
 
 #include "coding_rate.h"
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -22,6 +20,7 @@
 #include <utility>
 
 #include "coding_rate_device.cuh"
+#include "launch.h"
 
 namespace bincomm {
 namespace {
@@ -32,23 +31,6 @@ using torch::stable::accelerator::DeviceGuard;
 
 constexpr int kRowsPerBlock = 8;  // of the kernels that give a row to a warp
 constexpr size_t kProductBytes = 2 * kProductWarps * kTileSize * sizeof(float);  // two tiles a warp
-
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) cudaGetLastError();  // reported here; it must not appear again in a later call
-  STD_TORCH_CHECK(status == cudaSuccess, "coding_rate: ", what, ": ", cudaGetErrorString(status));
-}
-
-cudaStream_t stream_of(int device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Number of blocks in the type that CUDA expects.
-unsigned grid(int64_t blocks) {
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "coding_rate: too many logits for one launch");
-  return static_cast<unsigned>(blocks);
-}
 
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
@@ -84,15 +66,15 @@ cudaLaunchConfig_t sweep_config(int64_t matrices, int tiles, cudaStream_t stream
 template <int kSide>
 bool can_sweep(int device, int tiles) {
   int available = 0;
-  check(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device attribute");
+  check(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "coding_rate: device attribute");
   cudaFuncAttributes code{};
-  check(cudaFuncGetAttributes(&code, coding_rate_sweep_kernel<kSide>), "kernel attributes");
+  check(cudaFuncGetAttributes(&code, coding_rate_sweep_kernel<kSide>), "coding_rate: kernel attributes");
   available -= static_cast<int>(code.sharedSizeBytes);  // reserved by newer architectures
   if (sweep_bytes<kSide>(tiles) > static_cast<size_t>(available)) return false;
   allow_shared(coding_rate_sweep_kernel<kSide>, available);
   if (kSide == 1) return true;
   int has_clusters = 0;
-  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device), "device attribute");
+  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device), "coding_rate: device attribute");
   if (!has_clusters || code.ptxVersion < 90) return false;  // code for older architectures has no clusters
   check(cudaFuncSetAttribute(coding_rate_sweep_kernel<kSide>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
         "cluster size");
@@ -128,7 +110,7 @@ template <int kSide>
 void launch_sweep(const SweepArguments& arguments, int64_t matrices, cudaStream_t stream) {
   cudaLaunchAttribute cluster[1];
   const auto config = sweep_config<kSide>(matrices, static_cast<int>(tiles_of(arguments.n)), stream, cluster);
-  check(cudaLaunchKernelEx(&config, coding_rate_sweep_kernel<kSide>, arguments), "sweep");
+  check(cudaLaunchKernelEx(&config, coding_rate_sweep_kernel<kSide>, arguments), "coding_rate: sweep");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> coding_rate_sweep(Tensor gram_) {
@@ -217,7 +199,7 @@ std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits, double alpha, bool of
     const int64_t tiles = tiles_of(side);
     kernel<<<grid(views * tiles * (tiles + 1) / 2), shape.threads, shape.bytes, stream>>>(
         a, static_cast<float>(alpha), static_cast<float*>(out.mutable_data_ptr()));
-    check(cudaGetLastError(), "gram");
+    check(cudaGetLastError(), "coding_rate: gram");
   });
   return {out, reciprocal};
 }
@@ -250,7 +232,7 @@ void launch_backward(const Arriving& arriving, const Tensor& logits, const Tenso
     coding_rate_gradient_kernel<T, kAdd><<<row_blocks, kRowsPerBlock * kTile, 0, stream>>>(
         a, arriving, static_cast<float>(alpha), g_data, radial_data, static_cast<T*>(out.mutable_data_ptr()),
         views * n);
-    check(cudaGetLastError(), "gradient");
+    check(cudaGetLastError(), "coding_rate: gradient");
   });
 }
 

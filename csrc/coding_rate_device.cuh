@@ -16,27 +16,21 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#else
-#include "fibers.h"
 #endif
+
+#include "device.cuh"
 
 namespace bincomm {
 
-constexpr int kTile = 32;
+constexpr int kTile = kWarp;
 constexpr int kTileSize = kTile * kTile;
 constexpr int kSweepThreads = 512;
 constexpr int kProductWarps = 8;
 constexpr double kNormEps = 1e-12;  // smallest norm a row is divided by, as in torch.nn.functional.normalize
-constexpr unsigned kEveryLane = 0xffffffffu;
 
 // ---- Hardware functions, and their replacements on a CPU
 
 #ifdef __CUDACC__
-
-__device__ __forceinline__ float* shared_memory() {
-  extern __shared__ float4 memory[];
-  return reinterpret_cast<float*>(memory);
-}
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
@@ -82,7 +76,6 @@ __device__ __forceinline__ float* of_block(float* own, unsigned) { return own; }
 #endif
 #else
 
-inline float* shared_memory() { return fibers::shared(); }
 inline float widen(float x) { return x; }
 inline void narrow(float x, float* to) { *to = x; }
 inline float reciprocal_of(float x) { return std::nextafter(1.0f / x, 2.0f); }  // an error as on a GPU
@@ -469,13 +462,6 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
 }
 
 // ---- Logits
-
-// The sum over a warp, for every lane.
-template <typename T>
-__device__ __forceinline__ T sum_of_lanes(T x) {
-  for (int step = kTile / 2; step > 0; step /= 2) x += __shfl_xor_sync(kEveryLane, x, step);
-  return x;
-}
 
 // Logits of any strides with the reciprocals of their rows' norms.
 template <typename T>

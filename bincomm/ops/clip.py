@@ -21,8 +21,8 @@ def clip_gradients_(gradients: Sequence[Tensor], limit: float) -> Tensor:
 
     Args:
         gradients: tensors of one device, fp32; for other dtypes, and DTensors, PyTorch's multi-tensor
-            operations are used on a CPU too. The norm of a DTensor is that of the full tensor; all ranks must
-            call.
+            operations are used, which scale each by a launch of its own. The norm of a DTensor is that of
+            the full tensor; all ranks must call.
         limit: largest norm of a tensor; 0 leaves all of them as they are.
 
     Returns:
@@ -70,7 +70,7 @@ def is_sharded(x: Tensor) -> "TypeGuard[DTensor]":
 define(
     "clip_gradients_(Tensor(a!)[] gradients, float limit) -> Tensor",
     cpu="C++",
-    cuda="foreach",
+    cuda="CUDA",
     pytorch=clip_gradients_pytorch_,
     fake=lambda gradients, limit: gradients[0].new_empty(()),
 )

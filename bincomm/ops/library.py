@@ -51,8 +51,8 @@ def define(
 ) -> None:
     """Declare an operation with its PyTorch implementation and, if PyTorch is to trace it, its shape rule.
 
-    `cpu` and `cuda` name what runs there: "C++" and "CUDA" are kernels of `_C`, "BLAS" and "foreach" what the
-    PyTorch implementation calls by intention, "PyTorch" that implementation in place of a kernel (for Triton
+    `cpu` and `cuda` name what runs there: "C++" and "CUDA" are kernels of `_C`, "BLAS" what the PyTorch
+    implementation calls by intention, "PyTorch" that implementation in place of a kernel (for Triton
     see `use_triton`), None that the operation is not used there.
     """
     name = schema.partition("(")[0]

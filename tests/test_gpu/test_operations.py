@@ -5,6 +5,7 @@ import torch
 
 import bincomm
 from bincomm.ops import reference
+from bincomm.ops.clip import clip_gradients_, clip_gradients_pytorch_
 from bincomm.ops.coding_rate import largest_side
 from bincomm.ops.library import KERNELS
 
@@ -275,6 +276,39 @@ def test_sign_bce_in_a_cuda_graph():
     graph.replay()
     assert torch.equal(loss.detach(), expected[0])
     assert torch.equal(student.grad, expected[1])
+
+
+def gradients_to_clip():
+    """More than one launch takes; every second within a norm of 1."""
+    sizes = [(300, 1000), (16385,), (), (0, 5), (3, 5, 7)] * 50
+    directions = [torch.randn(size, device="cuda") for size in sizes]
+    return [(0.9 if index % 2 else 3.0) * g / g.norm().clamp_min(1e-9) for index, g in enumerate(directions)]
+
+
+def test_clipping(no_sync):
+    gradients = gradients_to_clip()
+    gradients.append(torch.randn(4, 6, 8, 20, device="cuda")[..., ::2])  # not dense
+    copies = [g.clone() for g in gradients]
+    norm = clip_gradients_(gradients, 1.0)
+    expected = clip_gradients_pytorch_(copies, 1.0)
+    torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradients, copies, rtol=1e-5, atol=1e-8)
+    assert not clip_gradients_([*gradients, torch.full((3,), torch.nan, device="cuda")], 1.0).isfinite()
+
+
+def test_clipping_in_a_cuda_graph():
+    gradients, others = gradients_to_clip(), gradients_to_clip()
+    copies = [g.clone() for g in others]
+    expected = clip_gradients_(copies, 1.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        norm = clip_gradients_(gradients, 1.0)
+    for gradient, other in zip(gradients, others, strict=True):
+        gradient.copy_(other)
+    graph.replay()
+    assert torch.equal(norm, expected)
+    assert all(map(torch.equal, gradients, copies))
 
 
 def test_the_extension_holds_code_for_this_gpu():
