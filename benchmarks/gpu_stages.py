@@ -54,10 +54,12 @@ SIGN_BCE: tuple[Shape, ...] = ((12, 2, 256, 256), (12, 2, 4096, 1024))
 CODING_RATE: tuple[Shape, ...] = ((2, 256, 256), (12, 256, 256), (2, 64, 1024), (12, 1024, 1024))
 SEARCHES = ((10_000, 100_000, 256), (1, 1_000_000, 256))
 NEIGHBORS = 20
+CLIPPED = "vit_small_patch16_224"
 # Of a rehearsal, on a CPU.
 SMALL_SIGN_BCE: tuple[Shape, ...] = ((4, 2, 8, 64),)
 SMALL_CODING_RATE: tuple[Shape, ...] = ((2, 16, 24),)
 SMALL_SEARCHES = ((30, 100, 64),)
+SMALL_CLIPPED = "resnet10t"
 SMALL_CASE: dict[str, Any] = {"images": 2, "global_size": 32, "local_size": 32}
 
 
@@ -184,6 +186,7 @@ def operations(add: Callable, dry: bool) -> int:
                 else:
                     moved = operation.moved(direction)
                     add(**labels, graph_us=timed(step, prepare), moved=moved, difference=difference)
+    failed += clipping(add, SMALL_CLIPPED if dry else CLIPPED)
     failed += search(add, SMALL_SEARCHES if dry else SEARCHES)
     return int(failed > 0)
 
@@ -257,6 +260,46 @@ def key_operations(dry: bool) -> Iterator[Operation]:
 def call_with(function: Callable, teacher: Tensor, student: Tensor) -> Tensor:
     """A function of the student alone."""
     return function(student, teacher)
+
+
+def clipping(add: Callable, backbone: str) -> int:
+    """All gradients of a network, beside PyTorch's multi-tensor operations; the number of wrong results."""
+    from bincomm.building import create_networks
+    from bincomm.config import PretrainConfig
+    from bincomm.ops.clip import clip_gradients_, clip_gradients_pytorch_
+
+    student, _ = create_networks(PretrainConfig(backbone=backbone), torch.device("meta"))
+    gradients = [torch.randn(p.shape, device=DEVICE) for p in student.parameters()]
+    norms = [g.double().norm().item() for g in gradients]
+    size = 4 * sum(g.numel() for g in gradients)
+    contenders = {"bincomm": clip_gradients_, "multi-tensor operations": clip_gradients_pytorch_}
+    failed = 0
+    # Clipped gradients are not clipped again: each time they are copied before.
+    for direction, limit, moved in (
+        ("within the limit", 2 * max(norms), size),
+        ("copied, and all clipped", min(norms) / 2, 5 * size),
+    ):
+        labels: dict[str, Any] = {
+            "what": f"clip_gradients_ {len(gradients)} of {backbone}",
+            "direction": direction,
+        }
+        results = {}
+        for contender, function in contenders.items():
+            copies = [g.clone() for g in gradients]
+
+            def step(function: Callable = function, copies: list[Tensor] = copies, limit: float = limit):
+                if limit < min(norms):
+                    torch._foreach_copy_(copies, gradients)
+                return function(copies, limit)
+
+            results[contender] = [step(), *copies]
+            add(**labels, contender=contender, graph_us=timed(step, tuple), moved=moved)
+        try:
+            torch.testing.assert_close(*results.values(), rtol=1e-4, atol=0)
+        except AssertionError as error:
+            add(**labels, contender="bincomm", error=str(error).strip().splitlines()[0])
+            failed += 1
+    return failed
 
 
 def search(add: Callable, cases: Sequence[tuple[int, int, int]]) -> int:

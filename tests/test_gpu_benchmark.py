@@ -131,18 +131,21 @@ def test_every_key_figure_is_measured(tmp_path, monkeypatch):
     assert gpu_stages.operations(lambda **line: figures.append(line), dry=True) == 0
     assert all(line["graph_us"]["p50"] > 0 for line in figures)
     operations = {line["what"].split()[0] for line in figures}
-    assert operations == {"sign_bce", "coding_rate", "objective", "hamming_topk"}
+    assert operations == {"sign_bce", "coding_rate", "objective", "clip_gradients_", "hamming_topk"}
     peers = [line for line in figures if line["contender"] != "bincomm"]
-    assert {line["direction"] for line in peers} == {"forward", "backward", "both", "search"}
+    clipped = {"within the limit", "copied, and all clipped"}
+    assert {line["direction"] for line in peers} == {"forward", "backward", "both", "search", *clipped}
 
 
 def test_a_wrong_result_is_no_figure(monkeypatch):
     monkeypatch.setattr(gpu_stages, "key_operations", lambda dry: iter(()))
     monkeypatch.setattr(gpu_stages, "compile_everything", lambda add: 0)
     monkeypatch.setattr("bincomm.hamming_topk", lambda queries, database, k: (queries[:, :1],) * 2)
+    monkeypatch.setattr("bincomm.ops.clip.clip_gradients_", lambda gradients, limit: torch.zeros(()))
     figures = []
     assert gpu_stages.operations(lambda **line: figures.append(line), dry=True) == 1
-    assert [line.get("error") for line in figures] == ["wrong neighbors"]
+    errors = [line["error"].split(":")[0] for line in figures if "error" in line]
+    assert errors == ["Scalars are not close!"] * 2 + ["wrong neighbors"]
 
 
 @pytest.mark.long
