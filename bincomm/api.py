@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bincomm.files import expand_home
 from bincomm.logs import printable_name
@@ -138,13 +138,17 @@ def evaluate(
     segmentation: str | Path | None = None,
     void: Sequence[int] = (),
     masks: str | Path | None = None,
+    hashing: str | Path | None = None,
+    at: int = 1000,
+    unmatched: Literal["zero", "skip"] = "zero",
     device: str = "auto",
     backbone: str | None = None,
     output: str | Path | None = None,
     on_result: Callable[[dict[str, Any]], None] | None = None,
     **preprocessing: Any,
 ) -> dict[str, Any] | None:
-    """Evaluate a pretrained backbone on labeled images, on DAVIS and on segmentation masks.
+    """Evaluate a pretrained backbone on labeled images, on DAVIS, on segmentation masks and on images with
+    several labels.
 
     Args:
         weights, device, backbone, preprocessing: as in `load_pretrained`.
@@ -156,12 +160,16 @@ def evaluate(
         void: classes of the segmentation, from 0 to 254, that do not count, besides 255 and the layout's own.
         masks: a new or empty folder for the predicted masks: davis/SEQUENCE/FRAME.png, and of the
             segmentation knn/IMAGE.png and linear/IMAGE.png.
+        hashing: a folder with database.txt and test.txt, images with several labels; see
+            `bincomm.evaluation.hashing.open_lists`.
+        at: how many of the nearest images count in mAP@k, of the data and of hashing.
+        unmatched: there, queries to which no image is relevant count as 0 or are left out, "skip".
         output: a JSON file for the results, written after each part.
         on_result: called with each part as soon as it is evaluated, because a later part may fail.
 
     Returns:
-        The results of all parts, which `bincomm.evaluation.evaluate.evaluate`, `evaluate_davis` and
-        `evaluate_segmentation` document.
+        The results of all parts, which `bincomm.evaluation.evaluate.evaluate`, `evaluate_davis`,
+        `evaluate_segmentation` and `evaluate_hashing` document.
 
     Raises:
         ValueError: there is nothing to evaluate, or an argument does not fit; the message names it.
@@ -171,13 +179,14 @@ def evaluate(
     from bincomm.distributed.ranks import join_ranks
     from bincomm.evaluation.dense import check_void, evaluate_segmentation
     from bincomm.evaluation.evaluate import evaluate as evaluate_images
+    from bincomm.evaluation.hashing import evaluate_hashing, open_lists
     from bincomm.evaluation.layouts import open_masked_images
     from bincomm.evaluation.pretrained import load_pretrained
     from bincomm.evaluation.video import evaluate_davis, open_davis
     from bincomm.files import check_empty_folder, check_file, write_json
 
-    if not (data or davis or segmentation):
-        raise ValueError("evaluate: expected at least one of data, davis and segmentation, got none")
+    if not (data or davis or segmentation or hashing):
+        raise ValueError("evaluate: expected at least one of data, davis, segmentation and hashing, got none")
     if protocols and not data:
         raise ValueError("protocols: expected data to evaluate them on, got none")
     for name, folder in (("davis", davis), ("segmentation", segmentation)):
@@ -188,12 +197,18 @@ def evaluate(
         raise ValueError("void: expected segmentation, whose classes these are, got none")
     if masks and not (davis or segmentation):
         raise ValueError("masks: expected davis or segmentation, whose masks to write, got neither")
+    if at < 1:
+        raise ValueError(f"at: expected at least 1, got {at}")
+    if unmatched not in ("zero", "skip"):
+        raise ValueError(f"unmatched: expected zero or skip, got {unmatched}")
     # Whatever is wrong with later parts is told before the first.
     check_void(void)
     if davis:
         open_davis(davis)
     if segmentation:
         open_masked_images(segmentation)
+    if hashing:
+        open_lists(hashing)
     if output:
         output = check_file("output", output)
     data = os.fspath(data) if isinstance(data, os.PathLike) else data
@@ -226,9 +241,15 @@ def evaluate(
                     f"{data}: {why_no_evaluation(data, source)}"
                 )
             gallery, queries, held_out = sources
-            result = evaluate_images(model, gallery, queries, protocols, ranks=ranks)
+            result = evaluate_images(
+                model, gallery, queries, protocols, ranks=ranks, at=at, unmatched=unmatched
+            )
             if ranks.rank == 0:
                 add({"data": data, "queries_held_out": held_out, **result})
+        if hashing:
+            result = evaluate_hashing(model, hashing, at=at, unmatched=unmatched, ranks=ranks)
+            if ranks.rank == 0:
+                add({"hashing": result})
         ranks.leave()
         if ranks.rank:
             return None

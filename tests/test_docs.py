@@ -387,6 +387,7 @@ def prepared(tmp_path_factory):
         write_cifar10(Path("cache/sets/cifar10/files"))
         write_davis(Path("DAVIS"))
         write_masks(Path("masks"))
+        write_hashing_lists(Path("lists"))
         shutil.copy(ROOT / "bincomm/recipes/digits.yaml", "mine.yaml")
         main(small(["pretrain", "--recipe", "digits", "--data", "drawn", "--output", RUNS[0]]))
         for run_folder in RUNS[1:]:
@@ -416,6 +417,15 @@ def write_cifar10(folder: Path) -> None:
         for split in ("train", "test")
     }
     (folder / "index.json").write_text(json.dumps({"classes": classes, "splits": splits}))
+
+
+def write_hashing_lists(folder: Path) -> None:
+    """Twelve images and two labels of each."""
+    folder.mkdir()
+    for number in range(12):
+        shutil.copy("cat.png", folder / f"{number}.png")
+        with (folder / ("database.txt" if number < 10 else "test.txt")).open("a") as file:
+            file.write(f"{number}.png {number % 2} 1\n")
 
 
 def write_davis(folder: Path) -> None:

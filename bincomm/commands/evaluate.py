@@ -1,5 +1,6 @@
 """Evaluate a pretrained backbone: on labeled images by k-NN, linear probes, retrieval by features and by
-codes, dimensions and bits in use; on DAVIS by tracking objects; on masks by segmentation."""
+codes, dimensions and bits in use; on DAVIS by tracking objects; on masks by segmentation; on images with
+several labels by retrieval."""
 
 import argparse
 from typing import Any
@@ -8,7 +9,7 @@ from bincomm.commands.arguments import add_weights, integers, names, path_or_nam
 from bincomm.parsing import parse_data
 
 # Written out, because importing bincomm.evaluation takes seconds; tests/test_cli.py compares them.
-PROTOCOLS = "knn, linear, augmented, map, geometry, knn_codes, map_codes, lookup, bits"
+PROTOCOLS = "knn, linear, augmented, map, geometry, knn_codes, map_codes, map_at, lookup, bits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="new folder for the predicted masks of --davis and --segmentation",
     )
+    parser.add_argument(
+        "--hashing",
+        type=path_or_name,
+        metavar="FOLDER",
+        help="folder with database.txt and test.txt, images with several labels",
+    )
+    parser.add_argument(
+        "--at", type=int, default=1000, metavar="K", help="nearest images that count in mAP@K (1000)"
+    )
+    parser.add_argument(
+        "--unmatched",
+        choices=("zero", "skip"),
+        default="zero",
+        help="queries to which no image is relevant count as 0 in mAP@K (default), or are left out",
+    )
     parser.add_argument("--output", type=path_or_name, metavar="FILE", help="JSON file to write")
 
 
@@ -64,6 +80,9 @@ def run(options: argparse.Namespace) -> None:
         segmentation=options.segmentation,
         void=options.void or (),
         masks=options.masks,
+        hashing=options.hashing,
+        at=options.at,
+        unmatched=options.unmatched,
         device=options.device,
         backbone=options.backbone,
         output=options.output,

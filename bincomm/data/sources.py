@@ -390,6 +390,17 @@ def _open_list(path: Path, root: Path, split: str | None) -> Source:
     ]
     if not files:
         raise ValueError(f"data: {path} lists no files")
+    check_listed("data", path, files, root, path)
+    first, last = min(files), max(files)
+    same = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), 0)
+    start = first.rfind("/", 0, same) + 1 if same else first.rfind("/") + 1  # of what tells them apart
+    names = [file[start:] for file in files]
+    return _source_of_parts(Files(files), names, [""] * len(names), None, split, 2, ())
+
+
+def check_listed(argument: str, path: Path, files: Sequence[str], root: Path, given: Path) -> None:
+    """Raise ValueError, naming the argument and what was given for it, unless the absolute paths that a list
+    names lie below a folder and exist."""
     below = os.path.join(os.path.abspath(root), "")
     outside = [
         file for file in files if not (os.path.normpath(file) if "/.." in file else file).startswith(below)
@@ -398,8 +409,8 @@ def _open_list(path: Path, root: Path, split: str | None) -> Source:
         folder = os.path.commonpath([os.path.dirname(os.path.normpath(file)) for file in files])
         first = printable_name(outside[0])
         raise ValueError(
-            f"data: {path} lists {len(outside)} files that do not lie in {below}, such as {first}; if "
-            f"they are to be taken, name a folder that all lie in: {path}@{printable_name(folder)}"
+            f"{argument}: {path} lists {len(outside)} files that do not lie in {below}, such as {first}; if "
+            f"they are to be taken, name a folder that all lie in: {given}@{printable_name(folder)}"
         )
     # All files of a short list, and enough of a long one to notice that they are elsewhere. Any other missing
     # file is an unusable image.
@@ -407,9 +418,6 @@ def _open_list(path: Path, root: Path, split: str | None) -> Source:
     missing = [file for file in checked if not os.path.isfile(file)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"data: {path} lists files that do not exist: {printable_name(missing[0])}{more}")
-    first, last = min(files), max(files)
-    same = next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), 0)
-    start = first.rfind("/", 0, same) + 1 if same else first.rfind("/") + 1  # of what tells them apart
-    names = [file[start:] for file in files]
-    return _source_of_parts(Files(files), names, [""] * len(names), None, split, 2, ())
+        raise ValueError(
+            f"{argument}: {path} lists files that do not exist: {printable_name(missing[0])}{more}"
+        )

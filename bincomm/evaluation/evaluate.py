@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,18 +12,22 @@ from bincomm.bits import bit_statistics
 from bincomm.data.sources import Source
 from bincomm.distributed.ranks import ALONE, Ranks
 from bincomm.evaluation.augmented import augmented_probe
-from bincomm.evaluation.features import extract_features, extract_features_cached
+from bincomm.evaluation.features import Report, extract_features, extract_features_cached
 from bincomm.evaluation.geometry import effective_dimensions
 from bincomm.evaluation.knn import knn_accuracies
 from bincomm.evaluation.linear import linear_probe
 from bincomm.evaluation.pretrained import Pretrained
-from bincomm.evaluation.retrieval import mean_average_precision, precision_within
+from bincomm.evaluation.retrieval import (
+    mean_average_precision,
+    mean_average_precision_at,
+    precision_within,
+)
 from bincomm.ops.messages import pack_signs
 
 logger = logging.getLogger(__name__)
 
 NEIGHBORS = (10, 20, 100, 200)
-CODE_PROTOCOLS = ("knn_codes", "map_codes", "lookup", "bits")  # need a head
+CODE_PROTOCOLS = ("knn_codes", "map_codes", "map_at", "lookup", "bits")  # need a head
 PROTOCOLS = ("knn", "linear", "augmented", "map", "geometry", *CODE_PROTOCOLS)
 
 
@@ -40,6 +44,8 @@ def evaluate(
     ranks: Ranks = ALONE,
     cache: bool = True,
     report_unusable: Sequence[str] = ("gallery", "queries"),
+    at: int = 1000,
+    unmatched: Literal["zero", "skip"] = "zero",
 ) -> dict[str, Any]:
     """Evaluate a network on labeled images, one center crop each.
 
@@ -51,10 +57,11 @@ def evaluate(
             others get {}.
         cache: read features from bincomm's cache, and write new ones there.
         report_unusable: "gallery", "queries" or both: those whose unusable images are logged.
+        at, unmatched: of "map_at", see `mean_average_precision_at`.
 
     Returns:
         "gallery_images", "query_images" (those that can be used), "unmatched_queries" (those whose class no
-        image of the gallery has: mAP leaves them out, others count them as wrong) and "classes": numbers;
+        image of the gallery has: mAP@ALL leaves them out, others count them as wrong) and "classes": numbers;
         "preprocessing": {"global_size", "eval_crop"}; "seconds": of "features" and of each protocol; and by
         protocol, shares from 0 to 1 and entropies in bits:
 
@@ -62,6 +69,7 @@ def evaluate(
           number of the gallery's images stands for every k above it, see `figure`;
         - "linear", the probe on features, and "augmented" on random crops: {"accuracy", "learning_rate"};
         - "map" and "map_codes": mAP@ALL;
+        - "map_at": mAP@k, {"k", "codes", "asymmetric"}, by Hamming distance and by the queries' logits;
         - "lookup": {"precision", "answered"} within Hamming radius 2;
         - "geometry": {"d_eff", "r_eff"} of the queries' features;
         - "bits": `bincomm.bits.bit_statistics` of the queries' codes.
@@ -81,11 +89,7 @@ def evaluate(
             raise ValueError(f"{name}: expected images with labels (folders named after classes), got none")
     values = {}
     for name, source in sources.items():
-
-        def report(index: int, reason: str, name: str = name, source: Source = source) -> None:
-            if name in report_unusable:
-                logger.warning("left out of the %s: %s: %s", name, source.images.name(index), reason)
-
+        report = log_unusable(name, source) if name in report_unusable else lambda index, reason: None
         values[name] = extract(model, source, report, ranks=ranks)
     if ranks.rank:
         return {}
@@ -119,6 +123,11 @@ def evaluate(
         accuracies = knn_accuracies(*parts, neighbors=neighbors)
         return {str(k): accuracy for k, accuracy in zip(neighbors, accuracies, strict=True)}
 
+    def nearest(database: Tensor, classes: Tensor, queries: Tensor, query_classes: Tensor) -> dict[str, Any]:
+        return precision_at(
+            model, database, classes, features[1], queries, query_classes, k=at, unmatched=unmatched
+        )
+
     measures: dict[str, Callable[[], Any]] = {
         "knn": lambda: knn(labeled),
         "linear": lambda: linear_probe(*labeled)._asdict(),
@@ -127,6 +136,7 @@ def evaluate(
         "geometry": lambda: effective_dimensions(features[1])._asdict(),
         "knn_codes": lambda: knn(labeled_signs),
         "map_codes": lambda: mean_average_precision(*labeled_messages),
+        "map_at": lambda: nearest(*labeled_signs),
         "lookup": lambda: precision_within(*labeled_messages)._asdict(),
         "bits": lambda: bit_statistics((signs[1] > 0).sum(0), len(signs[1])),
     }
@@ -135,6 +145,39 @@ def evaluate(
         result[name] = measures[name]()
         seconds[name] = time.perf_counter() - started
     return {**result, "seconds": seconds}
+
+
+def log_unusable(name: str, source: Source) -> Report:
+    """What logs the images of a source that are left out; `name` is that of the source."""
+
+    def report(index: int, reason: str) -> None:
+        logger.warning("left out of the %s: %s: %s", name, source.images.name(index), reason)
+
+    return report
+
+
+def precision_at(
+    model: Pretrained,
+    database: Tensor,
+    database_labels: Tensor,
+    query_features: Tensor,
+    query_signs: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int,
+    unmatched: Literal["zero", "skip"],
+) -> dict[str, Any]:
+    """mAP@k of codes, {"k", "codes", "asymmetric"}; see `mean_average_precision_at`."""
+    assert model.head is not None  # or there would be no codes
+    with torch.no_grad():
+        logits = torch.cat([model.head.code(part) for part in query_features.split(1024)])
+    figures = {"codes": query_signs, "asymmetric": logits}
+    return {"k": k} | {
+        name: mean_average_precision_at(
+            database, database_labels, queries, query_labels, k=k, unmatched=unmatched
+        )
+        for name, queries in figures.items()
+    }
 
 
 def check_protocols(model: Pretrained, protocols: Sequence[str] | None) -> list[str]:
@@ -171,8 +214,8 @@ def figure(result: dict[str, Any], *path: str) -> float:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Results in words, for a terminal: those of `evaluate`, and under "davis" and "segmentation" those of
-    `evaluate_davis` and `evaluate_segmentation`."""
+    """Results in words, for a terminal: those of `evaluate`, and under "davis", "segmentation" and "hashing"
+    those of `evaluate_davis`, `evaluate_segmentation` and `evaluate_hashing`."""
     lines = []
     if "classes" in result:
         sizes = f"{result['query_images']} queries in {result['gallery_images']} images"
@@ -194,6 +237,12 @@ def describe(result: dict[str, Any]) -> str:
             unmatched = result.get("unmatched_queries", 0)
             left_out = f"  ({unmatched} queries left out, whose class no image has)" if unmatched else ""
             lines.append(f"  {title:22} {result[name]:.2%}{left_out}")
+    if "map_at" in result:
+        nearest = result["map_at"]
+        title = f"mAP@{nearest['k']} of codes"
+        lines.append(
+            f"  {title:22} {nearest['codes']:.2%}  (by the queries' logits {nearest['asymmetric']:.2%})"
+        )
     if "lookup" in result:
         lookup = result["lookup"]
         lines.append(
@@ -210,6 +259,13 @@ def describe(result: dict[str, Any]) -> str:
         lines.append(
             f"  {'use of the bits':22} entropy {bits['bit_entropy']:.3f} (least "
             f"{bits['bit_entropy_min']:.3f}), {bits['dead_bits']:.1%} dead"
+        )
+    if "hashing" in result:
+        hashing = result["hashing"]
+        lines.append(
+            f"hashing, {hashing['query_images']} queries in {hashing['gallery_images']} images, "
+            f"{hashing['labels']} labels: mAP@{hashing['k']} {hashing['codes']:.2%}, by the queries' logits "
+            f"{hashing['asymmetric']:.2%}"
         )
     if "davis" in result:
         davis = result["davis"]

@@ -1,10 +1,12 @@
-"""Retrieval: mean average precision over the complete ranking (mAP@ALL), of features and of codes."""
+"""Retrieval: mean average precision over the complete ranking (mAP@ALL), of features and of codes, and over
+the nearest items (mAP@k), as hashing is measured."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import hypergeom
 from torch import Tensor
 
 from bincomm.evaluation.labeled import RESOLUTION, check_alike, check_labeled, unit
@@ -80,6 +82,70 @@ def mean_average_precision(
     return total / counted
 
 
+def mean_average_precision_at(
+    database: Tensor,
+    database_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    k: int,
+    unmatched: Literal["zero", "skip"] = "zero",
+) -> float:
+    """Mean over queries of the average precision of the k nearest items: mAP@k as of HashNet (ICCV 2017),
+    whose code later papers of hashing take over.
+
+    AP is the mean, over the relevant items among the k, of the share of relevant ones among those ranked up
+    to and including it; it is 0 where none of the k is relevant. So it is divided by the number that was
+    found, not by that which could have been. Items equally near are in no order: the AP is its expectation
+    over all orders within the ties, also at the k-th place.
+
+    Args:
+        database: (N, K) codes as ±1.
+        database_labels: (N,) class indices, or (N, C) bool, the labels of each, of which two items must share
+            one to be relevant to each other.
+        queries: (M, K) codes as ±1, compared by Hamming distance; or logits, compared by their product with
+            the codes (asymmetric distance).
+        query_labels: (M,) or (M, C), as of the database.
+        k: items of a ranking that count.
+        unmatched: queries to which no item of the database is relevant count as 0, as in that code, or are
+            left out.
+
+    Returns:
+        From 0 to 1.
+
+    Raises:
+        ValueError: no database or queries, different numbers of items and labels, of columns or of kinds of
+            labels, values that are not finite, k < 1, or with "skip" no query with a relevant item.
+    """
+    check_labeled("database", database, database_labels)
+    check_labeled("queries", queries, query_labels)
+    check_alike(database, queries)
+    if database_labels.shape[1:] != query_labels.shape[1:]:
+        raise ValueError(
+            f"query_labels: expected {tuple(database_labels.shape[1:])} for each, as of the database, got "
+            f"{tuple(query_labels.shape[1:])}"
+        )
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    codes, precisions = unit(database), []
+    harmonic = np.concatenate([[0], (1 / np.arange(1, len(database) + 1)).cumsum()])
+    block = max(1, PAIRS // len(database))
+    for part, labels in zip(queries.split(block), query_labels.split(block), strict=True):
+        distances = (unit(part) @ codes.T).mul_(-RESOLUTION).round_().to(torch.int32).cpu().numpy()
+        if labels.ndim == 1:
+            relevant = labels[:, None] == database_labels
+        else:
+            relevant = (labels.float() @ database_labels.float().T) > 0
+        for row, is_relevant in zip(distances, relevant.cpu().numpy(), strict=True):
+            if unmatched == "zero" or is_relevant.any():
+                precisions.append(_average_precision_at(row, is_relevant, k, harmonic))
+    if not precisions:
+        raise ValueError(
+            "query_labels: expected at least one query with a relevant item in the database, got none"
+        )
+    return float(np.mean(precisions))
+
+
 class Lookup(NamedTuple):
     """Precision of the items within a Hamming radius, and the share of queries with any item there."""
 
@@ -136,6 +202,34 @@ def _average_precision(distances: Tensor, relevant: Tensor, count: int) -> Tenso
     h = harmonic[last] - harmonic[first]
     inside = (n - (first + 1) * h) * (r - 1) / (n - 1).clamp(min=1)
     return torch.where(near < LAST, ((before + 1) * h + inside) / n, 0).sum(-1) / count
+
+
+def _average_precision_at(distances: np.ndarray, relevant: np.ndarray, k: int, harmonic: np.ndarray) -> float:
+    """Expected AP of the k nearest of a ranking by distance (N,), ties in random order.
+
+    How many relevant items of the tie at the k-th place are among the k has the hypergeometric distribution;
+    given their number, their places there are as in a tie of no others.
+    """
+    if k < len(distances):
+        near = distances <= np.partition(distances, k - 1)[k - 1]
+        distances, relevant = distances[near], relevant[near]
+    _, ties = np.unique(distances, return_inverse=True)
+    n = np.bincount(ties)
+    r = np.bincount(ties[relevant], minlength=len(n))
+    first, before = n.cumsum() - n, r.cumsum() - r
+
+    def sums(first: Any, before: Any, n: Any, r: Any) -> Any:  # see `_average_precision`
+        h = harmonic[first + n] - harmonic[first]
+        inside = (n - (first + 1) * h) * (r - 1) / np.maximum(n - 1, 1)
+        return np.where(r > 0, r / n * ((before + 1) * h + inside), 0)
+
+    last = n[-1] - (n.sum() - min(k, n.sum()))  # places of the last tie that are among the k
+    sure = sums(first[:-1], before[:-1], n[:-1], r[:-1]).sum()
+    found = np.arange(max(0, last - (n[-1] - r[-1])), min(last, r[-1]) + 1)
+    chance = hypergeom(n[-1], r[-1], last).pmf(found)
+    total = before[-1] + found
+    precision = (sure + sums(first[-1], before[-1], last, found)) / np.maximum(total, 1)
+    return float((chance * np.where(total > 0, precision, 0)).sum())
 
 
 def _sorted(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from sklearn.metrics import average_precision_score
 
 from bincomm import pack_signs
 from bincomm.evaluation import retrieval
-from bincomm.evaluation.retrieval import mean_average_precision
+from bincomm.evaluation.retrieval import mean_average_precision, mean_average_precision_at
 
 
 def average_precision(relevant):
@@ -161,3 +161,56 @@ def test_what_is_wrong_is_named():
         mean_average_precision(x.int(), y, x, y)
     with pytest.raises(TypeError, match="queries: expected torch.float32 .*got torch.int32"):
         mean_average_precision(x, y, x.int(), y)
+
+
+def average_precision_at(ranked, k):
+    """Of one ranking, as HashNet's code has it."""
+    places = np.flatnonzero(ranked[:k]) + 1
+    return np.mean(np.arange(1, len(places) + 1) / places) if len(places) else 0.0
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7, 10])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_nearest_alone_over_all_orders_of_ties(k, several, monkeypatch):
+    monkeypatch.setattr(retrieval, "PAIRS", 20)
+    database, queries = signs(7, 3), signs(6, 3)
+    if several:
+        labels, query_labels = torch.rand(7, 4) < 0.3, torch.rand(6, 4) < 0.3
+        relevant = (query_labels[:, None] & labels).any(-1)
+    else:
+        labels, query_labels = torch.tensor([0, 1, 0, 1, 1, 0, 1]), torch.tensor([0, 1, 0, 1, 0, 9])
+        relevant = query_labels[:, None] == labels
+    expected = []
+    for query, matches in zip(queries, relevant.numpy(), strict=True):
+        distances = (query != database).sum(1).numpy()
+        orders = (np.array(order) for order in permutations(range(7)))
+        ranked = (matches[order[distances[order].argsort(kind="stable")]] for order in orders)
+        expected.append(np.mean([average_precision_at(ranking, k) for ranking in ranked]))
+    parts = database, labels, queries, query_labels
+    assert mean_average_precision_at(*parts, k=k) == pytest.approx(np.mean(expected), abs=1e-12)
+    matched = relevant.any(1).numpy()
+    skipped = mean_average_precision_at(*parts, k=k, unmatched="skip")
+    assert skipped == pytest.approx(np.mean(np.array(expected)[matched]), abs=1e-12)
+
+
+def test_the_nearest_by_logits_of_the_queries():
+    database, queries = signs(200, 32), torch.randn(20, 32)
+    labels, query_labels = torch.randint(5, (200,)), torch.randint(5, (20,))
+    expected = []
+    for query, label in zip(queries, query_labels, strict=True):
+        order = (query.double() @ database.double().T).argsort(descending=True)
+        expected.append(average_precision_at((labels[order] == label).numpy(), 50))
+    result = mean_average_precision_at(database, labels, queries, query_labels, k=50)
+    assert result == pytest.approx(np.mean(expected), abs=1e-9)
+    assert result != mean_average_precision_at(database, labels, queries.sign(), query_labels, k=50)
+
+
+def test_what_is_wrong_with_the_nearest_is_named():
+    x, y = torch.eye(3), torch.arange(3)
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
+        mean_average_precision_at(x, y, x, y, k=0)
+    with pytest.raises(ValueError, match=r"query_labels: expected \(2,\) for each.*got \(\)"):
+        mean_average_precision_at(x, torch.ones(3, 2, dtype=torch.bool), x, y, k=1)
+    with pytest.raises(ValueError, match="query_labels: .*at least one"):
+        mean_average_precision_at(x, y, x, y + 3, k=1, unmatched="skip")
+    assert mean_average_precision_at(x, y, x, y + 3, k=1) == 0
