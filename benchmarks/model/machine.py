@@ -8,10 +8,14 @@ What is assumed, and from where:
   sheet for the H100;
 - instructions a cycle of each of the four parts of a multiprocessor: the table of arithmetic throughput in
   NVIDIA's programming guide for compute capability 9.0;
-- latencies: usual values of published microbenchmarks, to 20 %.
+- latencies: usual values of published microbenchmarks, to 20 %;
+- lanes that read the same: NVIDIA's engineers say in its forum, of compute capability 7, that shared memory
+  returns 128 bytes a cycle, and twice as much where all lanes n and n ^ 1, or all n and n ^ 2, read the same;
+- clusters: published microbenchmarks of Hopper, about 200 cycles to another block's shared memory, 2.7 TB/s
+  of all multiprocessors together in clusters of four, and 670 cycles for a barrier with its fences; what a
+  block sends to several others is counted as often. These three are the least certain.
 
-Left out are caches, bank conflicts, lanes that read the same address, and what kernels share that run at
-once.
+Left out are caches, bank conflicts, and what kernels share that run at once.
 """
 
 from collections import Counter
@@ -25,14 +29,19 @@ from benchmarks.model.sass import Instruction
 UNITS = {
     **dict.fromkeys(("FFMA", "FADD", "FMUL", "HFMA2", "HADD2", "HMUL2"), ("multiply", 1)),
     **dict.fromkeys(("IMAD", "IDP"), ("multiply", 2)),
-    **dict.fromkeys(("MUFU", "POPC", "I2F", "F2I", "FLO", "BREV", "I2FP"), ("special", 8)),
+    **dict.fromkeys(("MUFU", "POPC", "I2F", "F2I", "F2F", "FLO", "BREV", "I2FP"), ("special", 8)),
     **dict.fromkeys(("LDG", "STG", "LDS", "STS", "LDSM", "ATOMS", "SHFL", "LDGSTS"), ("memory", 4)),
     **dict.fromkeys(("DADD", "DFMA", "DMUL"), ("double", 2)),
 }
 WIDE = 4  # times as long for 128-bit accesses to shared memory
-LATENCY = {"LDG": 600, "LDS": 30, "MUFU": 24, "SHFL": 26, "POPC": 24, "LDC": 40, "S2R": 24, "ATOMS": 60}
+LATENCY = {
+    **{"LDG": 600, "LDS": 30, "MUFU": 24, "SHFL": 26, "POPC": 24, "LDC": 40, "S2R": 24, "ATOMS": 60},
+    "LD": 200,  # only another block's shared memory is read by it
+}
 OTHER_LATENCY = 20  # of what releases a scoreboard
 BARRIER = 30
+CLUSTER_BARRIER = 670
+REMOTE_BYTES = 12  # a cycle, from or to a multiprocessor's shared memory
 LAUNCH = 1.0  # µs from the end of a kernel to the begin of the next one in a CUDA graph
 PARTS = 4  # of a multiprocessor, each issues an instruction a cycle
 
@@ -65,12 +74,13 @@ class Launch:
     registers: int  # of a thread
     shared: int  # bytes of a block
     moved: int  # bytes between it and the device's memory
+    paired: int = 0  # 128-bit loads of a warp from shared memory that lanes do in pairs
 
 
-def busy_cycles(path: Iterable[Instruction]) -> tuple[int, int]:
+def busy_cycles(path: Iterable[Instruction], paired: int = 0) -> tuple[int, int]:
     """Of a warp's path: cycles of the unit that is busy longest, issuing among them, and the number of
-    instructions."""
-    units: Counter[str] = Counter()
+    instructions. So many 128-bit loads, by lanes that read in pairs the same, take half as long."""
+    units: Counter[str] = Counter(memory=-paired * UNITS["LDS"][1] * WIDE // 2)
     for instruction in path:
         unit, cycles = UNITS.get(instruction.name, ("integer", 2))
         if instruction.operation.startswith("U"):
@@ -108,6 +118,11 @@ def microseconds(path: list[Instruction], launch: Launch, machine: Machine) -> f
     )
     per_multiprocessor = -(-launch.blocks // machine.multiprocessors)
     rounds = -(-per_multiprocessor // resident)
-    busy, _ = busy_cycles(path)
+    busy, _ = busy_cycles(path, launch.paired)
     cycles = max(per_multiprocessor * launch.warps / PARTS * busy, rounds * latency(path))
+    return elapsed(cycles, launch, machine)
+
+
+def elapsed(cycles: float, launch: Launch, machine: Machine) -> float:
+    """Microseconds of a launch that takes so many cycles, and at least as long as its bytes."""
     return LAUNCH + max(cycles / (1e3 * machine.clock), 1e6 * launch.moved / machine.bandwidth)

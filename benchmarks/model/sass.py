@@ -14,6 +14,8 @@ LINE = re.compile(
 )
 LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
 
+Range = tuple[int, int]  # the first address and the last
+
 
 @dataclass(frozen=True)
 class Instruction:
@@ -60,7 +62,8 @@ def parse(text: str) -> list[Instruction]:
         predicate, operation, operands = words.groups()
         control = int(match[4], 16) >> 41
         target = None
-        if operation.startswith("BRA"):
+        # BRA.DIV is for a warp whose lanes have parted: not one whose path is of interest.
+        if operation.startswith("BRA") and operation != "BRA.DIV":
             named = re.search(r"`\((\.L_x_\d+)\)", operands)
             at = re.search(r"0x([0-9a-f]+)$", operands)
             target = labels[named[1]] if named else int(at[1], 16) if at else None
@@ -85,9 +88,31 @@ def scoreboard(number: int) -> int | None:
     return None if number == 7 else number
 
 
-def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
-    """Addresses (first, last) of the loops, in the order of their ends."""
+def loops(instructions: Sequence[Instruction]) -> list[Range]:
+    """Addresses of the loops, in the order of their ends."""
     return [(i.target, i.address) for i in instructions if i.goes_back and i.target is not None]
+
+
+def innermost_loops(instructions: Sequence[Instruction], operation: str, count: int) -> list[Range]:
+    """Those that contain no other loop, and so many instructions whose operation begins like this."""
+    ranges = loops(instructions)
+    return [
+        (first, last)
+        for first, last in ranges
+        if not any(first <= other and end < last for other, end in ranges)
+        and sum(i.operation.startswith(operation) for i in within(instructions, (first, last))) == count
+    ]
+
+
+def around(instructions: Sequence[Instruction], inner: Range) -> Range:
+    """The shortest loop that contains these addresses, and more."""
+    outer = [(a, b) for a, b in loops(instructions) if a <= inner[0] and inner[1] < b]
+    return min(outer, key=lambda loop: loop[1] - loop[0])
+
+
+def within(instructions: Sequence[Instruction], addresses: Range) -> list[Instruction]:
+    """The instructions at these addresses."""
+    return [i for i in instructions if addresses[0] <= i.address <= addresses[1]]
 
 
 def path(instructions: Sequence[Instruction], trips: Mapping[int, int]) -> Iterator[Instruction]:

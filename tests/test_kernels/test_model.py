@@ -13,6 +13,7 @@ from benchmarks.model import sass
 from benchmarks.model.machine import H100, H200, LAUNCH, Launch, busy_cycles, latency, microseconds
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 EXTENSION = bincomm.doctor()["extension"]
 
 
@@ -76,6 +77,21 @@ def test_a_path_ends_at_the_branch_that_pads_the_code():
     assert [i.name for i in sass.path(sass.parse(text), {0: 2})] == ["EXIT", "MOV", "BRA"] * 2 + ["BRA"]
 
 
+def test_a_warp_stays_together():
+    text = listing(("BRA.DIV UR8, 0x20", {}), ("FADD R5, R4, R5", {}), ("EXIT", {}))
+    assert [i.name for i in sass.path(sass.parse(text), {})] == ["BRA", "FADD", "EXIT"]
+
+
+def test_loops_are_known_by_what_they_contain():
+    inner = [("FFMA R1, R2, R3, R1", {}), ("@P0 BRA 0x10", {})]
+    text = listing(("MOV R1, RZ", {}), *inner, ("@P1 BRA 0x0", {}), ("FFMA R1, R2, R3, R1", {}), ("EXIT", {}))
+    code = sass.parse(text)
+    assert sass.innermost_loops(code, "FFMA", 1) == [(16, 32)]
+    assert sass.innermost_loops(code, "FFMA", 2) == sass.innermost_loops(code, "LDS", 1) == []
+    assert sass.around(code, (16, 32)) == (0, 48)
+    assert [i.name for i in sass.within(code, (16, 32))] == ["FFMA", "BRA"]
+
+
 def test_latency_is_that_of_what_is_waited_for():
     load, other = ("LDG.E R4, desc[UR4][R2.64]", {"written": 1}), ("FADD R5, R6, R6", {"stall": 4})
     waiting = ("FADD R5, R4, R4", {"waits": (1,), "stall": 4})
@@ -101,6 +117,13 @@ def test_the_longest_of_memory_units_and_latency_counts():
     assert microseconds(waiting, twice, H200) == pytest.approx(LAUNCH + 2 * latency(waiting) * cycle)
 
 
+def test_loads_that_lanes_do_in_pairs_take_half_as_long():
+    path = sass.parse(listing(*[("LDS.128 R4, [R2]", {})] * 10))
+    assert busy_cycles(path) == (160, 10)
+    assert busy_cycles(path, paired=4) == (128, 10)
+    assert busy_cycles(path, paired=10) == (80, 10)
+
+
 @pytest.mark.slow
 @pytest.mark.kernels
 @pytest.mark.skipif(
@@ -109,7 +132,7 @@ def test_the_longest_of_memory_units_and_latency_counts():
 def test_no_kernel_is_slower_than_in_the_table(tmp_path):
     """By more than a tenth, but for the one that a changed table has faster, which is named."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    stored = json.loads((ROOT / "benchmarks" / "results" / "model.json").read_text())
+    stored = json.loads((RESULTS / "model.json").read_text())
     stored["rows"][0]["us"]["H200"] /= 1.5
     (tmp_path / "model.json").write_text(json.dumps(stored))
     command = [sys.executable, "-m", "benchmarks.model", str(tmp_path / "model"), "--check"]
