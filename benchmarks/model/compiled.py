@@ -120,18 +120,19 @@ def kernels(bits=256):
         {"programs": "i32", "scale": "fp32", "n": "i32"},
         {"BLOCK": sign_bce.REDUCE_BLOCK, "num_warps": sign_bce.REDUCE_WARPS},
     )
-    yield (
-        "count",
-        discrete_communication.count_ones_kernel,
-        {"logits_ptr": "*bf16", "ones_ptr": "*fp32"},
-        {"n": "i32", "rows": "i32", "stride_view": "i32", "stride_image": "i32"},
-        {
-            "stride_bit": 1,
-            "K": bits,
-            "ROWS": discrete_communication.ROWS,
-            "COLUMNS": discrete_communication.COLUMNS,
-        },
-    )
+    for dtype in ("fp32", "bf16"):
+        yield (
+            f"count {dtype}",
+            discrete_communication.count_ones_kernel,
+            {"logits_ptr": f"*{dtype}", "ones_ptr": "*fp32"},
+            {"n": "i32", "rows": "i32", "stride_view": "i32", "stride_image": "i32"},
+            {
+                "stride_bit": 1,
+                "K": bits,
+                "ROWS": discrete_communication.ROWS,
+                "COLUMNS": discrete_communication.COLUMNS,
+            },
+        )
     numbers = ("scale", "bias", "beta", "balance", "least", "span")
     yield (
         "weigh",

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import bincomm
+from benchmarks.model import __main__ as report
 from benchmarks.model import sass
 from benchmarks.model.machine import H100, H200, LAUNCH, Launch, busy_cycles, latency, microseconds
+from benchmarks.model.sweep import maker, sweep_cycles
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -122,6 +124,24 @@ def test_loads_that_lanes_do_in_pairs_take_half_as_long():
     assert busy_cycles(path) == (160, 10)
     assert busy_cycles(path, paired=4) == (128, 10)
     assert busy_cycles(path, paired=10) == (80, 10)
+
+
+def test_the_page_states_what_is_stored():
+    """The sums, too: it was written from these rows."""
+    stored = json.loads((RESULTS / "model.json").read_text())
+    assert report.page(stored["rows"], stored["versions"]) == (RESULTS / "model.md").read_text()
+
+
+def test_blocks_that_compute_panels_own_their_tiles():
+    """Of step k, (i, k) or (k, i): tiles are stored where the row is not less than the column."""
+    assert maker(5, 2, 2) == (1, 0)
+    assert maker(2, 5, 2) == (1, 0)
+    assert maker(30, 9, 4) == (2, 1)
+
+
+def test_other_code_of_the_inversion_is_refused():
+    with pytest.raises(SystemExit, match="no longer fits"):
+        sweep_cycles(sass.parse(listing(*[("UCGABAR_WAIT", {})] * 3, ("EXIT", {}))), 8, 2)
 
 
 @pytest.mark.slow

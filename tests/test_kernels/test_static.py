@@ -56,7 +56,7 @@ def costs(tmp_path_factory):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills_and_few_registers(costs, architecture):
-    assert len(costs[architecture]) == 27
+    assert len(costs[architecture]) == 28
     for name, cost in costs[architecture].items():
         assert cost["spilled"] == 0, name
         # A program that selects has its counts, a bin for every distance, in registers.
