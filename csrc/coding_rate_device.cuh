@@ -50,6 +50,8 @@ __device__ __forceinline__ float largest(__nv_bfloat16) { return 3.38953139e38f;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
+constexpr bool kHasClusters = true;
+
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -69,6 +71,8 @@ __device__ __forceinline__ float* of_block(float* own, unsigned rank) {
 
 #else  // Architectures without clusters launch only sweep<1>, which calls none of these.
 
+constexpr bool kHasClusters = false;
+
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ void cluster_barrier() { __trap(); }
 __device__ __forceinline__ float* of_block(float* own, unsigned) { return own; }
@@ -80,6 +84,7 @@ inline float widen(float x) { return x; }
 inline void narrow(float x, float* to) { *to = x; }
 inline float reciprocal_of(float x) { return std::nextafter(1.0f / x, 2.0f); }  // an error as on a GPU
 inline float largest(float) { return 3.40282347e38f; }
+constexpr bool kHasClusters = true;
 inline unsigned cluster_rank() { return fibers::cluster_rank(); }
 inline void cluster_barrier(fibers::Where where = fibers::Where::current()) { fibers::cluster_barrier(where); }
 inline float* of_block(float* own, unsigned rank) { return fibers::shared_of(rank) + (own - fibers::shared()); }
@@ -102,6 +107,11 @@ __device__ __forceinline__ float4& four_of(float* tile, int row, int four) {
 __device__ __forceinline__ float4 four_of(const float* tile, int row, int four) {
   return *reinterpret_cast<const float4*>(tile + offset_of(row, four));
 }
+
+// A thread's lane, the lower three bits of its place in the warp turned: then in a product the threads n and n ^ 1 read
+// the same y, n and n ^ 2 the same x. Where that is so, the hardware serves 16 bytes for every thread in two turns rather
+// than four. `sweep` has no register left for it.
+__device__ constexpr int lane_of(int thread) { return (thread & 24) | (thread << 2 & 4) | (thread >> 1 & 3); }
 
 // A warp's 32 x 32 product: lane l holds rows 4 (l / 4) + a, a < 4, and columns 16 h + 4 (l % 4) + b, h < 2, b < 4.
 struct Product {
@@ -234,6 +244,7 @@ __device__ __forceinline__ void factor(const float* tile, float* minus_w, float*
     x[4 * four] = f.x, x[4 * four + 1] = f.y, x[4 * four + 2] = f.z, x[4 * four + 3] = f.w;
   }
   float own = 1.0f;
+  float diagonal = __shfl_sync(kEveryLane, x[0], 0);
 #pragma unroll
   for (int j = 0; j < kTile; ++j) {
     float* shown = line + (j & 1) * kTile;  // two buffers in turn: the next row may be written while this one is read
@@ -245,7 +256,6 @@ __device__ __forceinline__ void factor(const float* tile, float* minus_w, float*
     }
     __syncwarp();
     // Each pivot of identity plus positive semi-definite is at least 1: less is rounding. NaN stays NaN.
-    const float diagonal = shown[j];
     const float pivot = diagonal < 1.0f ? 1.0f : diagonal;
     if (lane == j) own = diagonal;
     const float m = lane > j ? x[j] * reciprocal_of(pivot) : 0.0f;
@@ -259,6 +269,8 @@ __device__ __forceinline__ void factor(const float* tile, float* minus_w, float*
       }
     }
     if (lane > j) x[j] = -m;
+    // The next pivot, whose reciprocal then is there before its row.
+    if (j + 1 < kTile) diagonal = __shfl_sync(kEveryLane, x[j + 1], j + 1);
   }
   const float scale = 1.0f / sqrtf(own < 1.0f ? 1.0f : own);
 #pragma unroll
@@ -542,7 +554,7 @@ __device__ __forceinline__ void sum_of_warps(const Product& product, float* shar
 // alpha z^T z, or alpha z z^T `of_images`: a block computes a tile (i, j), i >= j, of one view, and its transpose.
 template <typename T, bool kOfImages>
 __device__ __forceinline__ void gram(const Logits<T>& logits, float alpha, float* out) {
-  const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = threadIdx.x % kTile;
+  const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = lane_of(threadIdx.x);
   const int side = kOfImages ? logits.n : logits.bits, depth = kOfImages ? logits.bits : logits.n;
   const int tiles = tiles_of(side), pairs = tiles * (tiles + 1) / 2;
   const int64_t view = blockIdx.x / pairs;
@@ -580,7 +592,7 @@ __device__ __forceinline__ void gram(const Logits<T>& logits, float alpha, float
 // of each row's g.z, which will be subtracted: (views, n, tiles of bits).
 template <typename T, bool kOfImages>
 __device__ __forceinline__ void direction(const Logits<T>& logits, const float* inverse, float* g, float* radial) {
-  const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = threadIdx.x % kTile;
+  const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = lane_of(threadIdx.x);
   const int side = kOfImages ? logits.n : logits.bits;
   const int tiles = tiles_of(logits.bits), rows = tiles_of(logits.n);
   const int64_t view = blockIdx.x / (rows * tiles);
@@ -661,11 +673,24 @@ __device__ __forceinline__ void gradient(const Logits<T>& logits, const Arriving
   // Numbers beyond the type's range become its largest number. But if the incoming gradient is large, as that of a
   // scaled loss, they become infinite, which shows that the scale is too large.
   const float limit = fabsf(grad) <= 1.0f ? largest(T{}) : INFINITY;
-  for (int bit = lane; bit < logits.bits; bit += kTile) {
-    const int64_t index = row * logits.bits + bit;
-    const float x = (g[index] - along * logits.z(view, image, bit)) * scale;
-    const float part = x < -limit ? -limit : (x > limit ? limit : x);
-    narrow(kAdd ? widen(out[index]) + part : part, out + index);
+  constexpr int kAtOnce = 8;  // loads in flight: `out` may be `g`, so that none passes a store by itself
+  for (int first = lane; first < logits.bits; first += kAtOnce * kTile) {
+    float x[kAtOnce], z[kAtOnce], old[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int next = first + i * kTile, bit = next < logits.bits ? next : first;  // beyond the end it is not used
+      x[i] = g[row * logits.bits + bit];
+      z[i] = logits.raw(view, image, bit);
+      old[i] = kAdd ? widen(out[row * logits.bits + bit]) : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int bit = first + i * kTile;
+      if (bit >= logits.bits) break;
+      x[i] = (x[i] - along * (z[i] * reciprocal)) * scale;
+      const float part = x[i] < -limit ? -limit : (x[i] > limit ? limit : x[i]);
+      narrow(kAdd ? old[i] + part : part, out + row * logits.bits + bit);
+    }
   }
 }
 
@@ -673,7 +698,7 @@ __device__ __forceinline__ void gradient(const Logits<T>& logits, const Arriving
 
 template <int kSide>
 __global__ void __launch_bounds__(kSweepThreads) coding_rate_sweep_kernel(SweepArguments p) {
-  sweep<kSide>(p);
+  if constexpr (kSide == 1 || kHasClusters) sweep<kSide>(p);
 }
 
 template <typename T>

@@ -11,7 +11,7 @@ import torch
 from benchmarks.model import sass
 from benchmarks.model.compiled import TEACHERS, TOOLS, TRIPS, VIEWS, compile_all
 from benchmarks.model.machine import H100, H200, Launch, busy_cycles, elapsed, latency, microseconds
-from benchmarks.model.sweep import FFMA_OF_A_QUARTER, PAIRED, QUARTERS, WARPS, sweep_cycles
+from benchmarks.model.sweep import ALL_PAIRED, FFMA_OF_A_QUARTER, QUARTERS, WARPS, sweep_cycles
 from bincomm.kernels import discrete_communication as objective  # type: ignore[attr-defined]
 from bincomm.kernels import hamming, sign_bce  # type: ignore[attr-defined]
 
@@ -132,8 +132,8 @@ def coding_rate_rows() -> Iterator[Row]:
         blocks = views * -(-n // TILE) * -(-bits // TILE)
         yield product_row(f"direction {title}", kernel, blocks, side, products_move)
 
-        # A lane adds up at most one part of g.z, for a tile, and has 4 of its bits at once.
-        trips = {0: 1, 1: 0, 2: 0, 3: bits // (4 * TILE)}
+        # A lane adds up at most one part of g.z, for a tile, and has 8 of its bits at once.
+        trips = {0: 1, 1: 0, 2: bits // (8 * TILE)}
         for adds in (0, 1) if views == TEACHERS else (0,):
             code, registers = functions["gradient", adds]
             launch = Launch(-(-views * n // ROW_WARPS), ROW_WARPS, registers, 0, (3 + adds) * logits)
@@ -150,7 +150,7 @@ def product_row(name: str, kernel: Function, blocks: int, terms: int, moved: int
     code, registers = kernel
     warps = min(PRODUCT_WARPS, -(-terms // TILE))
     steps = -(-terms // (TILE * warps))
-    launch = Launch(blocks, warps, registers, 2 * warps * 4 * TILE * TILE, moved, steps * PAIRED)
+    launch = Launch(blocks, warps, registers, 2 * warps * 4 * TILE * TILE, moved, steps * ALL_PAIRED)
     return row(f"coding_rate {name}", steps * step_of(code), launch)
 
 

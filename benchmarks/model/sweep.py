@@ -17,8 +17,9 @@ Code = list[sass.Instruction]
 WARPS = 16  # of a block
 TILE_BYTES = 4 * 32 * 32
 FILLS = 4  # of a tile, 8 rows each
-# Of the loop for a product of two tiles: it runs four times, and lanes read in pairs by 8 of its 24 loads.
-QUARTERS, FFMA_OF_A_QUARTER, PAIRED = 4, 256, 32
+# Of the loop for a product of two tiles: it runs four times, and lanes read in pairs by 8 of its 24 loads,
+# with the lanes of the other kernels by all.
+QUARTERS, FFMA_OF_A_QUARTER, PAIRED, ALL_PAIRED = 4, 256, 32, 96
 
 
 def sweep_cycles(code: Code, tiles: int, side: int) -> dict[str, float]:

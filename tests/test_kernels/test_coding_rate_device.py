@@ -156,7 +156,7 @@ def faulty_program(tmp_path_factory):
         code = text.join(parts[:occurrence]) + faulty + text.join(parts[occurrence:])
     fault = 'inline const int planted_fault = std::atoi(std::getenv("PLANTED_FAULT"));'
     (folder / DEVICE_CODE).write_text(f"#include <cstdlib>\n{fault}\n{code}")
-    return build(PROGRAM, folder, folder)
+    return build(PROGRAM, folder, folder, CSRC)
 
 
 def test_the_program_is_right_unless_a_fault_is_chosen(faulty_program):

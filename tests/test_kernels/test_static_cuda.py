@@ -32,7 +32,7 @@ BUDGETS = {
     "coding_rate_gram": (128, 6),  # 256 threads, so two blocks per SM
     "coding_rate_direction": (128, 6),
     "coding_rate_reciprocal_norms": (40, 3),
-    "coding_rate_gradient": (40, 6),
+    "coding_rate_gradient": (80, 6),  # 24 loads in flight; 256 threads, so three blocks per SM
     "clip_sums": (40, 1),
     "clip_scale": (40, 1),
 }
