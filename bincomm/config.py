@@ -13,7 +13,8 @@ from bincomm.files import expand_home, read_yaml
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with other values.
 # Those in the last row change results by rounding, and change which paths drop_path drops.
 INCIDENTAL = (
-    "output", "threads", "save_every", "log_every", "max_unusable", "resume", "keep", "fewest_steps",
+    "output", "threads", "save_every", "log_every", "evaluate_every", "max_unusable", "resume", "keep",
+    "fewest_steps",
     "device", "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp", "channels_last",
 )  # fmt: skip
 
@@ -28,6 +29,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight_decay": (0, 10), "weight_decay_end": (0, 10), "clip": (0, 10**9), "drop_path": (0, 1),
     "momentum": (0, 1), "accumulate": (1, 2**24), "eval_crop": (0.01, 1), "threads": (1, 1024),
     "max_unusable": (0, 1), "log_every": (1, 10**6), "save_every": (1, 10**9), "keep": (1, 10**9),
+    "evaluate_every": (0, 10**9),
 }  # fmt: skip
 WEIGHTS = (1e-6, 10**6)  # of sources in a mix
 
@@ -123,6 +125,8 @@ class PretrainConfig:
         max_unusable: share of the images that may be unreadable or broken before the run stops.
         channels_last: store images and convolutions in memory with the channels last.
         log_every: steps between two records of metrics.
+        evaluate_every: measure k-NN of features and codes every this many epochs, on a part of the images
+            that is bounded; 0 = at the end alone.
         save_every: steps between two checkpoints.
         keep: number of checkpoints to keep, the newest ones.
     """
@@ -184,6 +188,7 @@ class PretrainConfig:
     max_unusable: float = 0.01
     channels_last: bool = False
     log_every: int = 50
+    evaluate_every: int = 0
     save_every: int = 1000
     keep: int = 3
 
@@ -212,6 +217,8 @@ class PretrainConfig:
             for name, weight in self.data.items():
                 if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
                     raise ValueError(f"data: expected a weight from 1e-6 to 1e6 for {name}, got {weight}")
+        if self.evaluate_every and self.fsdp:  # a rank alone cannot pass images through its shard
+            raise ValueError(f"evaluate_every: expected 0 with fsdp, got {self.evaluate_every}")
         self.crops  # noqa: B018  (its own checks)
         if self.precision == "auto":  # last, because it imports torch, which no error needs
             object.__setattr__(self, "precision_is_open", True)

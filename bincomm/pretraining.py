@@ -21,6 +21,7 @@ from bincomm.engine.job import Job
 from bincomm.engine.lock import open_run
 from bincomm.engine.run import begin_run, precision_of, read_result
 from bincomm.engine.signals import Interrupted, Signals
+from bincomm.evaluation.progress import ProgressEvaluation
 from bincomm.evaluation.run import accuracies, evaluate_run
 from bincomm.files import check_folder, write_json
 from bincomm.networks import Network
@@ -56,7 +57,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
                 return None if ranks.rank else read_result(run)
             config = settle_steps(config, source, run, ranks)
             with Signals(run) as signals:
-                teacher = train(config, source, run, ranks, signals)
+                evaluation = None
+                if config.evaluate_every and labeled is not None:
+                    evaluation = ProgressEvaluation(*labeled[:2], config, ranks)
+                elif config.evaluate_every:
+                    logger.warning("evaluate_every: no k-NN: %s", why_no_evaluation(config.data, source))
+                teacher = train(config, source, run, ranks, signals, evaluation)
                 ranks.leave()  # the rest is rank 0's work, and the others need not wait for it
                 if ranks.rank or teacher is None:
                     return None
@@ -70,7 +76,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
 
 
 def train(
-    config: PretrainConfig, source: Source, run: Path, ranks: Ranks, signals: Signals
+    config: PretrainConfig,
+    source: Source,
+    run: Path,
+    ranks: Ranks,
+    signals: Signals,
+    evaluation: ProgressEvaluation | None = None,
 ) -> Network | None:
     """Train, or continue from the newest checkpoint; returns the teacher, to rank 0 at least.
 
@@ -92,6 +103,8 @@ def train(
             step += 1  # from here on the number of steps done
             job.check_finite(step)  # raises, with evidence, after several steps that are not
             job.records.add(step, output, hyperparameters, job.batches.waited)
+            if evaluation is not None and job.should_evaluate(step):
+                job.records.add_evaluation(step, partial(evaluation, job.teacher))
             stop = job.should_stop()
             if stop or job.should_save(step):
                 job.state.save(step)

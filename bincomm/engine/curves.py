@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bincomm.files import read_json_lines, write_file
@@ -31,11 +32,31 @@ def plot_curves(run: Path, accuracies: list[tuple[str, float]]) -> None:
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend(fontsize="small")
-    last.barh(range(len(accuracies)), [100 * share for _, share in accuracies], color="lightsteelblue")
-    for place, (name, share) in enumerate(accuracies):
-        last.text(1, place, f"{name}  {share:.1%}", va="center")
-    last.invert_yaxis()
-    title = "k-NN accuracy" if accuracies else "no k-NN"
-    last.set(title=title, xlabel="%", yticks=[], xlim=(0, 100))
+    progress = read_json_lines(run / "progress.jsonl")
+    if progress:
+        _plot_progress(last, progress, accuracies)
+    else:
+        _plot_accuracies(last, accuracies)
     figure.subplots_adjust(0.06, 0.06, 0.98, 0.96, wspace=0.3, hspace=0.4)
     write_file(run / "curves.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def _plot_accuracies(axes: Axes, accuracies: list[tuple[str, float]]) -> None:
+    axes.barh(range(len(accuracies)), [100 * share for _, share in accuracies], color="lightsteelblue")
+    for place, (name, share) in enumerate(accuracies):
+        axes.text(1, place, f"{name}  {share:.1%}", va="center")
+    axes.invert_yaxis()
+    title = "k-NN accuracy" if accuracies else "no k-NN"
+    axes.set(title=title, xlabel="%", yticks=[], xlim=(0, 100))
+
+
+def _plot_progress(axes: Axes, progress: list[dict[str, float]], accuracies: list[tuple[str, float]]) -> None:
+    """k-NN on a part of the images while training, and at the end, on all of them, as lines across."""
+    steps = [record["step"] for record in progress]
+    for key, name in (("knn", "features"), ("knn_codes", "codes")):
+        axes.plot(steps, [100 * record[key] for record in progress], marker=".", label=name)
+    for number, (name, share) in enumerate(accuracies):
+        axes.axhline(100 * share, color=f"C{number}", linestyle=":", label=f"{name} {share:.1%}")
+    axes.set(title="k-NN accuracy", xlabel="step", ylabel="%")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")

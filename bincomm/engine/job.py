@@ -176,6 +176,11 @@ class Job:
         """Whether a checkpoint is due."""
         return steps_done == self.steps or steps_done % self.config.save_every == 0
 
+    def should_evaluate(self, steps_done: int) -> bool:
+        """Whether k-NN is due; at the end it is measured on all images."""
+        period = self.config.evaluate_every * self.loader.steps_per_epoch
+        return steps_done % period == 0 and steps_done < self.steps
+
     def end(self, steps_done: int) -> None:
         """Wait for the last checkpoint.
 

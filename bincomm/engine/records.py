@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -51,9 +52,10 @@ class Records:
     """The metrics of a run: gathered step by step, reported every `log_every` steps and at the end.
 
     Only rank 0 writes and shows them. `metrics.jsonl` holds what the configuration and the seed determine, so
-    that two runs can be compared bit for bit; what the machine determines, images a second and the share of
-    time spent waiting for data, is in `speed.jsonl`. Lines that a killed run wrote after its last checkpoint
-    are removed when it is resumed. If the disk is full, lines are kept in memory and written later.
+    that two runs can be compared bit for bit, and so does `progress.jsonl`, with k-NN on the way; what the
+    machine determines, images a second and the share of time spent waiting for data, is in `speed.jsonl`.
+    Lines that a killed run wrote after its last checkpoint are removed when it is resumed. If the disk is
+    full, lines are kept in memory and written later.
 
     Args:
         run: the run's directory.
@@ -72,6 +74,8 @@ class Records:
         self.config, self.run, self.schedule, self.ranks = config, run, schedule, ranks
         self.window, self.monitor = window, monitor
         self.pending: dict[str, list[str]] = {"metrics": [], "speed": []}
+        if config.evaluate_every:
+            self.pending["progress"] = []
         self.has_warned = False  # whether the warning about a full disk was shown
         self.board: SummaryWriter | None = None
         self.bar = progress_bar(total=schedule.steps, unit="step", disable=True)
@@ -124,6 +128,27 @@ class Records:
         if last:
             self.flush()  # if it raises, the same command does those steps again
 
+    def add_evaluation(self, steps_done: int, measure: Callable[[], dict[str, float]]) -> None:
+        """Measure k-NN, on all ranks, and record it; the time that it takes is none of the steps'."""
+        began = time.perf_counter()
+        values = measure()
+        if self.ranks.rank == 0 and values:
+            self.pending["progress"].append(json.dumps({"step": steps_done, **values}) + "\n")
+            with self.kept_for_later():
+                self.flush()
+                self._add_to_board(steps_done, values)
+            logger.info(
+                "step %d/%d  k-NN %.1f %%, of codes %.1f %%",
+                steps_done,
+                self.schedule.steps,
+                100 * values["knn"],
+                100 * values["knn_codes"],
+            )
+        took = time.perf_counter() - began
+        self.started_at += took
+        step, since = self.measured_from
+        self.measured_from = step, since + took
+
     def forecast(self, steps_done: int) -> None:
         """Tell once, after the first steps of this process, how long the others will take."""
         self.steps_here += 1
@@ -153,14 +178,9 @@ class Records:
             return
         for name, values in (("metrics", metrics), ("speed", speed)):
             self.pending[name].append(json.dumps({"step": steps_done, **values}) + "\n")
-        try:
+        with self.kept_for_later():
             self.flush()
             self._add_to_board(steps_done, metrics | speed)
-            self.has_warned = False
-        except OSError as error:
-            if not self.has_warned:
-                logger.warning("metrics could not be written (%s); they are kept until there is room", error)
-            self.has_warned = True
         values = metrics | speed
         texts = {
             key: words.format(values[key], bits=self.config.bits)
@@ -171,6 +191,17 @@ class Records:
             logger.info("step %d/%d  %s", steps_done, self.schedule.steps, "  ".join(texts.values()))
         else:
             self.bar.set_postfix_str("  ".join(texts[key] for key in SHORT_LINE if key in texts))
+
+    @contextlib.contextmanager
+    def kept_for_later(self) -> Iterator[None]:
+        """Warn, once, where what is to be written cannot be: it stays in memory until there is room."""
+        try:
+            yield
+            self.has_warned = False
+        except OSError as error:
+            if not self.has_warned:
+                logger.warning("metrics could not be written (%s); they are kept until there is room", error)
+            self.has_warned = True
 
     def flush(self) -> None:
         """Write the lines that are not yet in their files.
