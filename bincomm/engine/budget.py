@@ -98,7 +98,6 @@ def measure(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> 
     The steps are real ones of a job of their own, of which nothing is kept: the run that follows creates its
     networks from the seed and begins with the first batch, as if nothing had been measured.
     """
-    assert config.minutes is not None
     job = Job(config, source, run, ranks, Signals(run))
     on_gpu, window = ranks.device.type == "cuda", job.records.window
     torch.backends.cudnn.benchmark = on_gpu  # as in the run
@@ -118,6 +117,7 @@ def measure(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> 
 
     seconds_per_step(WARM_UP - 3)
     estimate = seconds_per_step(3)
-    wanted = int(min(LONGEST, SHARE * 60 * config.minutes) / estimate)
+    longest = LONGEST if config.minutes is None else min(LONGEST, SHARE * 60 * config.minutes)
+    wanted = int(longest / estimate)
     seconds = seconds_per_step(min(max(wanted, AT_LEAST), AT_MOST))
     return seconds, job.loader.steps_per_epoch
