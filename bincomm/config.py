@@ -111,11 +111,16 @@ class PretrainConfig:
         local_size: side of the local crops, pixels.
         local_scale: range of the area of a local crop.
         flip: probability of a horizontal flip.
+        flip_vertical: probability of a vertical flip.
+        right_angles: probability of a rotation by 90, 180 or 270 degrees.
+        rotate: largest angle of a rotation, degrees; only what is in the image is shown.
+        shear: largest angle of a horizontal shear (a slant), degrees.
         jitter: strengths of brightness, contrast, saturation and hue jitter, as in torchvision.
         jitter_p: probability of color jitter.
         gray: probability of a gray image.
         blur: probabilities of a blur for global 1, global 2 and the locals.
         solarize: probability of solarizing global 2.
+        posterize: probability of keeping only the highest 4 to 7 bits of a color.
         mean: mean by which colors (from 0 to 1) are normalized; the default is ImageNet's. Weights given by
             init_from may need another one.
         std: standard deviation by which colors are normalized, see mean.
@@ -175,11 +180,16 @@ class PretrainConfig:
     local_size: int = Crops.local_size
     local_scale: tuple[float, float] = Crops.local_scale
     flip: float = Crops.flip
+    flip_vertical: float = Crops.flip_vertical
+    right_angles: float = Crops.right_angles
+    rotate: float = Crops.rotate
+    shear: float = Crops.shear
     jitter: tuple[float, float, float, float] = Crops.jitter
     jitter_p: float = Crops.jitter_p
     gray: float = Crops.gray
     blur: tuple[float, float, float] = Crops.blur
     solarize: float = Crops.solarize
+    posterize: float = Crops.posterize
     mean: tuple[float, float, float] = Crops.mean
     std: tuple[float, float, float] = Crops.std
     eval_crop: float = 0.875

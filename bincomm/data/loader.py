@@ -15,7 +15,7 @@ from torch import Tensor
 from bincomm.data.crops import Crops
 from bincomm.data.dali import Pipeline, device_number, find_undecodable, run_pipeline
 from bincomm.data.images import UnusableImageError, load
-from bincomm.data.multicrop import DRAWS, draw_crops, training_pipeline
+from bincomm.data.multicrop import DRAWS, by_crop, draw_crops, training_pipeline
 from bincomm.data.order import SUBSTITUTES, Order
 from bincomm.data.sources import Mix, Source
 from bincomm.logs import printable_name
@@ -240,8 +240,7 @@ class Loader:
             return [self._load_or_substitute(step, epoch, int(slots[i]), images[i]) for i in portion]
 
         loaded = list(itertools.chain.from_iterable(self._readers.map(load_portion, portions)))
-        shape = (len(slots), self.crops.views, DRAWS)
-        uniforms = self.order.uniforms(epoch, slots, shape[1] * shape[2]).reshape(shape)
+        uniforms = by_crop(self.order.uniforms(epoch, slots, self.crops.views * DRAWS), self.crops.views)
         sizes = np.array([size for _, _, size in loaded])
         return Batch(
             step,

@@ -19,7 +19,10 @@ from bincomm.data.loader import Loader, TooManyUnusableError
 from bincomm.data.sources import Files, Mix, Source, open_source
 
 CPU = torch.device("cpu")
-CROPS = Crops(global_size=24, local_crops=2, local_size=16)  # all that is random
+CROPS = Crops(  # all that is random
+    global_size=24, local_crops=2, local_size=16, flip_vertical=0.5, right_angles=0.5, rotate=30, shear=10,
+    posterize=0.5,
+)  # fmt: skip
 WINDOWS = Crops(global_size=24, local_crops=1, local_size=16, blur=(0, 0, 0), solarize=0)  # less to build
 STILL = Crops(
     global_size=8, global_scale=(1, 1), local_crops=0, flip=0, jitter_p=0, gray=0, blur=(0, 0, 0), solarize=0

@@ -9,6 +9,9 @@ from torchvision.transforms import functional as tv
 
 from bincomm.data import multicrop
 from bincomm.data.crops import Crops
+from bincomm.data.loader import Loader
+from bincomm.data.order import Order
+from bincomm.data.sources import Files, Source
 
 SIZE = 64
 PLAIN = {"flip": 0.0, "jitter_p": 0.0, "gray": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": 0.0}
@@ -30,18 +33,36 @@ def run(path, crops, window, numbers):
     """Crops of one picture on the 0–255 scale: list of (S, S, 3), for V windows and their numbers."""
     with Image.open(path) as image:
         window = np.array(window) / np.tile(image.size[::-1], 2)
-    arrays = [np.fromfile(path, np.uint8)], [np.concatenate([window, numbers], 1, dtype=np.float32)]
-    pipeline = multicrop.training_pipeline(crops, lambda: arrays, batch_size=1, threads=1, device_id=None)
-    views = [view for output in pipeline.run() for view in np.array(output.as_tensor())[0]]
-    return [255 * (view.transpose(1, 2, 0) * crops.std + crops.mean) for view in views]
+    return render(path, crops, np.concatenate([window, numbers], 1)[None])[0]
+
+
+def render(path, crops, numbers):
+    """Crops of one picture on the 0–255 scale: a list of (S, S, 3) for each of the n rows of numbers."""
+    arrays = [np.fromfile(path, np.uint8)] * len(numbers), list(numbers.astype(np.float32))
+    pipeline = multicrop.training_pipeline(
+        crops, lambda: arrays, batch_size=len(numbers), threads=1, device_id=None
+    )
+    groups = [np.array(output.as_tensor()) for output in pipeline.run()]
+    return [
+        [255 * (view.transpose(1, 2, 0) * crops.std + crops.mean) for group in groups for view in group[row]]
+        for row in range(len(numbers))
+    ]
+
+
+def draw(crops, rows, **draws):
+    """Numbers of these many rows, all of the same window, in which the draws named have these values."""
+    uniforms = np.tile(np.random.default_rng(4).random((1, crops.views, multicrop.DRAWS)), (rows, 1, 1))
+    for name, values in draws.items():
+        uniforms[..., getattr(multicrop, name)] = np.asarray(values)[:, None]
+    return multicrop.draw_crops(crops, np.array([[150, 200]] * rows), uniforms)
 
 
 def test_colors_are_normalized_as_asked(picture):
     """Twice the deviation and another mean, of the same pixels."""
-    window, numbers = [(0, 0, 100, 100)] * 2, np.tile([1, 1, 1, 0, 0, 1, 0], (2, 1))
+    window, values = [(0, 0, 100, 100)] * 2, numbers(SIGMA=1)
     options = {"global_size": SIZE, "local_crops": 0, **PLAIN}
-    plain = run(picture, Crops(**options), window, numbers)
-    other = run(picture, Crops(**options, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 1.0)), window, numbers)
+    plain = run(picture, Crops(**options), window, values)
+    other = run(picture, Crops(**options, mean=(0.5, 0.4, 0.3), std=(0.5, 0.25, 1.0)), window, values)
     assert np.ptp(plain) > 100
     np.testing.assert_allclose(plain, other, atol=1e-3)
 
@@ -52,7 +73,7 @@ def corners(y=20, x=30, h=110, w=120, flip=False):
 
 
 def numbers(**values):
-    row = np.zeros(multicrop.CORNERS + 7)
+    row = np.zeros(multicrop.NUMBERS)
     row[[multicrop.BRIGHTNESS, multicrop.CONTRAST, multicrop.SATURATION]] = 1
     for name, value in values.items():
         row[getattr(multicrop, name)] = value
@@ -207,3 +228,155 @@ def test_how_often_things_happen():
         assert (factors.min(), factors.max()) == pytest.approx((0.6, 1.4), abs=0.01)
     assert [share(multicrop.BLUR, view) for view in (0, 1, 5)] == pytest.approx([1.0, 0.1, 0.5], abs=0.03)
     assert [share(multicrop.SOLARIZE, view) for view in (0, 1, 5)] == pytest.approx([0.0, 0.2, 0.0], abs=0.03)
+
+
+# As they were before vertical flips, right angles, rotations, shears and posterizing came.
+STORED_NUMBERS = [
+    [0.061333332, 0.126, 0.9573333, 0.802, 0.6288694, 1.2572188, 0, -19.340118, 1, 0.5390026, 0],
+    [0.112, 0, 0.88, 0.732, 1.0692333, 1.0683999, 0, -11.8726635, 0, 1.557297, 0],
+    [0.38933334, 0.74, 0.9306667, 0.224, 0.8472683, 0.6662281, 1.0352699, -27.854126, 1, 1.3109925, 0],
+]
+STORED_PIXELS = [  # red of two crops and of the local one
+    [[162, 142, 101, 82], [147, 129, 95, 79], [116, 104, 84, 75], [100, 92, 78, 73]],
+    [[102, 26, 120, 31], [109, 45, 92, 69], [69, 84, 26, 78], [42, 127, 40, 47]],
+    [[114, 67, 90], [146, 100, 89], [174, 138, 103]],
+]
+
+
+def test_the_crops_of_a_seed_have_stayed_the_same(picture):
+    """Old runs resume: what came later takes no random number from what was there."""
+    crops = Crops(global_size=24, local_crops=1, local_size=16)
+    slots, sizes = np.array([0, 7, 22]), np.array([[40, 60], [375, 500], [33, 20]])
+    uniforms = multicrop.by_crop(Order([23], None, 5).uniforms(2, slots, 3 * multicrop.DRAWS), 3)
+    numbers = multicrop.draw_crops(crops, sizes, uniforms)
+    np.testing.assert_allclose(numbers[1, :, : multicrop.SOLARIZE + 1], STORED_NUMBERS, rtol=2e-7)
+    assert not numbers[..., multicrop.SOLARIZE + 1 :].any()
+    tiny = Crops(global_size=4, local_crops=1, local_size=3)
+    loader = Loader(
+        Source(Files([str(picture)])), tiny, batch_size=1, seed=5, device=torch.device("cpu"), threads=1
+    )
+    globals_, locals_ = [loader.next() for _ in range(3)][-1]
+    for crop, expected in zip([*globals_[0], *locals_[0]], STORED_PIXELS, strict=True):
+        red = 255 * (crop[0].numpy() * tiny.std[0] + tiny.mean[0])
+        np.testing.assert_array_equal(red.round(), expected)
+
+
+def test_random_numbers_by_crop():
+    """The first block of all crops, then the second one of all."""
+    first, second = multicrop.BLOCKS
+    result = multicrop.by_crop(np.arange(2 * 3 * multicrop.DRAWS).reshape(2, -1), 3)
+    assert result.shape == (2, 3, multicrop.DRAWS)
+    np.testing.assert_array_equal(result[0, 1, :first], first + np.arange(first))
+    np.testing.assert_array_equal(result[0, 1, first:], 3 * first + second + np.arange(second))
+    np.testing.assert_array_equal(result[1], result[0] + 3 * multicrop.DRAWS)
+
+
+def test_flips_and_right_angles_are_exact(picture):
+    options = {**PLAIN, "global_size": SIZE, "local_crops": 1, "local_size": 16}
+    plain = render(picture, Crops(**options), draw(Crops(**options), 1))[0]
+    quarters = np.arange(4)
+    for flip, flip_vertical in np.ndindex(2, 2):
+        crops = Crops(**{**options, "flip": flip, "flip_vertical": flip_vertical, "right_angles": 0.5})
+        gate, angle = np.where(quarters, 0.1, 0.9), np.array([0, 0.1, 0.5, 0.9])
+        rows = render(picture, crops, draw(crops, 4, TURNS_DRAW=gate, QUARTERS_DRAW=angle))
+        for turns, views in enumerate(rows):
+            for view, expected in zip(views, plain, strict=True):
+                expected = expected[:: -1 if flip_vertical else 1, :: -1 if flip else 1]
+                np.testing.assert_array_equal(view.round(), np.rot90(expected, turns).round())
+
+
+@pytest.mark.parametrize(
+    ("rotate", "shear"), [(30, 0), (-30, 0), (90, 0), (180, 0), (0, 20), (0, -20), (25, 15), (-70, 30)]
+)
+def test_rotation_and_shear_against_torchvision(picture, rotate, shear):
+    """Of what is around the window, at the same scale."""
+    crops = Crops(**PLAIN, global_size=SIZE, global_scale=(0.1, 0.1), local_crops=0, rotate=180, shear=45)
+    # In the middle of the image, so that there is room.
+    uniforms = np.full((1, 2, multicrop.DRAWS), 0.5)
+    y, x, y_end, x_end = multicrop.crop_windows(Crops(**PLAIN, global_scale=(0.1, 0.1), local_crops=0),
+        np.array([[150, 200]]), uniforms)[0, 0]  # fmt: skip
+    uniforms[..., multicrop.ANGLE_DRAW] = 0.5 + rotate / 360
+    uniforms[..., multicrop.SHEAR_DRAW] = 0.5 + shear / 90
+    numbers = multicrop.draw_crops(crops, np.array([[150, 200]]), uniforms)
+    ((result, _),) = render(picture, crops, numbers)
+    h, w = y_end - y, x_end - x
+    center_y, center_x = (numbers[0, 0, :2] + numbers[0, 0, 2:4]) / 2 * (150, 200)
+    double = [[center_y - h, center_x - w, center_y + h, center_x + w]] * 2
+    around = run(
+        picture, Crops(**PLAIN, global_size=2 * SIZE, local_crops=0), double, [[1, 1, 1] + [0] * 14] * 2
+    )
+    image = torch.from_numpy(np.stack(around[:1])).permute(0, 3, 1, 2)
+    bilinear = InterpolationMode.BILINEAR
+    expected = tv.affine(image, -rotate, [0, 0], 1.0, [shear, 0], bilinear)  # clockwise
+    expected = tv.center_crop(expected, [SIZE, SIZE])[0].permute(1, 2, 0).numpy()
+    assert difference(result, expected) < 1.5
+    wrong = tv.affine(image, rotate + 5, [0, 0], 1.0, [-shear, 0], bilinear)
+    wrong = tv.center_crop(wrong, [SIZE, SIZE])[0].permute(1, 2, 0).numpy()
+    assert difference(result, wrong) > 5
+
+
+def test_rotated_crops_show_nothing_beyond_the_image():
+    """Their windows are inside the image, their corners inside the windows, and touch the border of these."""
+    rng = np.random.default_rng(0)
+    crops = Crops(global_size=40, local_size=16, local_crops=3, rotate=180, shear=30, flip=0)
+    sizes = rng.integers(1, 300, (500, 2))
+    uniforms = rng.random((500, 5, multicrop.DRAWS), np.float32)
+    numbers = multicrop.draw_crops(crops, sizes, uniforms).astype(np.float64)
+    assert numbers[..., : multicrop.CORNERS].min() > -1e-6
+    assert numbers[..., : multicrop.CORNERS].max() < 1 + 1e-6
+    pixels = numbers[..., [multicrop.WIDTH, multicrop.HEIGHT]]
+    matrix = numbers[..., multicrop.MATRIX :].reshape(500, 5, 2, 3)
+    side = np.array([40, 40, 16, 16, 16])
+    corners = np.array([[0, 0, 1], [1, 0, 1], [0, 1, 1], [1, 1, 1]]).T
+    scaled = np.concatenate([matrix[..., :2] * side[:, None, None], matrix[..., 2:]], -1)
+    places = scaled @ corners  # (x, y) of each corner in the resized window
+    np.testing.assert_allclose(places.min(-1), 0, atol=1e-3)
+    np.testing.assert_allclose(places.max(-1), pixels, atol=1e-3)
+    # Shears and rotations change no area, but for the rounding of the resized window's sides.
+    assert np.abs(np.linalg.det(matrix[..., :2]) - 1).max() < 2 / 16
+
+
+def test_the_area_of_a_rotated_crop_is_that_drawn_where_there_is_room():
+    uniforms = np.random.default_rng(0).random((2000, 2, multicrop.DRAWS), np.float32)
+    sizes = np.full((2000, 2), 400)
+    small, large = ({"global_scale": scale, "local_crops": 0, "flip": 0} for scale in ((0.1, 0.2), (1, 1)))
+    area = lambda windows: np.prod(windows[..., 2:] - windows[..., :2], axis=-1)  # noqa: E731
+    plain = area(multicrop.crop_windows(Crops(**small), sizes, uniforms))
+    around = area(multicrop.crop_windows(Crops(**small, rotate=180), sizes, uniforms))
+    angle = np.pi * (2 * uniforms[..., multicrop.ANGLE_DRAW] - 1)
+    np.testing.assert_allclose(around / plain, 1 + np.abs(np.sin(2 * angle)), rtol=1e-4)
+    whole = area(multicrop.crop_windows(Crops(**large, rotate=180), sizes, uniforms))
+    assert whole.max() <= 400**2 * (1 + 1e-6)
+
+
+def test_posterizing_keeps_the_highest_bits(picture):
+    options = {"global_size": SIZE, "local_crops": 0, **PLAIN}
+    crops = Crops(**options, posterize=0.5)
+    plain = render(picture, Crops(**options), draw(crops, 1))[0][1].round().astype(int)
+    gate, bits = [0.6, 0.4, 0.4, 0.4, 0.4], [0.1, 0.1, 0.3, 0.6, 0.9]
+    rows = render(picture, crops, draw(crops, 5, POSTERIZE_DRAW=gate, BITS_DRAW=bits))
+    for (_, result), lost in zip(rows, (0, 4, 3, 2, 1), strict=True):
+        np.testing.assert_array_equal(result.round(), plain >> lost << lost)
+
+
+def test_how_often_crops_are_turned_and_posterized():
+    crops = Crops(flip=0, flip_vertical=0.3, right_angles=0.6, posterize=0.2, local_crops=1)
+    uniforms = np.random.default_rng(0).random((4000, 3, multicrop.DRAWS), np.float32)
+    numbers = multicrop.draw_crops(crops, np.full((4000, 2), 50), uniforms)
+    plain = multicrop.draw_crops(
+        Crops(flip=0, flip_vertical=0.3, local_crops=1), np.full((4000, 2), 50), uniforms
+    )
+    assert (plain[..., 0] > plain[..., 2]).mean() == pytest.approx(0.3, abs=0.02)
+    transposed = numbers[..., multicrop.TRANSPOSE] == 1
+    flipped, upside_down = (numbers[..., i] > numbers[..., i + 2] for i in (1, 0))
+    upside_down ^= plain[..., 0] > plain[..., 2]
+    for case in (transposed & flipped, transposed & upside_down, ~transposed & flipped & upside_down):
+        assert case.mean() == pytest.approx(0.2, abs=0.02)
+    masks, counts = np.unique(numbers[..., multicrop.POSTERIZE], return_counts=True)
+    assert masks.tolist() == [0, 240, 248, 252, 254]
+    assert counts / counts.sum() == pytest.approx([0.8, 0.05, 0.05, 0.05, 0.05], abs=0.02)
+    last = np.full((1, 3, multicrop.DRAWS), np.nextafter(np.float32(1), np.float32(0)))
+    ever = Crops(local_crops=1, right_angles=1, posterize=1)
+    numbers = multicrop.draw_crops(ever, np.array([[50, 50]]), last)
+    assert numbers[0, 0, multicrop.TRANSPOSE] == 1  # 270 degrees, not 360
+    assert numbers[0, 0, multicrop.POSTERIZE] == 254
