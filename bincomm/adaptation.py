@@ -9,6 +9,7 @@ from typing import Any
 from bincomm.building import create_networks
 from bincomm.config import KEYS_OF_METHODS, PretrainConfig, read_config
 from bincomm.configuration import configure as configure_run
+from bincomm.configuration import without_keys_of_presets
 from bincomm.data.sources import evaluation_sources, open_source
 from bincomm.evaluation.evaluate import figure
 from bincomm.evaluation.pretrained import Pretrained, evaluation_device
@@ -50,6 +51,11 @@ def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> Pretra
     taken = {key: value for key, value in inherited.items() if key not in recipe_keys or key in WEIGHTS_KEYS}
     if keys.get("method", inherited.get("method")) != inherited.get("method"):
         taken = {key: value for key, value in taken.items() if key not in KEYS_OF_METHODS["bits"]}
+    of_run = inherited.get("augment", PretrainConfig.augment)
+    augment = keys.get("augment", recipe_keys.get("augment", of_run))
+    if augment != of_run:
+        taken.pop("augment", None)
+        taken = without_keys_of_presets(taken, of_run, augment)
     if keys.get("minutes") is not None or recipe_keys.get("minutes") is not None:
         for key in ("epochs", "max_steps"):  # which would count as given, in place of the minutes
             taken.pop(key, None)

@@ -11,10 +11,11 @@ from bincomm.data.crops import Crops, check_limits
 from bincomm.files import expand_home, read_yaml
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with other values.
-# Those in the last row change results by rounding, and change which paths drop_path drops.
+# So is augment, for the keys that it sets are compared themselves. Those in the last row change results by
+# rounding, and change which paths drop_path drops.
 INCIDENTAL = (
     "output", "threads", "save_every", "log_every", "evaluate_every", "max_unusable", "resume", "keep",
-    "fewest_steps",
+    "fewest_steps", "augment",
     "device", "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp", "channels_last",
 )  # fmt: skip
 
@@ -110,6 +111,8 @@ class PretrainConfig:
         local_crops: number of local crops, which the student alone sees.
         local_size: side of the local crops, pixels.
         local_scale: range of the area of a local crop.
+        augment: preset of augmentations for a domain of images. It sets keys of augmentations and crops, in
+            place of the recipe's values; keys that are given still win. photos: the recipe's own.
         flip: probability of a horizontal flip.
         flip_vertical: probability of a vertical flip.
         right_angles: probability of a rotation by 90, 180 or 270 degrees.
@@ -179,6 +182,7 @@ class PretrainConfig:
     local_crops: int = Crops.local_crops
     local_size: int = Crops.local_size
     local_scale: tuple[float, float] = Crops.local_scale
+    augment: Literal["photos", "overhead", "microscopy", "documents", "plants", "digits"] = "photos"
     flip: float = Crops.flip
     flip_vertical: float = Crops.flip_vertical
     right_angles: float = Crops.right_angles

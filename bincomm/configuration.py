@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bincomm.config import KEYS_OF_METHODS, PretrainConfig
+from bincomm.data.presets import PRESETS
 from bincomm.parsing import check_keys
 from bincomm.recipes import choose_recipe, read_recipe
 
@@ -30,6 +31,7 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
     if keys.get("backbone", values.get("backbone")) != values.get("backbone"):
         values.pop("backbone_args", None)  # those of the recipe's own
     values = with_keys_of_method(values, keys)
+    values = with_keys_of_preset(values, keys)
     values = without_other_lengths(values, keys)
     if "batch_size" in keys:
         values.pop("fewest_steps", None)  # it would change the batch
@@ -56,6 +58,26 @@ def with_keys_of_method(values: dict[str, Any], keys: dict[str, Any]) -> dict[st
     method = keys.get("method", of_recipe)
     own = KEYS_OF_METHODS[method]
     return {**own, **values} if method == of_recipe else {**values, **own}
+
+
+def with_keys_of_preset(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values with those of the preset of augmentations: before the recipe's, but behind them where
+    the recipe names the preset itself, as a run's config.yaml does. Where it names another one, its values of
+    that one's keys are left out."""
+    of_recipe = values.get("augment", PretrainConfig.augment)
+    augment = keys.get("augment", of_recipe)
+    for name in (of_recipe, augment):
+        if name not in PRESETS:  # null, which the types of keys let pass
+            raise ValueError(f"augment: expected one of {', '.join(PRESETS)}, got {name}")
+    if augment == of_recipe:
+        return {**PRESETS[augment], **values}
+    return {**without_keys_of_presets(values, of_recipe), **PRESETS[augment]}
+
+
+def without_keys_of_presets(values: dict[str, Any], *presets: str) -> dict[str, Any]:
+    """Values without those of the keys that any of these presets sets; a name that is none sets none."""
+    left_out = {key for name, keys in PRESETS.items() if name in presets for key in keys}
+    return {key: value for key, value in values.items() if key not in left_out}
 
 
 def without_other_lengths(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
