@@ -1,5 +1,7 @@
 """A picture of the crops that a run begins with."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -11,12 +13,42 @@ from bincomm.data.sources import Source
 GAP = 4  # pixels between crops
 TITLE = 16  # pixels above a column of crops
 MIN_WIDTH = 64  # pixels of a column, so that its title fits
+LABEL = 80  # pixels of the labels before the rows
 
 
 def contact_sheet(
-    source: Source, crops: Crops, *, seed: int, images: int = 8
+    source: Source, recipes: Mapping[str, Crops], *, seed: int, images: int = 8
 ) -> tuple[Image.Image, list[str]]:
-    """The crops of the first images of a run with this seed, a row for each image, and the images' names."""
+    """The crops of the first images of a run with this seed, and the images' names. An image has a row for
+    each recipe, with its label if there are several; all recipes have crops of the same number and sizes."""
+    batches = {label: _first_crops(source, crops, seed, images) for label, crops in recipes.items()}
+    names = next(iter(batches.values()))[1]
+    rows = [
+        (label, pictures[image]) for image in range(len(names)) for label, (pictures, _) in batches.items()
+    ]
+    titles = ["global 1", "global 2", *(f"local {number + 1}" for number in range(len(rows[0][1]) - 2))]
+    widths = [max(MIN_WIDTH, crop.width) for crop in rows[0][1]]
+    height = max(crop.height for crop in rows[0][1])
+    margin = LABEL if len(recipes) > 1 else 0
+    size = margin + sum(widths) + GAP * (len(widths) + 1), TITLE + (height + GAP) * len(rows) + GAP
+    sheet = Image.new("RGB", size, "white")
+    drawing = ImageDraw.Draw(sheet)
+    left = margin + GAP
+    for column, (title, width) in enumerate(zip(titles, widths, strict=True)):
+        drawing.text((left, 2), title, fill="black")
+        for row, (_, pictures) in enumerate(rows):
+            sheet.paste(pictures[column], (left, TITLE + GAP + row * (height + GAP)))
+        left += width + GAP
+    if margin:
+        for row, (label, _) in enumerate(rows):
+            drawing.text((GAP, TITLE + GAP + row * (height + GAP)), label, fill="black")
+    return sheet, names
+
+
+def _first_crops(
+    source: Source, crops: Crops, seed: int, images: int
+) -> tuple[list[list[Image.Image]], list[str]]:
+    """The crops of the first images of a run, those of an image in one list, and the images' names."""
     loader = Loader(
         source,
         crops,
@@ -27,23 +59,11 @@ def contact_sheet(
         max_unusable=1.0,
     )
     groups = [group for group in loader.next() if group is not None]
-    rows = [
+    pictures = [
         [_picture(crop, crops) for group in groups for crop in group[image]]
         for image in range(len(groups[0]))
     ]
-    titles = ["global 1", "global 2", *(f"local {number + 1}" for number in range(crops.local_crops))]
-    widths = [max(MIN_WIDTH, crop.width) for crop in rows[0]]
-    height = max(crop.height for crop in rows[0])
-    size = sum(widths) + GAP * (len(widths) + 1), TITLE + (height + GAP) * len(rows) + GAP
-    sheet = Image.new("RGB", size, "white")
-    drawing = ImageDraw.Draw(sheet)
-    left = GAP
-    for column, (title, width) in enumerate(zip(titles, widths, strict=True)):
-        drawing.text((left, 2), title, fill="black")
-        for row, pictures in enumerate(rows):
-            sheet.paste(pictures[column], (left, TITLE + GAP + row * (height + GAP)))
-        left += width + GAP
-    return sheet, [source.images.name(index) for index in loader.indices]
+    return pictures, [source.images.name(index) for index in loader.indices]
 
 
 def _picture(crop: torch.Tensor, crops: Crops) -> Image.Image:
