@@ -21,9 +21,13 @@ def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
 
 
-def test_batches_are_those_of_the_cpu():
+@pytest.mark.parametrize(
+    "further",
+    [{}, {"flip_vertical": 0.5, "right_angles": 0.75, "rotate": 30, "shear": 10, "posterize": 0.5}],
+)
+def test_batches_are_those_of_the_cpu(further):
     """The same images in the same crops; decoding and resizing round differently on the two."""
-    crops = Crops(global_size=32, local_crops=2, local_size=16)
+    crops = Crops(global_size=32, local_crops=2, local_size=16, **further)
     source = open_source("digits")
     batches = [
         Loader(source, crops, batch_size=16, seed=0, device=torch.device(device))
