@@ -66,7 +66,7 @@ def inherited_keys(weights: str) -> dict[str, Any]:
     """The keys that an adaptation takes over: of a run all but `TARGET_KEYS`, and but the max_steps that came
     from minutes; of other weights `WEIGHTS_KEYS`."""
     keys, names = read_metadata(weights, "weights"), list(WEIGHTS_KEYS)
-    if expand_home(weights).is_dir():
+    if (expand_home(weights) / "config.yaml").exists():
         keys |= read_config(expand_home(weights), "weights")
         left_out = {*TARGET_KEYS, *(["max_steps"] if keys.get("minutes") is not None else [])}
         names = [field.name for field in fields(PretrainConfig) if field.name not in left_out]
@@ -125,4 +125,4 @@ def summary(result: dict[str, Any], output: str) -> str:
             lines.append(f"  {title:20} {figure(before, *path):7.2%} {figure(after, *path):7.2%}")
         if not result["queries_held_out"]:
             lines.append("  (the queries' images, but not their labels, were used in adapting)")
-    return "\n".join([*lines, f"in {output}: backbone.safetensors, adapt.json, and the other files of a run"])
+    return "\n".join([*lines, f"in {output}: model.safetensors, adapt.json, and the other files of a run"])

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from bincomm.backbone_arguments import check_backbone_arguments, check_backbone_name, is_plain_name
 from bincomm.files import expand_home
 
+WEIGHTS_FILE = "model.safetensors"  # in a run's directory, as timm, transformers and hubs of models name it
+EARLIER_WEIGHTS_FILE = "backbone.safetensors"  # of runs of bincomm 0.1.0
+
 
 def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") -> None:
     """Fill a backbone from a run's directory, a .safetensors file, or timm's pretrained weights by name.
@@ -89,9 +92,10 @@ def weights_file(source: str, argument: str) -> Path | None:
     """The file of a backbone's weights, given it or a run's directory; None for those of timm."""
     path = expand_home(source)
     if path.is_dir():
-        if not (path / "backbone.safetensors").exists():
-            raise ValueError(f"{argument}: {source} holds no finished run (there is no backbone.safetensors)")
-        return path / "backbone.safetensors"
+        for name in (WEIGHTS_FILE, EARLIER_WEIGHTS_FILE):
+            if (path / name).exists():
+                return path / name
+        raise ValueError(f"{argument}: {source} holds no finished run (there is no {WEIGHTS_FILE})")
     if path.exists():
         return path
     if is_plain_name(source) and timm.is_model(source):

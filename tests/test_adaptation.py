@@ -102,7 +102,7 @@ def test_before_is_the_source_and_after_the_run(source, target, adapted):
     result = json.loads((adapted / "adapt.json").read_text())
     config = adapted / "config.yaml"
     for when, folder in (("before", source), ("after", adapted)):
-        expected = evaluated(folder / "backbone.safetensors", config)
+        expected = evaluated(folder / "model.safetensors", config)
         assert (result[when]["knn"]["20"], result[when]["linear"]) == expected
         assert result[when]["query_images"] == len(list(target.glob("test/*/*")))
     assert result["before"] != result["after"]
@@ -183,7 +183,7 @@ def test_the_same_command_goes_on_and_is_done_once(source, target, adapted, tmp_
         assert cli.main(arguments(source, target, tmp_path / "run")) == cli.SAVED
     assert cli.main(arguments(source, target, tmp_path / "run")) == 0
     assert "resuming at step 8" in capsys.readouterr().err
-    for name in ("adapt.json", "backbone.safetensors"):
+    for name in ("adapt.json", "model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (adapted / name).read_bytes()
     last = (adapted / "checkpoints/step-000000012.ckpt").stat().st_mtime_ns
     assert cli.main(arguments(source, target, adapted)) == 0
@@ -197,7 +197,7 @@ def test_the_same_command_goes_on_and_is_done_once(source, target, adapted, tmp_
 def test_from_a_file_the_backbone_is_known(source, target, adapted, tmp_path):
     keys = ("global_size", "local_crops", "local_size", "bits", "hidden", "batch_size", "precision")
     options = {key: getattr(configuration(source), key) for key in keys}
-    file = source / "backbone.safetensors"
+    file = source / "model.safetensors"
     options |= {"eval_crop": 1, "drop_path": 0, "max_steps": 1}
     assert cli.main(arguments(file, target, tmp_path / "run", **options)) == 0
     before = [json.loads((run / "adapt.json").read_text())["before"] for run in (tmp_path / "run", adapted)]
@@ -219,7 +219,7 @@ def test_colors_stay_normalized_as_the_weights_want(source, target, tmp_path):
     """From run to file to run, and for timm; another mean with these weights is refused."""
     options = {**OPTIONS, "mean": "[0.5, 0.4, 0.3]", "max_steps": 2, "output": tmp_path / "run"}
     pretrain(configure_run(**options))
-    file = tmp_path / "run" / "backbone.safetensors"
+    file = tmp_path / "run" / "model.safetensors"
     for weights in (file, tmp_path / "run"):
         assert configure(str(weights), data=str(target)).mean == (0.5, 0.4, 0.3)
     with safetensors.safe_open(file, "pt") as opened:
@@ -237,11 +237,11 @@ def test_images_without_labels_are_trained_on(source, tmp_path, capsys):
     assert cli.main(arguments(source, tmp_path / "images", tmp_path / "run", max_steps=2)) == 0
     assert "nothing could be measured" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "adapt.json").read_text())["after"] is None
-    assert (tmp_path / "run" / "backbone.safetensors").exists()
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_directory_of_an_adaptation_from_elsewhere_is_refused(source, target, adapted, capsys):
-    file = source / "backbone.safetensors"
+    file = source / "model.safetensors"
     options = {"backbone_args": OPTIONS["backbone_args"]}
     assert cli.main(["adapt", "--quiet", *arguments(file, target, adapted, **options)[1:]]) == 2
     error = capsys.readouterr().err
@@ -257,8 +257,8 @@ def test_a_directory_of_an_adaptation_from_elsewhere_is_refused(source, target, 
             "weights: expected a run's directory, a .safetensors file or a timm model, got",
         ),
         ("resnet81", "did you mean resnet"),
-        ("empty folder", "holds no finished run (there is no backbone.safetensors)"),
-        ("unfinished run", "holds no finished run (there is no backbone.safetensors)"),
+        ("empty folder", "holds no finished run (there is no model.safetensors)"),
+        ("unfinished run", "holds no finished run (there is no model.safetensors)"),
         ("garbage file", "cannot be read as safetensors"),
         ("unknown file", "does not name its backbone; give its timm name as backbone"),
     ],

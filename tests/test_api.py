@@ -166,7 +166,7 @@ def test_one_image_is_encoded_as_many_are(pretrained, tmp_path):
         model.encode(tmp_path / "bad.png")
     with pytest.raises(ValueError, match="image: expected a path or an image of Pillow, got int"):
         model.encode(3)
-    alone = bincomm.load_pretrained(run / "backbone.safetensors", "cpu").encode(file)
+    alone = bincomm.load_pretrained(run / "model.safetensors", "cpu").encode(file)
     assert alone.bits is None
     assert torch.equal(alone.features, features)
 

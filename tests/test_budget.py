@@ -95,7 +95,7 @@ def test_an_adaptation_does_not_inherit_minutes(tmp_path):
     run.mkdir()
     config = PretrainConfig(minutes=5, epochs=77, max_steps=6000, backbone="test_vit", bits=8)
     (run / "config.yaml").write_text(yaml.safe_dump(config.as_dict()))
-    safetensors.torch.save_file({}, run / "backbone.safetensors")
+    safetensors.torch.save_file({}, run / "model.safetensors")
     adapted = configure_adaptation(run, data="digits")
     assert (adapted.minutes, adapted.epochs, adapted.max_steps, adapted.bits) == (None, 10, None, 8)
     adapted = configure_adaptation(run, data="digits", minutes=3)

@@ -133,7 +133,7 @@ def test_a_batch_shared_by_two_ranks_is_the_same_batch(alone, tmp_path, options,
     for mine, theirs in zip(found, expected, strict=True):
         assert mine[0] == pytest.approx(theirs[0], abs=1e-4)
         assert mine[1:] == pytest.approx(theirs[1:], rel=1e-4)
-    assert (tmp_path / "run" / "backbone.safetensors").exists()
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_a_checkpoint_of_two_ranks_with_split_parameters_goes_on_on_one(alone, tmp_path):

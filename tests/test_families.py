@@ -95,15 +95,16 @@ def check(name, folder):
     logits.square().mean().backward()
     assert any(p.grad is not None for p in student.backbone.parameters())
     export_backbone(teacher, PretrainConfig(**keys), folder)
-    file, image = folder / "backbone.safetensors", torch.randn(1, 3, size, size)
+    file, image = folder / "model.safetensors", torch.randn(1, 3, size, size)
     known = read_metadata(str(file))
     again, _ = create_backbone(known["backbone"], known["global_size"], **known["backbone_args"])
     load_weights(again, str(file))
     with safetensors.safe_open(file, "pt") as opened:
         by_timm = timm.create_model(**json.loads(opened.metadata()["create_model"]))
     by_timm.load_state_dict(safetensors.torch.load_file(file))
+    of_folder = timm.create_model(f"local-dir:{folder}", pretrained=True)
     with torch.no_grad():
-        for other in (again, by_timm):
+        for other in (again, by_timm, of_folder):
             torch.testing.assert_close(other.eval()(image), teacher.backbone.eval()(image))
 
 

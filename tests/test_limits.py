@@ -164,4 +164,4 @@ def test_a_whole_run_at_many_limits(end, tmp_path):
         Image.new("RGB", (40, 40), (50 * number, 0, 0)).save(tmp_path / f"images/{number}.png")
     run = tmp_path / "run"
     pretrain(tmp_path / "images", recipe="digits", output=run, max_steps=2, **{**SMALL, **at_limits})
-    assert (run / "backbone.safetensors").exists()
+    assert (run / "model.safetensors").exists()

@@ -100,7 +100,7 @@ def newest(run):
 
 def same_end(run, other):
     """Whether two runs ended alike, bit for bit."""
-    for name in ("metrics.jsonl", "backbone.safetensors", "result.json"):
+    for name in ("metrics.jsonl", "model.safetensors", "result.json"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
@@ -111,7 +111,7 @@ def test_what_a_run_leaves(finished):
         "metrics.jsonl",
         "speed.jsonl",
         "checkpoints",
-        "backbone.safetensors",
+        "model.safetensors",
         "curves.png",
         "result.json",
     }
@@ -136,7 +136,7 @@ def test_what_a_run_leaves(finished):
 
 def test_the_backbone_loads_in_timm(finished):
     output, _ = finished
-    with safetensors.safe_open(output / "backbone.safetensors", "pt") as file:
+    with safetensors.safe_open(output / "model.safetensors", "pt") as file:
         create = json.loads(file.metadata()["create_model"])
     backbone = timm.create_model(**create)
     shown = timm.data.resolve_model_data_config(backbone)
@@ -144,7 +144,7 @@ def test_the_backbone_loads_in_timm(finished):
     assert timm.data.resolve_model_data_config(backbone, use_test_size=True) == shown
     for key in ("url", "hf_hub_id", "tag", "license", "test_input_size", "origin_url", "paper_ids"):
         assert not backbone.pretrained_cfg.get(key)
-    backbone.load_state_dict(safetensors.torch.load_file(output / "backbone.safetensors"), strict=True)
+    backbone.load_state_dict(safetensors.torch.load_file(output / "model.safetensors"), strict=True)
     state = newest(output)["teacher"]
     _, teacher = create_networks(configuration(output), torch.device("cpu"))
     teacher.load_state_dict(state)
@@ -294,7 +294,7 @@ def test_what_is_removed_while_a_run_trains_is_made_again(tmp_path, monkeypatch,
     monkeypatch.setattr(Records, "add", remove)
     pretrain(configuration(tmp_path / "run", max_steps=14))
     assert newest(tmp_path / "run")["step"] == 14
-    left = {"config.yaml", "metrics.jsonl", "backbone.safetensors", "result.json", ".bincomm.lock"}
+    left = {"config.yaml", "metrics.jsonl", "model.safetensors", "result.json", ".bincomm.lock"}
     assert left <= set(os.listdir(tmp_path / "run"))
     assert read_json_lines(tmp_path / "run/metrics.jsonl")[-1]["step"] == 14
     assert ("was removed" in caplog.text) == (removed != "run/checkpoints")
@@ -302,10 +302,10 @@ def test_what_is_removed_while_a_run_trains_is_made_again(tmp_path, monkeypatch,
 
 def test_a_finished_run_is_not_trained_again(finished, capsys):
     output, result = finished
-    before = (output / "backbone.safetensors").stat().st_mtime_ns
+    before = (output / "model.safetensors").stat().st_mtime_ns
     assert cli.main(["pretrain", *arguments(output)]) == 0
     assert f"{result['evaluation']['teacher']['knn']['20']:.2%}" in capsys.readouterr().out
-    assert (output / "backbone.safetensors").stat().st_mtime_ns == before
+    assert (output / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_run_of_another_configuration_is_refused(finished, capsys):
@@ -335,7 +335,7 @@ def test_metrics_may_be_reported_at_other_steps_after_a_resume(finished, tmp_pat
             pretrain(configuration(tmp_path / "run"))
     pretrain(configuration(tmp_path / "run", log_every=2))
     assert [line["step"] for line in read_json_lines(tmp_path / "run/metrics.jsonl")] == [4, *range(8, 51, 2)]
-    weights = [(run / "backbone.safetensors").read_bytes() for run in (finished[0], tmp_path / "run")]
+    weights = [(run / "model.safetensors").read_bytes() for run in (finished[0], tmp_path / "run")]
     assert weights[0] == weights[1]
 
 
@@ -438,7 +438,7 @@ def test_what_resume_says_is_heeded(finished, tmp_path, capsys):
 def test_beginning_from_a_run_is_not_going_on_with_it(finished, tmp_path):
     config = configuration(tmp_path / "run", init_from=finished[0], max_steps=2)
     before, _ = create_networks(config, torch.device("cpu"))
-    theirs = safetensors.torch.load_file(finished[0] / "backbone.safetensors")
+    theirs = safetensors.torch.load_file(finished[0] / "model.safetensors")
     for name, value in before.backbone.state_dict().items():
         assert torch.equal(value, theirs[name])
     assert read_json_lines(tmp_path / "run" / "metrics.jsonl") == []

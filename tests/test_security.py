@@ -117,7 +117,7 @@ def test_a_mapping_is_no_call(place, tmp_path):
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A file as bincomm writes it, and its metadata."""
-    path = tmp_path_factory.mktemp("exported") / "backbone.safetensors"
+    path = tmp_path_factory.mktemp("exported") / "model.safetensors"
     network, arguments = create_backbone("test_resnet", 32)
     safetensors.torch.save_file(network.state_dict(), path, metadata={"create_model": json.dumps(arguments)})
     return path, arguments

@@ -1,4 +1,4 @@
-"""The trained backbone as a file that timm loads."""
+"""The trained backbone as a model that timm, transformers and the Hugging Face Hub read."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import safetensors.torch
 
 from bincomm.config import PretrainConfig
-from bincomm.files import write_file
+from bincomm.files import write_file, write_json
 from bincomm.networks import Network, create_backbone
+from bincomm.weights import WEIGHTS_FILE
 
 # What timm says of the weights that it has by this name: another size for tests, where they come from.
 OF_OTHER_WEIGHTS = (
@@ -15,19 +16,20 @@ OF_OTHER_WEIGHTS = (
     *("paper_name", "paper_ids", "notes", "label_offset", "label_names", "label_descriptions"),
     *("test_input_size", "test_crop_pct", "test_pool_size", "min_input_size"),
 )
+# What timm says of the network itself: the layers that it replaces for other channels and for classes.
+OF_THE_NETWORK = ("fixed_input_size", "first_conv", "classifier")
 
 
 def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None:
-    """Write the teacher's backbone to backbone.safetensors; its metadata holds the arguments of
-    `timm.create_model`, by which timm also knows how it was evaluated: size, crop, mean and std."""
+    """Write the teacher's backbone to model.safetensors, and to config.json how timm builds it and how it was
+    evaluated: size, crop, mean and std. The metadata of the weights say the same, as arguments of
+    `timm.create_model`, so that bincomm needs no other file."""
     # Copies, because safetensors refuses weights that a backbone uses twice, under two names.
     weights = {
         name: value.to("cpu", copy=True).contiguous() for name, value in teacher.backbone.state_dict().items()
     }
-    _, arguments = create_backbone(config.backbone, config.global_size, **config.backbone_args)
-    arguments["pretrained_cfg_overlay"] = {
-        **dict.fromkeys(OF_OTHER_WEIGHTS),
-        "custom_load": False,
+    backbone, arguments = create_backbone(config.backbone, config.global_size, **config.backbone_args)
+    evaluated = {
         "num_classes": 0,
         "interpolation": "bicubic",
         "crop_mode": "center",
@@ -36,6 +38,21 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
         "mean": list(config.mean),
         "std": list(config.std),
     }
+    overlay = {**dict.fromkeys(OF_OTHER_WEIGHTS), "custom_load": False, **evaluated}
     # One key: safetensors writes several in random order, and two equal runs leave equal files.
-    data = safetensors.torch.save(weights, metadata={"create_model": json.dumps(arguments)})
-    write_file(run / "backbone.safetensors", lambda file: file.write(data))
+    metadata = {"create_model": json.dumps({**arguments, "pretrained_cfg_overlay": overlay})}
+    data = safetensors.torch.save(weights, metadata=metadata)
+    write_file(run / WEIGHTS_FILE, lambda file: file.write(data))
+
+    network = {key: value for key, value in backbone.pretrained_cfg.items() if key in OF_THE_NETWORK}
+    name, classes = arguments.pop("model_name"), arguments.pop("num_classes")
+    write_json(
+        run / "config.json",
+        {
+            "architecture": name.partition(".")[0],  # without the tag of timm's own weights
+            "num_classes": classes,
+            "num_features": backbone.num_features,
+            "model_args": arguments,
+            "pretrained_cfg": {**network, **evaluated},
+        },
+    )

@@ -165,7 +165,8 @@ def _load(
             model = _from_state(checkpoint, weights, device, preprocessing)
             _tell_step(path, checkpoint["step"])
             return model
-        keys = read_config(path, "weights")
+        if (path / "config.yaml").exists():  # not where its weights and config.json alone were copied to
+            keys = read_config(path, "weights")
     keys = {**read_metadata(weights, "weights"), **keys}
     if not keys.setdefault("backbone", backbone):
         raise ValueError(f"weights: {weights} does not name its backbone; give its timm name as backbone")
@@ -187,11 +188,10 @@ def _tell_step(run: Path, step: int) -> None:
     if last != step:  # the disk was full, or the newest checkpoint is damaged
         logger.warning(
             "%s ended at step %d, but its newest checkpoint is of step %d, whose network is taken; the "
-            "backbone of the end, without a head, is %s",
+            "backbone of the end, without a head, is the .safetensors file there",
             run,
             last,
             step,
-            run / "backbone.safetensors",
         )
 
 
@@ -214,8 +214,8 @@ def _from_state(state: Any, weights: str, device: torch.device, preprocessing: d
 
 def _config(keys: dict[str, Any], weights: str) -> PretrainConfig:
     """A configuration from keys as YAML and JSON give them, without those that matter only in training and
-    could contradict others."""
-    training = {"init_from": None, "fsdp": False, "accumulate": 1}
+    could contradict others, or change how features are rounded, as the attention of bf16 on a CPU does."""
+    training = {"init_from": None, "fsdp": False, "accumulate": 1, "precision": "fp32"}
     keys = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
     try:
         return PretrainConfig(**{**keys, **training})

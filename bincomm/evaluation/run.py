@@ -129,6 +129,7 @@ def summary(result: dict[str, Any], output: str) -> str:
             "guessing the more frequent value"
         )
     lines.append(
-        f"in {output}: backbone.safetensors, curves.png, metrics.jsonl, result.json, config.yaml, checkpoints"
+        f"in {output}: model.safetensors, config.json, README.md, curves.png, metrics.jsonl, result.json, "
+        "config.yaml, checkpoints"
     )
     return "\n".join(lines)

@@ -157,7 +157,7 @@ def test_a_page_about_the_code(run, images, tmp_path, capsys):
 )
 def test_an_error_is_one_line(run, tmp_path, monkeypatch, capsys, command, options, words):
     monkeypatch.chdir(tmp_path)
-    weights = run if "nowhere" in str(options) else run / "backbone.safetensors"
+    weights = run if "nowhere" in str(options) else run / "model.safetensors"
     assert cli.main([command, str(weights), *options]) == 2
     *before, error = capsys.readouterr().err.strip().splitlines()
     assert words in error

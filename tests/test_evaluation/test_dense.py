@@ -511,7 +511,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     folder = write(tmp_path / "masks", train=[stripes(i) for i in range(3)], val=[stripes(4)])
     config = configure("digits", backbone="test_resnet", backbone_args={})
     export_backbone(create_networks(config, torch.device("cpu"))[1], config, tmp_path)
-    weights, output = tmp_path / "backbone.safetensors", tmp_path / "result.json"
+    weights, output = tmp_path / "model.safetensors", tmp_path / "result.json"
     command = ["evaluate", str(weights), f"--segmentation={folder}", f"--output={output}", "--void=9,254"]
     command.append(f"--masks={tmp_path / 'predicted'}")
     assert cli.main(command) == 0

@@ -42,7 +42,7 @@ def evaluated(run, sources):
 
 
 def test_every_way_to_name_it_is_the_same_network(run, sources):
-    files = [run, run / "checkpoints/step-000000020.ckpt", run / "backbone.safetensors"]
+    files = [run, run / "checkpoints/step-000000020.ckpt", run / "model.safetensors"]
     models = [load_pretrained(str(file), CPU) for file in files]
     results = [extract_features(model, sources[1]) for model in models]
     for other in results[1:]:
@@ -92,7 +92,7 @@ def test_queries_that_map_leaves_out_are_counted(run, sources):
 
 
 def test_a_run_whose_checkpoints_are_gone_has_a_backbone_alone(run, sources, tmp_path):
-    for name in ("config.yaml", "backbone.safetensors"):
+    for name in ("config.yaml", "model.safetensors"):
         (tmp_path / name).write_bytes((run / name).read_bytes())
     model = load_pretrained(str(tmp_path), CPU)
     assert model.head is None
@@ -107,7 +107,7 @@ def test_a_run_whose_checkpoints_are_gone_has_a_backbone_alone(run, sources, tmp
         ("garbage.safetensors", "weights: .* cannot be read as safetensors"),
         ("unknown.safetensors", "does not name its backbone; give its timm name as backbone"),
         ("garbage.ckpt", "cannot be read as a checkpoint"),
-        ("empty", "weights: .* holds no run whose config.yaml can be read"),
+        ("empty", r"weights: .* holds no finished run \(there is no model.safetensors\)"),
         ("gone.ckpt", "weights: expected a checkpoint, got .*gone.ckpt, which does not exist"),
         ("list.ckpt", "weights: .*list.ckpt is no checkpoint of a run"),
         ("other.safetensors", "weights: .*other.safetensors holds weights of another backbone"),
@@ -136,7 +136,7 @@ def transformer(tmp_path, sources, configuration):
     _, teacher = create_networks(config, CPU)
     state = {"config": config.as_dict(), "teacher": teacher.state_dict()}
     export_backbone(teacher, config, tmp_path)
-    return state, tmp_path / "backbone.safetensors", sources[1].select(range(20))
+    return state, tmp_path / "model.safetensors", sources[1].select(range(20))
 
 
 def test_position_embeddings_are_those_of_the_size_of_the_crops(transformer, tmp_path):

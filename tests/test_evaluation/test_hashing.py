@@ -119,7 +119,7 @@ def test_images_must_lie_below_a_folder(lists, tmp_path_factory):
 
 
 def test_codes_need_a_head(run, lists):
-    model = load_pretrained(run / "backbone.safetensors", "cpu")
+    model = load_pretrained(run / "model.safetensors", "cpu")
     with pytest.raises(ValueError, match="hashing: .*without a head"):
         evaluate_hashing(model, lists)
 

@@ -70,7 +70,7 @@ def test_evaluate_encode_and_timm_agree(side, tolerance, tmp_path):
     encode(model, source, tmp_path / "codes", features=True)
     table = pq.read_table(tmp_path / "codes" / "part-00000.parquet")
     by_encode = torch.tensor(table["features"].to_pylist())
-    exported = tmp_path / "backbone.safetensors"
+    exported = tmp_path / "model.safetensors"
     of_file = extract_features(bincomm.load_pretrained(exported, "cpu"), source)["features"]
 
     with safetensors.safe_open(exported, "pt") as file:

@@ -526,7 +526,7 @@ def test_the_command_alone_and_on_two_ranks(tmp_path, capsys, monkeypatch):
             Image.new("RGB", (20, 20), tuple(value + 9 * i for value in color)).save(path)
     command = [
         "evaluate",
-        str(tmp_path / "backbone.safetensors"),
+        str(tmp_path / "model.safetensors"),
         f"--davis={folder}",
         f"--data={tmp_path / 'images'}",
         "--protocols=knn,map",
