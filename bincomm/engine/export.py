@@ -39,10 +39,10 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
         "std": list(config.std),
     }
     overlay = {**dict.fromkeys(OF_OTHER_WEIGHTS), "custom_load": False, **evaluated}
-    # One key: safetensors writes several in random order, and two equal runs leave equal files.
-    metadata = {"create_model": json.dumps({**arguments, "pretrained_cfg_overlay": overlay})}
-    data = safetensors.torch.save(weights, metadata=metadata)
-    write_file(run / WEIGHTS_FILE, lambda file: file.write(data))
+    created = json.dumps({**arguments, "pretrained_cfg_overlay": overlay})
+    # transformers below 5 refuses weights that do not say that they are PyTorch's.
+    data = safetensors.torch.save(weights, metadata={"create_model": created, "format": "pt"})
+    write_file(run / WEIGHTS_FILE, lambda file: file.writelines(with_sorted_metadata(data)))
 
     network = {key: value for key, value in backbone.pretrained_cfg.items() if key in OF_THE_NETWORK}
     name, classes = arguments.pop("model_name"), arguments.pop("num_classes")
@@ -56,3 +56,14 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
             "pretrained_cfg": {**network, **evaluated},
         },
     )
+
+
+def with_sorted_metadata(data: bytes) -> list[bytes | memoryview]:
+    """The parts of a safetensors file, its metadata sorted by name: safetensors writes them in random order,
+    and two equal runs leave equal files."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    return [len(text).to_bytes(8, "little"), text, memoryview(data)[start:]]

@@ -134,6 +134,20 @@ def test_a_tag_of_other_weights_is_no_part_of_the_architecture(tmp_path):
     assert torch.equal(model(images), backbone.eval()(images))
 
 
+def test_equal_backbones_leave_equal_files(tmp_path):
+    """Also where safetensors would write the metadata in another order."""
+    config = configure("digits", backbone="test_vit", backbone_args={}, global_size=32)
+    backbone, _ = create_backbone("test_vit", 32)
+    network, contents = Network(backbone, Head(backbone.num_features, 4, 2)), set()
+    for _ in range(8):
+        export_backbone(network, config, tmp_path)
+        contents.add(tuple((tmp_path / name).read_bytes() for name in ("model.safetensors", "config.json")))
+    assert len(contents) == 1
+    with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata().keys() == {"create_model", "format"}
+        assert file.metadata()["format"] == "pt"  # which transformers below 5 looks for
+
+
 def test_runs_of_earlier_versions_are_read(exported, tmp_path):
     """Their weights are backbone.safetensors, beside a config.yaml and without a config.json."""
     folder = exported("test_resnet")
