@@ -22,6 +22,7 @@ from bincomm.engine.lock import open_run
 from bincomm.engine.run import begin_run, precision_of, read_result
 from bincomm.engine.signals import Interrupted, Signals
 from bincomm.evaluation.progress import ProgressEvaluation
+from bincomm.evaluation.model_card import write_model_card
 from bincomm.evaluation.run import accuracies, evaluate_run
 from bincomm.files import check_folder, write_json
 from bincomm.networks import Network
@@ -71,6 +72,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
                 if labeled is None:
                     result["no_evaluation"] = why_no_evaluation(config.data, source)
                 plot_curves(run, accuracies(result))
+                write_model_card(run, config, len(source.images), result)
                 write_json(run / "result.json", result)
                 return result
 

@@ -100,7 +100,7 @@ def newest(run):
 
 def same_end(run, other):
     """Whether two runs ended alike, bit for bit."""
-    for name in ("metrics.jsonl", "model.safetensors", "result.json"):
+    for name in ("metrics.jsonl", "model.safetensors", "config.json", "README.md", "result.json"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
 
 
@@ -112,6 +112,8 @@ def test_what_a_run_leaves(finished):
         "speed.jsonl",
         "checkpoints",
         "model.safetensors",
+        "config.json",
+        "README.md",
         "curves.png",
         "result.json",
     }

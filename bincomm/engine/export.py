@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 
@@ -44,7 +45,7 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
     data = safetensors.torch.save(weights, metadata={"create_model": created, "format": "pt"})
     write_file(run / WEIGHTS_FILE, lambda file: file.writelines(with_sorted_metadata(data)))
 
-    network = {key: value for key, value in backbone.pretrained_cfg.items() if key in OF_THE_NETWORK}
+    known: Any = backbone.pretrained_cfg
     name, classes = arguments.pop("model_name"), arguments.pop("num_classes")
     write_json(
         run / "config.json",
@@ -53,7 +54,7 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
             "num_classes": classes,
             "num_features": backbone.num_features,
             "model_args": arguments,
-            "pretrained_cfg": {**network, **evaluated},
+            "pretrained_cfg": {**{key: known[key] for key in OF_THE_NETWORK if key in known}, **evaluated},
         },
     )
 
