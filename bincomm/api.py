@@ -1,5 +1,6 @@
 """The commands as Python functions: `bincomm.pretrain`, `bincomm.adapt`, `bincomm.compare`,
-`bincomm.evaluate`, `bincomm.encode` and `bincomm.load_pretrained`, and here also `search` and `report`.
+`bincomm.evaluate`, `bincomm.encode` and `bincomm.load_pretrained`, and here also `search`, `report` and
+`export`.
 
 Under torchrun every process calls the same function; all but the first get None.
 """
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from bincomm.codes.encode import Encoded
     from bincomm.codes.search import Neighbor
     from bincomm.evaluation.pretrained import Pretrained
+    from bincomm.exporting import Exported
 
 logger = logging.getLogger(__name__)
 
@@ -429,3 +431,31 @@ def report(
         bits=None if bits is None else list(bits),
         other=None if other is None else load_pretrained(other, device, **preprocessing),
     )
+
+
+def export(
+    weights: str | Path,
+    *,
+    onnx: str | Path,
+    codes: bool = False,
+    backbone: str | None = None,
+    **preprocessing: Any,
+) -> "Exported":
+    """Write a backbone as an ONNX file, "images" (n, 3, S, S) -> "features" (n, D), for any n.
+
+    Args:
+        weights, backbone, preprocessing: as in `load_pretrained`; global_size is S.
+        onnx: the file to write.
+        codes: the bits of the code, "bits" (n, K), are an output, too; the weights need a head.
+
+    Returns:
+        The shapes, and how far ONNX Runtime, with which the file is checked, is from PyTorch.
+
+    Raises:
+        Errors are those of `load_pretrained` and `bincomm.exporting.export_onnx`.
+    """
+    from bincomm.exporting import export_onnx
+    from bincomm.files import check_file
+
+    path = check_file("onnx", onnx)
+    return export_onnx(load_pretrained(weights, "cpu", backbone=backbone, **preprocessing), path, codes=codes)

@@ -87,6 +87,7 @@ COMMANDS = {
         "find the images of such a folder that are nearest to an image", "eval", single_process=True
     ),
     "codes": Command("write a page about what the bits mean", "eval", single_process=True),
+    "export": Command("write a backbone as an ONNX file", "export", single_process=True),
     "profile": Command(
         "show where the time of a training step goes", "train", takes_run_keys=True, single_process=True
     ),

@@ -14,6 +14,7 @@ LAYERS = {
     "commands": {"commands"},
     "functions": {"api", "pretrain", "adapt", "compare", "evaluate", "encode"},
     "tasks": {"adaptation", "comparison", "codes", "profiling", "dry_run"},
+    "tasks": {"adaptation", "comparison", "codes", "exporting", "profiling"},
     "pretraining": {"pretraining"},
     "evaluation": {"evaluation"},
     "engine": {"engine"},

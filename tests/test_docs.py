@@ -291,6 +291,7 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
     "encode": encode,
     "search": main,
     "codes": on_drawn_images,
+    "export": main,
     "profile": profile,
     "data": lambda words: {"look": look, "shard": encode}.get(words[1], main)(words),
     "doctor": main,
