@@ -21,8 +21,8 @@ from bincomm.engine.job import Job
 from bincomm.engine.lock import open_run
 from bincomm.engine.run import begin_run, precision_of, read_result
 from bincomm.engine.signals import Interrupted, Signals
-from bincomm.evaluation.progress import ProgressEvaluation
 from bincomm.evaluation.model_card import write_model_card
+from bincomm.evaluation.progress import ProgressEvaluation
 from bincomm.evaluation.run import accuracies, evaluate_run
 from bincomm.files import check_folder, write_json
 from bincomm.networks import Network

@@ -28,7 +28,7 @@ def test_a_run_measures_knn_and_stays_as_it_is_without(evaluated, configuration,
     assert [line["step"] for line in lines] == [5, 10, 15]
     assert all(0.1 < line[name] <= 1 for line in lines for name in ("knn", "knn_codes"))
     pretrain(configuration(output=tmp_path / "run", **EVERY_EPOCH | {"evaluate_every": 0}))
-    for name in ("metrics.jsonl", "backbone.safetensors"):
+    for name in ("metrics.jsonl", "model.safetensors"):
         assert (evaluated / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
     assert not (tmp_path / "run" / "progress.jsonl").exists()
 
