@@ -30,8 +30,8 @@ def pretrain(data: Data = "digits", *, recipe: str | None = None, **keys: Any) -
     """Pretrain a backbone on images without labels, or resume the unfinished run in `output`.
 
     Args:
-        data: a folder of images, tar shards, a .txt file of paths, a standard set, or "digits"; or several
-            with weights, as a mapping.
+        data: a folder of images, tar or Parquet shards, a .txt file of paths, a standard set, or "digits"; or
+            several with weights, as a mapping.
         recipe: a name in `bincomm.recipes.recipe_names()`, or a YAML file; None: the one that fits the
             images.
         keys: keys of `bincomm.config.PretrainConfig`, which replace those of the recipe.

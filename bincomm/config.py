@@ -51,9 +51,9 @@ class PretrainConfig:
     the paper's values; only beta is found while training.
 
     Args:
-        data: a folder of images (nested or flat), tar shards (data-{000..127}.tar), a .txt file of image
-            paths, a standard set by name ("cifar10"), or "digits"; or several such with weights, the shares
-            of an epoch's images from each: {"photos": 3, "cifar10": 1}.
+        data: a folder of images (nested or flat), tar shards (data-{000..127}.tar), Parquet files of images
+            (train-*.parquet), a .txt file of image paths, a standard set by name ("cifar10"), or "digits"; or
+            several such with weights, the shares of an epoch's images from each: {"photos": 3, "cifar10": 1}.
         output: the run's directory; made if missing.
         resume: auto resumes the unfinished run in output if there is one; never refuses a directory that
             holds a run; must refuses one that holds none.
@@ -299,7 +299,8 @@ def located(source: Any) -> Any:
     if not isinstance(source, str) or source in {"digits", *SETS}:
         return source
     path = os.path.abspath(expand_home(source))
-    is_path = os.path.exists(path) or os.sep in source or glob.has_magic(source) or source.endswith(".tar")
+    is_shards = glob.has_magic(source) or source.endswith((".tar", ".parquet"))
+    is_path = is_shards or os.path.exists(path) or os.sep in source
     return path if is_path else source
 
 

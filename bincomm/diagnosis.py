@@ -31,7 +31,7 @@ PACKAGES = {
     "tqdm": "the bar; without it there is no training",
     "PIL": "images that DALI does not take; without it there is no training",
     "yaml": "recipes; without it there is no training",
-    "pyarrow": "codes in files; without it there are no encode, search and codes",
+    "pyarrow": "codes in files and images in Parquet; without it there are no encode, search and codes",
     "faiss": "the index of encode --index; nothing else needs it",
     "onnxscript": "the ONNX files of export; nothing else needs it",
     "onnxruntime": "the check of ONNX files by export; nothing else needs it",
@@ -39,6 +39,7 @@ PACKAGES = {
 }
 EXTRAS = {"pyarrow": "eval", "faiss": "eval", "scipy": "eval"}  # that bring a package; else train
 EXTRAS |= {"onnxscript": "export", "onnxruntime": "export"}
+EXTRAS = {"faiss": "eval", "scipy": "eval"}  # that bring a package; else train
 DISTRIBUTIONS = {
     "nvidia.dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
     "sklearn": ("scikit-learn",),

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 KEYS = {f.name: f.default for f in fields(PretrainConfig)}
 DATA_HELP = (
-    "images: a folder, tar shards (data-{000..127}.tar), a .txt file of paths, a standard set (cifar10), or "
-    'digits; or several with weights, the shares of an epoch\'s images: {"photos": 3, "cifar10": 1}'
+    "images: a folder, tar shards (data-{000..127}.tar), Parquet files, a .txt file of paths, a standard set "
+    "(cifar10), or digits; or several with weights, the shares of an epoch's images: "
+    '{"photos": 3, "cifar10": 1}'
 )
 BACKBONE_ARGS_HELP = (
     'further arguments of timm.create_model that describe the network: {"layers": [1, 1, 1, 1]}'
@@ -96,7 +97,7 @@ def parse_data(text: str) -> str | dict[str, float]:
     Raises:
         ValueError: it begins like a mapping but is not one.
     """
-    if not text.startswith("{") or text.endswith(".tar") or os.path.exists(text):
+    if not text.startswith("{") or text.endswith((".tar", ".parquet")) or os.path.exists(text):
         return text
     try:
         return {name: float(weight) for name, weight in json.loads(text).items()}

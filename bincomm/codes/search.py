@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageOps
 from bincomm.codes.storage import Part, iterate_codes, open_parts, read_rows, to_codes, to_messages
 from bincomm.data.images import eight_bits, open_encoded
 from bincomm.data.listing import Files
+from bincomm.data.parquet import open_parquet
 from bincomm.data.shards import open_shards
 from bincomm.data.sources import Source
 from bincomm.evaluation.identity import weights_identity
@@ -232,9 +233,11 @@ def is_below(path: str, folders: Sequence[Path]) -> bool:
 def _read(path: str, below: Sequence[Path] | None) -> bytes:
     """The bytes of an image, of a file or of a shard's member, below one of some folders if any are given."""
     path = path if below is None else os.path.abspath(path)  # what `is_below` judges
-    for end in re.finditer(r"\.tar(?=/)", path):
+    for end in re.finditer(r"\.(tar|parquet)(?=/)", path, re.IGNORECASE):
         shard, member = path[: end.end()], path[end.end() + 1 :]
         if (below is None or is_below(shard, below)) and os.path.isfile(shard):
+            if shard.lower().endswith(".parquet"):
+                return open_parquet([shard])[0].read(int(member)).tobytes()
             shards, _, _ = open_shards([shard])
             return shards.read(shards.members.index(member)).tobytes()
     if below is not None and not is_below(path, below):

@@ -16,6 +16,7 @@ import torch
 from bincomm.data.dali import Feed, Pipeline, decoding_pipeline
 from bincomm.data.evaluation_batches import usable_batches
 from bincomm.data.images import UnusableImageError, examine, open_encoded, read
+from bincomm.data.parquet import ParquetImages
 from bincomm.data.sources import Source
 from bincomm.files import check_folder, expand_home, write_text
 from bincomm.logs import progress_bar
@@ -58,7 +59,8 @@ def write_shards(
 
     A sample is an image as it was encoded (as a PNG if its format is unusual), named by its number in a
     random order that is always the same, and the number of its class in a .cls file where there are labels;
-    `classes.txt` then has a class a line. The folder appears when all is written, or not at all.
+    `classes.txt` then has a class a line. In that order images of a row group of a Parquet file stay
+    together. The folder appears when all is written, or not at all.
 
     Args:
         output: the folder; must not exist.
@@ -152,13 +154,15 @@ def _usable(
         except UnusableImageError as error:
             return str(error)
 
-    order = np.random.default_rng(0).permutation(len(source.images)).tolist()
+    order = np.random.default_rng(0).permutation(len(source.images))
+    if isinstance(source.images, ParquetImages):
+        order = source.images.together(order)
     with (
         ThreadPoolExecutor(threads) as readers,
         progress_bar(total=len(order), desc="writing shards", unit="img") as bar,
     ):
         for first in range(0, len(order), BATCH):
-            images = order[first : first + BATCH]
+            images = order[first : first + BATCH].tolist()
             for image, result in zip(images, readers.map(read_or_reason, images), strict=True):
                 bar.update()
                 if isinstance(result, str):

@@ -3,7 +3,7 @@
 import os
 import re
 
-ACCEPTED = "expected a folder of images, tar shards, a .txt file of paths"
+ACCEPTED = "expected a folder of images, tar or Parquet shards, a .txt file of paths"
 ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What is not read, by how its name ends, and how to get there.
@@ -13,10 +13,12 @@ ADVICE = {
         "a compressed tar file: unpack it and give the folder, or decompress it and give the .tar"
     ),
     (".npz", ".npy", ".pt", ".pth", ".h5", ".hdf5", ".mat", ".pkl"): (
-        "a file of arrays: write each image into a file, as a PNG for example, and give the folder"
+        "a file of arrays: write each image into a file, as a PNG for example, and give the folder; an array "
+        "of uint8 by `PIL.Image.fromarray(array).save(NAME)`"
     ),
-    (".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".tfrecord", ".lmdb"): (
-        "a table: write its images into a folder or tar shards, or their paths into a .txt file, one a line"
+    (".arrow", ".csv", ".tsv", ".json", ".jsonl", ".tfrecord", ".lmdb"): (
+        "a table: write its images into a folder, tar shards or Parquet files, or their paths into a .txt "
+        "file, one a line"
     ),
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"): "one image: give its folder",
 }
@@ -34,10 +36,11 @@ def describe(data: str) -> str:
         if data.lower().endswith(endings):
             return f"{data!r}{does_not_exist} is {advice}"
     if exists:
-        return f"{data!r} is no folder, text file of paths or tar file"
+        return f"{data!r} is no folder, text file of paths, tar or Parquet file"
     if HUB_NAME.fullmatch(data):
         return (
             f"{data!r} does not exist here; a set of this name on a hub must be downloaded, for example by "
-            f"`hf download --repo-type dataset {data} --local-dir FOLDER`, and be written as image files"
+            f"`hf download --repo-type dataset {data} --local-dir FOLDER`; give FOLDER if it holds "
+            "Parquet files or images"
         )
     return f"{data!r} does not exist"

@@ -97,11 +97,7 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
     Raises:
         ValueError: a shard does not exist, cannot be read or is no tar file; there is no image in any.
     """
-    paths = [os.path.abspath(path) for path in paths]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"data: there is no shard {printable_name(missing[0])}{more}")
+    paths = existing_shards(paths)
     unknown = [path for path in paths if not os.path.exists(_index_path(path))]
     if len(unknown) >= PARALLEL:
         _index_in_parallel(unknown)
@@ -115,6 +111,20 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
     classes, members = ([row[column] for row in rows] for column in (2, 3))
     notes = [f"{path} {note}" for path, (note, _) in zip(paths, indices, strict=True) if note]
     return Shards(paths, shard, offset, size, members), classes, notes
+
+
+def existing_shards(paths: Iterable[str]) -> list[str]:
+    """The absolute paths of files.
+
+    Raises:
+        ValueError: there is no file at one of them.
+    """
+    paths = [os.path.abspath(path) for path in paths]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"data: there is no shard {printable_name(missing[0])}{more}")
+    return paths
 
 
 def _index_path(path: str) -> Path:

@@ -1,4 +1,4 @@
-"""Where images come from: folders, lists, tar shards, standard sets, the digits, and mixes of them."""
+"""Where images come from: folders, lists, tar and Parquet shards, standard sets, the digits, and mixes."""
 
 import glob
 import itertools
@@ -14,9 +14,10 @@ import numpy as np
 from bincomm.data.digits import digits
 from bincomm.data.images import EXTENSIONS, Images, SelectableImages
 from bincomm.data.listing import Files, list_images
+from bincomm.data.parquet import ParquetImages, open_parquet
 from bincomm.data.parts import KINDS, Parts, held_out_kind, part_folders, parts_of_names, parts_of_shards
 from bincomm.data.refused import ACCEPTED, ADDRESS, describe
-from bincomm.data.shards import expand_braces, open_shards
+from bincomm.data.shards import Shards, expand_braces, open_shards
 from bincomm.data.standard import SETS, open_standard
 from bincomm.files import expand_home
 from bincomm.logs import did_you_mean, printable_name
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 QUERY_EVERY = 5  # without a test folder, every fifth image of a class is a query; the others are the gallery
 OTHER_PICTURES = (".gif", ".avif", ".heic", ".jp2", ".ppm", ".pgm")
+SHARDS = (".tar", ".parquet")  # how the names of shards end
 CHECKED_FILES = 1000  # number of files of a list whose existence is checked at the start
 
 
@@ -98,9 +100,10 @@ def open_source(data: str | Mapping[str, float], split: str | None = None) -> So
         data: one of the following, or a mapping of several of them to their weights, the shares of an epoch's
             images that come from each.
 
-            - a folder, nested to any depth or flat; if it holds .tar files instead of images, these are
-              shards;
+            - a folder, nested to any depth or flat; if it holds .tar or .parquet files instead of images,
+              these are shards;
             - tar shards in WebDataset's layout, as a path with braces or wildcards: data-{000..127}.tar;
+            - Parquet files in the layout of Hugging Face datasets, in the same way: train-*.parquet;
             - a .txt file with one path per line, relative to the file and below its folder, or below FOLDER
               in list.txt@FOLDER; blank lines and lines starting with # are ignored;
             - a standard set by its name (`bincomm.data.standard.SETS`), downloaded once;
@@ -112,11 +115,13 @@ def open_source(data: str | Mapping[str, float], split: str | None = None) -> So
     Returns:
         Files are sorted by folder and name. The label of an image is the folder that it lies in, of the first
         level on which there are at least two, if every image lies in one; in shards without folders, the
-        content of its sample's .cls file. A mix has no labels.
+        content of its sample's .cls file; in Parquet files, the value or the class name in the column of
+        labels. A mix has no labels.
 
     Raises:
         ValueError: the data does not exist, has no images, has no such part or two of one kind, or a listed
             file is missing or lies elsewhere; the message names it.
+        ImportError: Parquet files without pyarrow.
     """
     if isinstance(data, str):
         return _open_one(data, split)
@@ -182,7 +187,10 @@ def why_no_evaluation(data: str | Mapping[str, float], source: Source) -> str:
     if not isinstance(data, str) and len(data) > 1:
         return "the data is a mix of sources; `bincomm evaluate` measures on one of them"
     if source.labels is None:
-        return "not every image lies in a folder named after a class, of at least two (or has a .cls file)"
+        return (
+            "not every image lies in a folder named after a class, of at least two (or has a .cls file, or a "
+            "label in a Parquet file)"
+        )
     return f"no class has {QUERY_EVERY} images, of which one could be held out"
 
 
@@ -192,7 +200,7 @@ def _open_one(data: str, split: str | None) -> Source:
     path = digits() if data == "digits" else expand_home(data)
     if path.is_dir() and data:
         return _open_parts(path, split)
-    if data.lower().endswith(".tar"):
+    if data.lower().endswith(SHARDS):
         if path.exists():  # whatever characters of patterns are in its name
             return _open_shards([str(path)], split)
         names = expand_braces(str(path))
@@ -260,9 +268,9 @@ def _open_folder(
     root = os.path.abspath(folder)
     files, others = list_images(root)
     if not len(files):
-        if others[".tar"]:
+        if any(others[ending] for ending in SHARDS):
             below = glob.iglob(os.path.join(glob.escape(root), "**", "*"), recursive=True)
-            shards = sorted(name for name in below if name.lower().endswith(".tar"))
+            shards = sorted(name for name in below if name.lower().endswith(SHARDS))
             if shards:
                 return _open_shards(shards, split, min_classes)
         content = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
@@ -285,9 +293,23 @@ def _open_folder(
 
 
 def _open_shards(paths: Sequence[str], split: str | None, min_classes: int = 2) -> Source:
-    shards, words, notes = open_shards(paths)
-    parts = parts_of_shards(shards.shards, shards.shard)
-    return _source_of_parts(shards, shards.members, words, parts, split, min_classes, notes)
+    """The images of tar or Parquet files, not of both."""
+    is_parquet = [path.lower().endswith(".parquet") for path in paths]
+    if len(set(is_parquet)) > 1:
+        other = paths[is_parquet.index(not is_parquet[0])]
+        raise ValueError(
+            f"data: expected tar shards or Parquet files, got both: {printable_name(paths[0])} and "
+            f"{printable_name(other)}"
+        )
+    images: Shards | ParquetImages
+    if any(is_parquet):
+        images, words, notes = open_parquet(paths)
+        names = [""] * len(images)  # which have no folders
+    else:
+        images, words, notes = open_shards(paths)
+        names = images.members
+    parts = parts_of_shards(images.shards, images.shard)
+    return _source_of_parts(images, names, words, parts, split, min_classes, notes)
 
 
 def _source_of_parts(

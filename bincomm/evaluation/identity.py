@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from bincomm.data.parquet import ParquetImages
 from bincomm.data.shards import Shards
 from bincomm.data.sources import Mix, Source
 
@@ -38,7 +39,9 @@ def images_identity(source: Source, *, closely: bool = False) -> str:
         )
     parts = images.parts if isinstance(images, Mix) else [images]
     for file in (
-        file for part in parts for file in (part.shards if isinstance(part, Shards) else part.names())
+        file
+        for part in parts
+        for file in (part.shards if isinstance(part, Shards | ParquetImages) else part.names())
     ):
         try:
             stat = os.stat(file)
