@@ -1,4 +1,4 @@
-"""Damaged images and tar files through everything that reads them, for a given time.
+"""Damaged images, tar and Parquet files through everything that reads them, for a given time.
 
     python tests/fuzz_readers.py --minutes 0.5
     python tests/fuzz_readers.py --seed 123      # repeats one finding
@@ -23,6 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 Image.init()  # all formats, also those that are not registered by default
@@ -99,8 +101,37 @@ def tars(image: bytes) -> dict[str, bytes]:
     return written
 
 
+def parquets(image: bytes) -> dict[str, bytes]:
+    """Small Parquet files of every encoding, with labels."""
+    written = {}
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": image, "path": "../x.jpg"}, {"bytes": None, "path": "/etc/passwd"}, None]
+    table = pa.table({"image": pa.array(rows * 4, struct), "label": ["cat", "dog", None] * 4})
+    words = b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}}}'
+    numbers = pa.array([0, 1, -1] * 4)
+    named = table.set_column(1, "label", numbers).replace_schema_metadata({b"huggingface": words})
+    plain = pa.table({"image": pa.array([image] * 12), "label": numbers})
+    for number, (content, options) in enumerate(
+        [
+            (table, {"compression": "snappy"}),
+            (named, {"compression": "none", "use_dictionary": False, "data_page_version": "2.0"}),
+            (named, {"compression": "zstd", "store_schema": False}),
+            (plain, {"use_dictionary": False, "column_encoding": {"image": "DELTA_BYTE_ARRAY"}}),
+        ]
+    ):
+        file = io.BytesIO()
+        pq.write_table(content, file, row_group_size=5, **options)
+        written[f"parquet {number}"] = file.getvalue()
+    return written
+
+
 def mutate(data: bytes, rng: np.random.Generator, checksums: bool) -> bytes:
-    """The data with a few random changes; the headers of a tar get right checksums again, mostly."""
+    """The data with a few random changes; the headers of a tar get right checksums again, mostly, and the
+    metadata at a Parquet file's end its right length."""
+    footer = 8 + int.from_bytes(data[-8:-4], "little") if data.endswith(b"PAR1") else 0
+    if footer and rng.random() < 0.7:
+        end = mutate(data[-footer:-8], rng, checksums)
+        return data[:-footer] + end + len(end).to_bytes(4, "little") + b"PAR1"
     changed = bytearray(data)
     for _ in range(int(rng.integers(1, 6))):
         # Headers are changed most: a position near the beginning is likelier.
@@ -141,8 +172,11 @@ def case(seed: int) -> tuple[str, bytes]:
     """The name and the content of a seed's file."""
     rng = np.random.default_rng(seed)
     encoded = images()
-    if rng.random() < 0.3:
+    number = rng.random()
+    if number < 0.2:
         kinds = tars(next(iter(encoded.values())))
+    elif number < 0.4:
+        kinds = parquets(next(iter(encoded.values())))
     else:
         kinds = encoded
     name = list(kinds)[int(rng.integers(len(kinds)))]
@@ -162,8 +196,8 @@ class Reader:
 
     def __call__(self, seed: int) -> None:
         name, data = case(seed)
-        if name.startswith("tar"):
-            self.read_tar(data)
+        if name.startswith(("tar", "parquet")):
+            self.read_shard(data, f"x.{name.split()[0]}")
         else:
             self.read_image(np.frombuffer(data, np.uint8))
 
@@ -187,12 +221,12 @@ class Reader:
         decoded = tuple(np.array(shape.as_array()[0]).tolist())
         assert decoded == (*size, 3), f"decoded to {decoded}, promised {size}"
 
-    def read_tar(self, data: bytes) -> None:
+    def read_shard(self, data: bytes, name: str) -> None:
         """Index, then read every image."""
         from bincomm.data.images import UnusableImageError, load
         from bincomm.data.sources import evaluation_sources, open_source
 
-        path = self.folder / "x.tar"
+        path = self.folder / name
         path.write_bytes(data)
         try:
             source = open_source(str(path))

@@ -124,6 +124,7 @@ def test_without_a_recipe_the_images_decide(tmp_path):
         ({"data": "cifar10"}, "runs/cifar10-digits"),
         ({"data": "~/my pictures/"}, "runs/my_pictures-digits"),
         ({"data": "/x/train-{000..127}.tar"}, "runs/train-digits"),
+        ({"data": "/x/train-*.parquet"}, "runs/train-digits"),
         ({"data": "list.txt"}, "runs/list-digits"),
         ({"data": {"a/photos": 3, "cifar10": 1}}, "runs/photos-cifar10-digits"),
     ],
@@ -330,6 +331,7 @@ def test_sources_mean_the_same_from_any_directory(tmp_path, monkeypatch):
     images = str(tmp_path / "a/images")
     assert located("images") == located("~/a/images") == located(images) == images
     assert located("x-{00..07}.tar") == f"{tmp_path}/a/x-{{00..07}}.tar"
+    assert located("x-{0..7}.parquet") == f"{tmp_path}/a/x-{{0..7}}.parquet"
     assert located({"images": 1, "cifar10": 2}) == {images: 1, "cifar10": 2}
     for name in ("digits", "cifar10", "resnet18.a1_in1k", None):
         assert located(name) == name

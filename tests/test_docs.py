@@ -20,6 +20,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -406,6 +408,7 @@ def prepared(tmp_path_factory):
         main(small(["pretrain", "--recipe", "digits", "--data", "drawn", "--output", RUNS[0]]))
         for run_folder in RUNS[1:]:
             shutil.copytree(RUNS[0], run_folder)
+        write_parquet(Path("photos"))
         main(["encode", RUNS[0], "--data", "pictures", "--output", "codes"])
         main(["data", "shard", "--data", "pictures", "--output", "shards"])
         yield home
@@ -416,6 +419,16 @@ def workspace(prepared, monkeypatch):
     monkeypatch.chdir(prepared)
     monkeypatch.setenv("HOME", str(prepared))
     monkeypatch.setenv("BINCOMM_CACHE", str(prepared / "cache"))
+
+
+def write_parquet(folder: Path) -> None:
+    """Drawn images in the layout of Hugging Face datasets."""
+    folder.mkdir()
+    for part in ("train", "test"):
+        files = sorted(Path("drawn").glob(f"{part}/*/*.png"))
+        images = [{"bytes": path.read_bytes(), "path": path.name} for path in files]
+        table = pa.table({"image": images, "label": [path.parent.name for path in files]})
+        pq.write_table(table, folder / f"{part}-00000-of-00001.parquet", row_group_size=100)
 
 
 def write_cifar10(folder: Path) -> None:

@@ -237,7 +237,8 @@ def _read(path: str, below: Sequence[Path] | None) -> bytes:
         shard, member = path[: end.end()], path[end.end() + 1 :]
         if (below is None or is_below(shard, below)) and os.path.isfile(shard):
             if shard.lower().endswith(".parquet"):
-                return open_parquet([shard])[0].read(int(member)).tobytes()
+                images, _, _ = open_parquet([shard])
+                return images.read(range(len(images)).index(int(member))).tobytes()
             shards, _, _ = open_shards([shard])
             return shards.read(shards.members.index(member)).tobytes()
     if below is not None and not is_below(path, below):

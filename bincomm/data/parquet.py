@@ -27,10 +27,11 @@ LABEL_NAMES = ("label", "labels", "class")
 KEPT = 1 << 30  # bytes of images of the row groups read last that are kept in memory
 LARGEST_GROUP = 1 << 30  # bytes of images in a row group that is read
 LARGE_GROUP = 1 << 26  # bytes; of larger ones only one at a time is read
-SLOW_GROUP = 1 << 22  # bytes; reading one takes longer than decoding a photograph
-MS_PER_MIB = 1.5  # of a core, to read a row group from the page cache
+SLOW_GROUP = 1 << 21  # bytes; reading one takes longer than decoding a photograph
+MS_PER_MIB = 2  # of a core, to read a row group from the page cache
 FEW_ROWS = 1 << 20  # that any file may claim; more need a byte of the file each
-ROW_COST = 64  # bytes that a row takes in memory, however small its image is
+ROW_COST = 500  # bytes that a row takes in memory beside its image
+NOT_OPENED = "a path in it is not opened: write such paths into a .txt file, one a line, and give that"
 REWRITE = "pyarrow.parquet.write_table(pyarrow.parquet.read_table(OLD), NEW, row_group_size=100)"
 
 
@@ -123,14 +124,14 @@ class RowGroups:
         counts = [file.metadata.num_row_groups for file in files]
         self.file = np.repeat(np.arange(len(files)), counts)
         self.inside = np.concatenate([np.arange(count) for count in counts])  # its number in the file
-        rows = [
-            file.metadata.row_group(number).num_rows for file in files for number in _groups(file.metadata)
-        ]
+        groups = [group for file in files for group in _groups(file.metadata)]
+        self.bytes = [group.total_byte_size for group in groups]  # of all columns, as the files claim
+        rows = [group.num_rows for group in groups]
         self.starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         self.file_starts = self.starts[np.concatenate([[0], np.cumsum(counts)])]
-        self._kept: OrderedDict[int, list[bytes | None]] = OrderedDict()
+        self._kept: OrderedDict[int, list[pa.Buffer | None]] = OrderedDict()
         self._kept_bytes = 0
-        self._being_read: dict[int, Future[list[bytes | None]]] = {}
+        self._being_read: dict[int, Future[list[pa.Buffer | None]]] = {}
         self._lock, self._one_large = threading.Lock(), threading.Lock()
 
     def of(self, rows: Any) -> Any:
@@ -148,12 +149,12 @@ class RowGroups:
         group = int(self.of(row))
         encoded = self._group(group)[row - int(self.starts[group])]
         if encoded is None:
-            raise OSError(0, "null: the file holds no bytes of this image; a path in it is not opened")
+            raise OSError(0, f"null: the file holds no bytes of this image; {NOT_OPENED}")
         if len(encoded) > LARGEST_FILE:
             raise OSError(0, f"{len(encoded)} bytes, more than {LARGEST_FILE}, the most that are read")
-        return np.frombuffer(bytearray(encoded), np.uint8)  # a copy, because DALI takes what can be written
+        return np.frombuffer(encoded, np.uint8).copy()  # DALI takes what can be written
 
-    def _group(self, group: int) -> list[bytes | None]:
+    def _group(self, group: int) -> list["pa.Buffer | None"]:
         """The images of a row group; threads that want the same one wait for the first of them."""
         with self._lock:
             if group in self._kept:
@@ -179,41 +180,49 @@ class RowGroups:
         future.set_result(images)
         return images
 
-    def _read_group(self, group: int) -> list[bytes | None]:
+    def _read_group(self, group: int) -> list["pa.Buffer | None"]:
+        size, claimed = self.bytes[group], int(np.diff(self.starts)[group])
+        with self._one_large if size > LARGE_GROUP else nullcontext():
+            images = list(self._rows(group))
+        if len(images) != claimed:
+            raise OSError(0, f"its row group has {len(images)} rows, and claims {claimed}")
+        return images
+
+    def has_images(self) -> bool:
+        """Whether the first row group that has rows holds an image, as far as it can be read."""
+        try:
+            return any(image is not None for image in self._rows(int(self.of(0))))
+        except (OSError, MemoryError):  # reported when an image is read
+            return True
+
+    def _rows(self, group: int) -> Iterator["pa.Buffer | None"]:
+        """The images of a row group, None for null; OSError if it cannot be read."""
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile as Reader
 
         path, metadata, columns = self.files[self.file[group]]
-        number = int(self.inside[group])
-        claimed = metadata.row_group(number)
-        size = claimed.column(_leaf(metadata, columns.encoded)).total_uncompressed_size
-        images: list[bytes | None] = []
         read = 0
         try:
             # Opened each time: a file that was removed is noticed, and no limit on open files is reached.
-            with self._one_large if size > LARGE_GROUP else nullcontext(), _open(path) as file:
+            with _open(path) as file:
                 # One row at a time, because all may be one large image, of which the file has one copy.
                 for batch in Reader(file, metadata=metadata, pre_buffer=False).iter_batches(
-                    1, row_groups=[number], columns=[columns.encoded], use_threads=False
+                    1, row_groups=[int(self.inside[group])], columns=[columns.encoded], use_threads=False
                 ):
                     values = batch.column(columns.image)
-                    if columns.image_type == "struct":
-                        values = values.flatten()[
-                            values.type.get_field_index("bytes")
-                        ]  # null where the struct is
-                    images += values.to_pylist()
-                    read += len(images[-1] or b"")
+                    if columns.image_type == "struct":  # flattened, bytes are null where the struct is
+                        values = values.flatten()[values.type.get_field_index("bytes")]
+                    image = values[0].as_buffer()
+                    read += len(image or b"")
                     if read > LARGEST_GROUP:
                         raise OSError(0, f"it is in a row group of more than {LARGEST_GROUP} bytes of images")
+                    yield image
         except pa.ArrowException as error:
             raise OSError(0, f"its row group is damaged: {_first_line(error)}") from None
         except OSError as error:
             if error.errno:
                 raise OSError(error.errno, os.strerror(error.errno)) from None
             raise OSError(0, error.strerror or f"its row group is damaged: {_first_line(error)}") from None
-        if len(images) != claimed.num_rows:
-            raise OSError(0, f"its row group has {len(images)} rows, and claims {claimed.num_rows}")
-        return images
 
 
 def open_parquet(paths: Iterable[str]) -> tuple[ParquetImages, list[str], list[str]]:
@@ -222,7 +231,7 @@ def open_parquet(paths: Iterable[str]) -> tuple[ParquetImages, list[str], list[s
     The column of images is one of structs with binary `bytes`, or a binary one: `image`, `img`, or the only
     one. The column of labels, of integers or strings, is `label`, `labels`, `class`, or the only one that
     the metadata of Hugging Face datasets calls a ClassLabel; there are the names of integers, too. Only
-    metadata and labels are read.
+    metadata, labels and one row group of images are read.
 
     Raises:
         ValueError: a file does not exist or is no Parquet file, has no such column or several, other columns
@@ -237,7 +246,14 @@ def open_parquet(paths: Iterable[str]) -> tuple[ParquetImages, list[str], list[s
         words += labels
     if not words:
         raise ValueError(f"data: no rows in {', '.join(map(printable_name, paths[:3])) or 'no shards'}")
-    return ParquetImages(RowGroups(files), np.arange(len(words))), words, _notes(files)
+    groups = RowGroups(files)
+    images = ParquetImages(groups, np.arange(len(words)))
+    if not groups.has_images():
+        raise ValueError(
+            f"data: {printable_name(paths[images.shard[0]])} holds no images: {files[0].columns.encoded} is "
+            f"null in all rows of its first row group; {NOT_OPENED}"
+        )
+    return images, words, _notes(groups)
 
 
 def _look_at(path: str, first: ParquetFile | None) -> tuple[ParquetFile, list[str]]:
@@ -258,7 +274,7 @@ def _look_at(path: str, first: ParquetFile | None) -> tuple[ParquetFile, list[st
                     f"data: {printable_name(path)} has {columns.describe()}; expected "
                     f"{first.columns.describe()}, as in {printable_name(first.path)}"
                 )
-            _check_sizes(path, metadata, columns, size)
+            _check_sizes(path, metadata, size)
             if not columns.label:
                 return ParquetFile(path, metadata, columns), [""] * metadata.num_rows
             # As a dictionary: a long word is in memory once, however many rows have it.
@@ -377,60 +393,35 @@ def _words(path: str, column: "pa.ChunkedArray", columns: Columns) -> list[str]:
     return words
 
 
-def _check_sizes(path: str, metadata: "FileMetaData", columns: Columns, size: int) -> None:
-    """Raise ValueError for claims that a file of `size` bytes cannot keep, for a row group that is too large,
-    and for a file without any image."""
-    rows, nulls = 0, 0
-    leaves = [_leaf(metadata, name) for name in (columns.encoded, columns.label) if name]
-    for number in _groups(metadata):
-        group = metadata.row_group(number)
-        rows += group.num_rows
-        chunks = [group.column(leaf) for leaf in leaves]
-        for chunk in chunks:
-            if not (
-                chunk.num_values == group.num_rows >= 0
-                and 0 <= chunk.total_compressed_size <= size
-                and chunk.total_uncompressed_size >= 0
-            ):
-                raise _damaged(
-                    path, f"row group {number} claims sizes that a file of {size} bytes cannot have"
-                )
-        largest = max(chunk.total_uncompressed_size for chunk in chunks)
-        if largest > LARGEST_GROUP:
-            raise ValueError(
-                f"data: {printable_name(path)} has a row group of {largest >> 20} MiB; expected at most "
-                f"{LARGEST_GROUP >> 20}, because to read an image is to read its row group; "
-                f"`{REWRITE}` writes smaller ones"
-            )
-        nulls += _nulls(chunks[0])
-    if rows != metadata.num_rows or rows > max(size, FEW_ROWS):
+def _check_sizes(path: str, metadata: "FileMetaData", size: int) -> None:
+    """Raise ValueError for claims that a file of `size` bytes cannot keep, and for row groups too large."""
+    # Not those about columns, which pyarrow checks when it reads: its function that returns them, `column`,
+    # ends the process at some damage.
+    groups = _groups(metadata)
+    rows = [group.num_rows for group in groups]
+    if sum(rows) != metadata.num_rows or min(rows, default=0) < 0 or sum(rows) > max(size, FEW_ROWS):
         raise _damaged(path, f"it claims {metadata.num_rows} rows in {size} bytes")
-    if rows and nulls == rows:
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > LARGEST_GROUP:
         raise ValueError(
-            f"data: {printable_name(path)} holds no images: {columns.encoded} is null in all {rows} rows. A "
-            "path beside it is not opened: write such paths into a .txt file, one a line, and give that"
+            f"data: {printable_name(path)} has a row group of {largest >> 20} MiB; expected at most "
+            f"{LARGEST_GROUP >> 20}, because to read an image is to read its row group; "
+            f"`{REWRITE}` writes smaller ones"
         )
 
 
-def _notes(files: Sequence[ParquetFile]) -> list[str]:
-    """What a user should know: of rows without an image, and of row groups that take long to read."""
-    notes, sizes, rows = [], [], 0
-    for path, metadata, columns in files:
-        leaf = _leaf(metadata, columns.encoded)
-        chunks = [metadata.row_group(number).column(leaf) for number in _groups(metadata)]
-        if nulls := sum(map(_nulls, chunks)):
-            notes.append(f"{path} holds no image, but null, in {nulls} of {metadata.num_rows} rows")
-        sizes += [chunk.total_uncompressed_size for chunk in chunks]
-        rows += metadata.num_rows
-    mean = sum(sizes) // len(sizes)
-    if mean > SLOW_GROUP and sum(sizes) > KEPT:
-        notes.append(
-            f"the Parquet files have row groups of {rows // len(sizes)} images and {mean >> 20} MiB; in "
-            "random order, as in training, each image costs reading one, about "
-            f"{mean / 2**20 * MS_PER_MIB:.0f} ms of a core; `bincomm data shard` writes tar shards, from "
-            "which an image is read alone"
-        )
-    return notes
+def _notes(groups: RowGroups) -> list[str]:
+    """What a user should know: that row groups take long to read."""
+    total = sum(groups.bytes)
+    mean = total // len(groups.bytes)
+    if mean <= SLOW_GROUP or total <= KEPT:
+        return []
+    return [
+        f"the Parquet files have row groups of {groups.starts[-1] // len(groups.bytes)} images and "
+        f"{mean >> 20} MiB; in random order, as in training, each image costs reading one, about "
+        f"{mean / 2**20 * MS_PER_MIB:.0f} ms of a core; `bincomm data shard` writes tar shards, from which "
+        "an image is read alone"
+    ]
 
 
 def _open(path: str) -> Any:
@@ -440,25 +431,12 @@ def _open(path: str) -> Any:
     return pa.OSFile(os.fsencode(path))
 
 
-def _memory(images: list[bytes | None]) -> int:
+def _memory(images: list["pa.Buffer | None"]) -> int:
     return sum(ROW_COST + len(image or b"") for image in images)
 
 
-def _groups(metadata: "FileMetaData") -> range:
-    return range(metadata.num_row_groups)
-
-
-def _leaf(metadata: "FileMetaData", name: str) -> int:
-    """The number of a column that is not divided further, by its path."""
-    return next(
-        number for number in range(metadata.num_columns) if metadata.schema.column(number).path == name
-    )
-
-
-def _nulls(chunk: Any) -> int:
-    """The number of nulls in a column of a row group, 0 if the file does not say."""
-    statistics = chunk.statistics if chunk.is_stats_set else None
-    return statistics.null_count if statistics is not None and statistics.has_null_count else 0
+def _groups(metadata: "FileMetaData") -> list[Any]:
+    return [metadata.row_group(number) for number in range(metadata.num_row_groups)]
 
 
 def _damaged(path: str, reason: str) -> ValueError:

@@ -260,6 +260,25 @@ def test_shards_mixes_and_odd_names(model, source, tmp_path):
     assert images_identity(mix) != before
 
 
+def test_parquet_files(model, source, tmp_path):
+    images = [{"bytes": source.images.read(row).tobytes(), "path": "x"} for row in range(12)]
+    images[7] = {"bytes": None, "path": source.images.name(7)}
+    labels = [source.classes[label] for label in source.labels[:12]]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": images, "label": labels}), path, row_group_size=5)
+    files = open_source(str(path))
+    result = encode(model, files, tmp_path / "codes", rows=5)
+    assert [name for name, _ in result.unusable] == [f"{path}/7"]
+    encode(model, source.select(range(12)), tmp_path / "of files")
+    taken = [row for row in range(12) if row != 7]
+    assert (read_codes(tmp_path / "codes")[0] == read_codes(tmp_path / "of files")[0][taken]).all()
+    parts = open_parts(tmp_path / "codes")
+    assert read_rows(parts, range(11)) == [(f"{path}/{row}", labels[row]) for row in taken]
+    before = images_identity(files)
+    os.utime(path, ns=(1, 1))
+    assert images_identity(files) != before
+
+
 def test_a_folder_is_of_one_kind(complete, model, source):
     before = contents(complete)
     for other, images, options, message in [

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tiny_model import create_model, sample_digits
@@ -225,6 +227,21 @@ def test_the_sheet_shows_images_of_shards_and_none_that_are_gone(source, tmp_pat
         tile = picture_of(sheet, number)
         assert (tile[0, 0] == GRAY).all()
         assert (tile < 100).any()
+
+
+def test_the_sheet_shows_images_of_parquet_files(source, tmp_path):
+    path = tmp_path / "x.parquet"
+    rows = [source.images.read(row).tobytes() for row in range(4)]
+    pq.write_table(pa.table({"image": rows}), path)
+    names = [f"{path}/{row}" for row in ("1", "4", "-1", "none", "../0")]
+    sheet = contact_sheet(f"{path}/2", [Neighbor(name, None, 3) for name in names], below=[tmp_path])
+    for number, row in ((0, 2), (1, 1)):
+        picture = Image.open(io.BytesIO(rows[row])).convert("RGB")
+        expected = np.asarray(picture.resize((TILE, TILE), Image.Resampling.BICUBIC))
+        assert (picture_of(sheet, number) == expected).all()
+    elsewhere = contact_sheet(f"{path}/2", [Neighbor(names[0], None, 3)], below=[tmp_path / "other"])
+    for tile in (*(picture_of(sheet, number) for number in range(2, 6)), picture_of(elsewhere, 1)):
+        assert (tile[0, 0] == GRAY).all()
 
 
 def test_the_sheet_copes_with_what_is_extreme(tmp_path):

@@ -5,16 +5,19 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numbered_pictures import numbers, write_pictures
 from PIL import Image
 
 import bincomm.data.loader
+import bincomm.data.parquet
 from bincomm.data.crops import Crops
 from bincomm.data.evaluation_batches import eval_batches
 from bincomm.data.export import write_shards
-from bincomm.data.images import examine
+from bincomm.data.images import examine, read_file
 from bincomm.data.loader import Loader, TooManyUnusableError
 from bincomm.data.sources import Files, Mix, Source, open_source
 
@@ -93,13 +96,23 @@ def test_goes_on_exactly_from_its_state(images, done):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("kind", ["folder", "shards", "parquet"])
 def test_fifty_batches_after_a_resume_are_the_same(images, tmp_path, kind, monkeypatch):
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
     if kind == "shards":
         write_shards(Source(Files(images)), tmp_path / "shards", shard_bytes=35_000)
         assert len(os.listdir(tmp_path / "shards")) == 3
-    source = open_source(str(tmp_path / "shards") if kind == "shards" else str(tmp_path))
+    if kind == "parquet":
+        monkeypatch.setattr(bincomm.data.parquet, "KEPT", 10_000)  # some are read again
+        table = pa.table(
+            {"image": [{"bytes": read_file(image).tobytes(), "path": image} for image in images]}
+        )
+        (tmp_path / "parquet").mkdir()
+        for first in (0, 9):
+            part = table.slice(first, 9 if first == 0 else None)
+            pq.write_table(part, tmp_path / "parquet" / f"{first}.parquet", row_group_size=2)
+    source = open_source(str(tmp_path) if kind == "folder" else str(tmp_path / kind))
+    assert len(source.images) == len(images)
     step = random.randrange(1, 40)
     first = loader(source, CROPS)
     take(first, step)

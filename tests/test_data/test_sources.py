@@ -212,8 +212,8 @@ def test_names_in_errors_are_one_line_without_control_characters(tmp_path):
         ("x.zip", "does not exist, and is an archive: unpack it"),
         ("there.ZIP", "there.ZIP' is an archive: unpack it"),
         ("x.tar.gz", "is a compressed tar file: unpack it"),
-        ("x.npz", "is a file of arrays"),
-        ("x.parquet", "is a table"),
+        ("x.npz", "is a file of arrays: .*PIL.Image.fromarray"),
+        ("x.arrow", "is a table"),
         ("x.jpg", "is one image: give its folder"),
         ("user/name", "a set of this name on a hub must be downloaded.*hf download"),
         ("cifar11", "does not exist; .*did you mean cifar10?"),
@@ -224,8 +224,9 @@ def test_what_is_no_source_says_how_to_get_there(tmp_path, monkeypatch, data, wo
     (tmp_path / "there.ZIP").write_text("x")
     with pytest.raises(ValueError, match=f"data: .*{words}") as error:
         open_source(data)
-    assert "expected a folder of images, tar shards, a .txt file of paths, digits, or one of" in str(
-        error.value
+    assert (
+        "expected a folder of images, tar or Parquet shards, a .txt file of paths, digits, or one of"
+        in str(error.value)
     )
 
 
