@@ -37,9 +37,8 @@ PACKAGES = {
     "onnxruntime": "the check of ONNX files by export; nothing else needs it",
     "scipy": "the page about codes, evaluation on DAVIS, and the sets flowers102 and svhn need it",
 }
-EXTRAS = {"pyarrow": "eval", "faiss": "eval", "scipy": "eval"}  # that bring a package; else train
-EXTRAS |= {"onnxscript": "export", "onnxruntime": "export"}
 EXTRAS = {"faiss": "eval", "scipy": "eval"}  # that bring a package; else train
+EXTRAS |= {"onnxscript": "export", "onnxruntime": "export"}
 DISTRIBUTIONS = {
     "nvidia.dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
     "sklearn": ("scikit-learn",),
