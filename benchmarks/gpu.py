@@ -46,18 +46,19 @@ def main() -> int:
     stages = [stage for stage in options.stages.split(",") if stage]
     if unknown := sorted(set(stages) - SECONDS.keys()):
         parser.error(f"--stages: expected some of {', '.join(SECONDS)}, got {', '.join(unknown)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     results = LOGS / "rehearsal" if options.dry else options.results
     results.parent.mkdir(parents=True, exist_ok=True)
     LOGS.mkdir(parents=True, exist_ok=True)
     lines = Lines(results.with_suffix(".jsonl"))
     failed = False
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for stage in stages:
             status = run(stage, lines, options.dry)
             failed |= status != "passed"
             write(results, lines)
     finally:
+        signal.signal(signal.SIGTERM, before)
         write(results, lines)
         print(results.with_suffix(".md").read_text())
     return int(failed)

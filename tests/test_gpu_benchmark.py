@@ -25,7 +25,9 @@ def run(monkeypatch, tmp_path, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["gpu", str(tmp_path / "gpu"), *arguments])
         monkeypatch.setattr(gpu, "LOGS", tmp_path / "logs")
+        before = signal.getsignal(signal.SIGTERM)
         status = gpu.main()
+        assert signal.getsignal(signal.SIGTERM) == before
         return status, (tmp_path / "gpu.md").read_text(), capsys.readouterr().out
 
     return run

@@ -250,7 +250,8 @@ def test_a_signal_before_the_run_begins_ends_it_in_order(tmp_path, monkeypatch, 
     fsync = os.fsync
 
     def interrupted(descriptor):
-        os.kill(os.getpid(), number)
+        if (tmp_path / "run").exists():  # not where the first run of all writes the digits into the cache
+            os.kill(os.getpid(), number)
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", interrupted)
