@@ -129,13 +129,14 @@ def mean_average_precision_at(
         raise ValueError(f"k: expected at least 1, got {k}")
     codes, precisions = unit(database), []
     harmonic = np.concatenate([[0], (1 / np.arange(1, len(database) + 1)).cumsum()])
+    of_labels = database_labels.float()
     block = max(1, PAIRS // len(database))
     for part, labels in zip(queries.split(block), query_labels.split(block), strict=True):
         distances = (unit(part) @ codes.T).mul_(-RESOLUTION).round_().to(torch.int32).cpu().numpy()
         if labels.ndim == 1:
             relevant = labels[:, None] == database_labels
         else:
-            relevant = (labels.float() @ database_labels.float().T) > 0
+            relevant = (labels.float() @ of_labels.T) > 0
         for row, is_relevant in zip(distances, relevant.cpu().numpy(), strict=True):
             if unmatched == "zero" or is_relevant.any():
                 precisions.append(_average_precision_at(row, is_relevant, k, harmonic))
