@@ -1,22 +1,11 @@
 import pytest
 import yaml
+from tiny_run import OPTIONS
 
 from bincomm.cli import main
 from bincomm.configuration import configure
 from bincomm.dry_run import describe, dry_run
 from bincomm.pretraining import pretrain
-
-OPTIONS = {
-    "recipe": "digits",
-    "backbone": "resnetv2_18",
-    "backbone_args": '{"layers": [1, 1], "channels": [16, 32], "stem_chs": 16}',
-    "global_size": 16,
-    "local_size": 12,
-    "bits": 20,
-    "hidden": 32,
-    "max_steps": 20,
-    "save_every": 10,
-}
 
 pytestmark = pytest.mark.slow
 

@@ -1,11 +1,20 @@
 """Pictures by whose crops a test can tell which of them it sees."""
 
+import io
+
 import numpy as np
 from PIL import Image
 
 from bincomm.data.crops import Crops
 
 MEAN, STD = (255 * np.array(values, np.float32) for values in (Crops.mean, Crops.std))
+
+
+def picture(value):
+    """The file of a small picture of one color, as bytes."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
 
 
 def write_pictures(folder, count):

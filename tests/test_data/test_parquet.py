@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from numbered_pictures import picture
 
 from bincomm.cli import main
 from bincomm.data import parquet
@@ -22,15 +21,7 @@ from bincomm.data.sources import evaluation_sources, open_source, why_no_evaluat
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
-
-
-def picture(value):
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
-    return file.getvalue()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def as_images(contents):

@@ -7,21 +7,13 @@ import tarfile
 
 import numpy as np
 import pytest
+from numbered_pictures import picture
 from PIL import Image
 
 from bincomm.data.shards import expand_braces, open_shards
 from bincomm.data.sources import evaluation_sources, open_source
 
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
-
-
-def picture(value):
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
-    return file.getvalue()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write(path, members, **options):
