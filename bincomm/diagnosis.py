@@ -115,8 +115,6 @@ def _devices() -> list[str]:
             try:
                 major, minor, from_ptx = library._C.device_code(index)
                 line += f", bincomm's CUDA code: sm_{major}{minor}{' compiled from PTX' if from_ptx else ''}"
-                side = library._C.largest_side(index)
-                line += f", coding_rate's kernel up to min(n, K) = {side}, beyond PyTorch"
             except RuntimeError as error:
                 line += f", bincomm's CUDA code fails ({error})"
         devices.append(line)

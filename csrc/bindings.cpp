@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #ifdef USE_CUDA
-#include "coding_rate.h"
 #include "device_code.h"
 #endif
 
@@ -57,7 +56,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_code", &bincomm::device_code, py::arg("device"),
         "Architecture of the machine code this module would run on GPU number `device`, as (major, minor, from_ptx).\n"
         "Raises RuntimeError with CUDA's message if it has none for that GPU.");
-  m.def("largest_side", &bincomm::largest_side, py::arg("device"),
-        "Largest side of a matrix that the coding rate's CUDA kernel inverts on GPU number `device`.");
 #endif
 }

@@ -1,9 +1,8 @@
 // The coding rate on CUDA: the launches of the kernels of coding_rate_device.cuh, and their registration.
 //
 // Forward: norms, G, determinant and inverse. Backward: the product with the inverse, from which the component along
-// the row is then subtracted. Five launches in all; the host never reads a value back.
-
-#include "coding_rate.h"
+// the row is then subtracted. Five launches in all for sides up to that of a part, and beyond it three for each part
+// rather than one; the host never reads a value back.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -31,6 +30,26 @@ using torch::stable::accelerator::DeviceGuard;
 
 constexpr int kRowsPerBlock = 8;  // of the kernels that give a row to a warp
 constexpr size_t kProductBytes = 2 * kProductWarps * kTileSize * sizeof(float);  // two tiles a warp
+constexpr size_t kWideBytes = 2 * 4 * kTileSize * sizeof(float);                // two sets of four tiles
+
+// Blocks of 64 x 64.
+int64_t wide_blocks(int64_t matrices, int64_t rows, int64_t columns) {
+  return matrices * ((rows + kWide - 1) / kWide) * ((columns + kWide - 1) / kWide);
+}
+
+// The same, of a symmetric product.
+int64_t wide_pairs(int64_t matrices, int64_t side) {
+  const int64_t tiles = (side + kWide - 1) / kWide;
+  return matrices * tiles * (tiles + 1) / 2;
+}
+
+// A block of 64 x 64 reads half as much for a product as blocks of 32 x 32. It pays if every multiprocessor has some.
+bool is_enough(int64_t blocks, int device) {
+  int multiprocessors = 0;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "coding_rate: device attribute");
+  return blocks >= 2 * multiprocessors;
+}
 
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
@@ -68,32 +87,29 @@ bool can_sweep(int device, int tiles) {
   int available = 0;
   check(cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "coding_rate: device attribute");
   cudaFuncAttributes code{};
-  check(cudaFuncGetAttributes(&code, coding_rate_sweep_kernel<kSide>), "coding_rate: kernel attributes");
+  check(cudaFuncGetAttributes(&code, coding_rate_sweep_kernel<kSide, false>), "coding_rate: kernel attributes");
   available -= static_cast<int>(code.sharedSizeBytes);  // reserved by newer architectures
   if (sweep_bytes<kSide>(tiles) > static_cast<size_t>(available)) return false;
-  allow_shared(coding_rate_sweep_kernel<kSide>, available);
+  allow_shared(coding_rate_sweep_kernel<kSide, false>, available);
+  allow_shared(coding_rate_sweep_kernel<kSide, true>, available);
   if (kSide == 1) return true;
   int has_clusters = 0;
   check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device), "coding_rate: device attribute");
   if (!has_clusters || code.ptxVersion < 90) return false;  // code for older architectures has no clusters
-  check(cudaFuncSetAttribute(coding_rate_sweep_kernel<kSide>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-        "cluster size");
   cudaLaunchAttribute cluster[1];
   const cudaLaunchConfig_t config = sweep_config<kSide>(1, tiles, nullptr, cluster);
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, coding_rate_sweep_kernel<kSide>, &config) != cudaSuccess) {
-    cudaGetLastError();
-  }
+  const auto kernel = coding_rate_sweep_kernel<kSide, false>;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) cudaGetLastError();
   return clusters > 0;
 }
 
 // Blocks along a side of the cluster for matrices with this number of tiles per side, 0 if none fits. Four blocks are
-// faster as soon as each has a few tiles; sixteen wait longer for each other.
+// faster as soon as each has a few tiles.
 int choose_cluster_side(int device, int tiles) {
   if (tiles <= 4 && can_sweep<1>(device, tiles)) return 1;
   if (can_sweep<2>(device, tiles)) return 2;
-  if (can_sweep<1>(device, tiles)) return 1;
-  return can_sweep<4>(device, tiles) ? 4 : 0;
+  return can_sweep<1>(device, tiles) ? 1 : 0;
 }
 
 // The same, computed once for a device and a size.
@@ -106,37 +122,75 @@ int cluster_side(int device, int tiles) {
   return cache.emplace(std::pair(device, tiles), choose_cluster_side(device, tiles)).first->second;
 }
 
+// The side of the parts of a matrix that are swept, multiples of `kWide`: of larger ones the products take longer in
+// few blocks than in all of `update`.
+int part_side(int device) {
+  for (const int side : {256, 192, 128, 64}) {
+    if (cluster_side(device, side / kTile) > 0) return side;
+  }
+  STD_TORCH_CHECK(false, "coding_rate: this GPU has less shared memory than the kernel for the inverse needs");
+}
+
 template <int kSide>
 void launch_sweep(const SweepArguments& arguments, int64_t matrices, cudaStream_t stream) {
   cudaLaunchAttribute cluster[1];
   const auto config = sweep_config<kSide>(matrices, static_cast<int>(tiles_of(arguments.n)), stream, cluster);
-  check(cudaLaunchKernelEx(&config, coding_rate_sweep_kernel<kSide>, arguments), "coding_rate: sweep");
+  const auto kernel = arguments.n < arguments.side ? coding_rate_sweep_kernel<kSide, true>
+                                                   : coding_rate_sweep_kernel<kSide, false>;
+  check(cudaLaunchKernelEx(&config, kernel, arguments), "coding_rate: sweep");
+}
+
+void launch_sweep(const SweepArguments& arguments, int64_t matrices, int device, cudaStream_t stream) {
+  if (cluster_side(device, static_cast<int>(tiles_of(arguments.n))) == 1) {
+    launch_sweep<1>(arguments, matrices, stream);
+  } else {
+    launch_sweep<2>(arguments, matrices, stream);
+  }
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> coding_rate_sweep(Tensor gram_) {
   const Tensor gram = torch::stable::contiguous(gram_);
-  STD_TORCH_CHECK(gram.dim() == 3 && gram.size(1) == gram.size(2) && gram.scalar_type() == ScalarType::Float,
+  STD_TORCH_CHECK(gram.dim() == 3 && gram.size(1) == gram.size(2) && gram.scalar_type() == ScalarType::Float &&
+                      gram.size(1) <= std::numeric_limits<int>::max() - kWide,
                   "gram: expected (V, m, m) float32");
   const int64_t matrices = gram.size(0), n = gram.size(1);
-  const DeviceGuard guard(gram.get_device_index());
+  const int device = gram.get_device_index();
+  const DeviceGuard guard(device);
   Tensor rate = torch::stable::new_empty(gram, {matrices});
   Tensor inverse = torch::stable::new_empty(gram, {matrices, n, n});
   Tensor smallest = torch::stable::new_empty(gram, {matrices});
   Tensor clamped = torch::stable::new_empty(gram, {matrices}, ScalarType::Int);
-  if (matrices > 0) {
-    const SweepArguments arguments{static_cast<const float*>(gram.const_data_ptr()),
-                                   static_cast<float*>(inverse.mutable_data_ptr()),
-                                   static_cast<float*>(rate.mutable_data_ptr()),
-                                   static_cast<float*>(smallest.mutable_data_ptr()),
-                                   static_cast<int*>(clamped.mutable_data_ptr()),
-                                   static_cast<int>(n)};
-    const cudaStream_t stream = stream_of(gram.get_device_index());
-    switch (cluster_side(gram.get_device_index(), static_cast<int>(tiles_of(n)))) {
-      case 1: launch_sweep<1>(arguments, matrices, stream); break;
-      case 2: launch_sweep<2>(arguments, matrices, stream); break;
-      case 4: launch_sweep<4>(arguments, matrices, stream); break;
-      default: STD_TORCH_CHECK(false, "gram: a side of ", n, " is too large for the CUDA kernel on this GPU");
-    }
+  if (matrices == 0) return {rate, inverse, smallest, clamped};
+  const cudaStream_t stream = stream_of(device);
+  const int side = static_cast<int>(n), part = part_side(device);
+  float* const to = static_cast<float*>(inverse.mutable_data_ptr());
+  SweepArguments sweep{static_cast<const float*>(gram.const_data_ptr()),
+                       to,
+                       static_cast<float*>(rate.mutable_data_ptr()),
+                       static_cast<float*>(smallest.mutable_data_ptr()),
+                       static_cast<int*>(clamped.mutable_data_ptr()),
+                       side,
+                       part,
+                       0,
+                       side};
+  if (side <= part) {
+    launch_sweep(sweep, matrices, device, stream);
+    return {rate, inverse, smallest, clamped};
+  }
+  Tensor factor = torch::stable::new_empty(gram, {matrices, part, part});
+  Tensor panels = torch::stable::new_empty(gram, {matrices, n, part});
+  sweep.to = static_cast<float*>(factor.mutable_data_ptr());
+  float* const r = static_cast<float*>(panels.mutable_data_ptr());
+  for (sweep.k = 0; sweep.k < side; sweep.k += part, sweep.from = to) {
+    sweep.n = std::min(part, side - sweep.k);
+    const int width = static_cast<int>(tiles_of(sweep.n)) * kTile;
+    launch_sweep(sweep, matrices, device, stream);
+    const PanelArguments panel{sweep.from, sweep.to, r, side, part, sweep.k, width};
+    coding_rate_panel_kernel<<<grid(wide_blocks(matrices, side, width)), kProductThreads<true>, kWideBytes, stream>>>(
+        panel);
+    const UpdateArguments update{sweep.from, to, r, side, part, sweep.k, width};
+    coding_rate_update_kernel<<<grid(wide_pairs(matrices, side)), kProductThreads<true>, kWideBytes, stream>>>(update);
+    check(cudaGetLastError(), "coding_rate: update");
   }
   return {rate, inverse, smallest, clamped};
 }
@@ -193,12 +247,18 @@ std::tuple<Tensor, Tensor> coding_rate_gram(Tensor logits, double alpha, bool of
     const Logits<T> a = view_of<T>(logits, r);
     const unsigned row_blocks = grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock);
     coding_rate_reciprocal_norms_kernel<<<row_blocks, kRowsPerBlock * kTile, 0, stream>>>(a, r, views * n);
-    const auto kernel = of_images ? coding_rate_gram_kernel<T, true> : coding_rate_gram_kernel<T, false>;
-    const ProductShape shape(of_images ? bits : n);
-    allow_shared(kernel, kProductBytes);
-    const int64_t tiles = tiles_of(side);
-    kernel<<<grid(views * tiles * (tiles + 1) / 2), shape.threads, shape.bytes, stream>>>(
-        a, static_cast<float>(alpha), static_cast<float*>(out.mutable_data_ptr()));
+    float* const to = static_cast<float*>(out.mutable_data_ptr());
+    if (const int64_t blocks = wide_pairs(views, side); is_enough(blocks, logits.get_device_index())) {
+      const auto kernel = of_images ? coding_rate_gram_kernel<T, true, true> : coding_rate_gram_kernel<T, false, true>;
+      kernel<<<grid(blocks), kProductThreads<true>, kWideBytes, stream>>>(a, static_cast<float>(alpha), to);
+    } else {
+      const auto kernel = of_images ? coding_rate_gram_kernel<T, true, false> : coding_rate_gram_kernel<T, false, false>;
+      const ProductShape shape(of_images ? bits : n);
+      allow_shared(kernel, kProductBytes);
+      const int64_t tiles = tiles_of(side);
+      kernel<<<grid(views * tiles * (tiles + 1) / 2), shape.threads, shape.bytes, stream>>>(
+          a, static_cast<float>(alpha), to);
+    }
     check(cudaGetLastError(), "coding_rate: gram");
   });
   return {out, reciprocal};
@@ -221,13 +281,20 @@ void launch_backward(const Arriving& arriving, const Tensor& logits, const Tenso
     using T = std::remove_pointer_t<decltype(type)>;
     const cudaStream_t stream = stream_of(logits.get_device_index());
     const Logits<T> a = view_of<T>(logits, static_cast<const float*>(reciprocal.const_data_ptr()));
-    const auto kernel = of_images ? coding_rate_direction_kernel<T, true> : coding_rate_direction_kernel<T, false>;
-    const ProductShape shape(of_images ? n : bits);
-    allow_shared(kernel, kProductBytes);
+    const float* const m = static_cast<const float*>(inverse.const_data_ptr());
     float* const g_data = static_cast<float*>(g.mutable_data_ptr());
     float* const radial_data = static_cast<float*>(radial.mutable_data_ptr());
-    kernel<<<grid(views * tiles_of(n) * tiles), shape.threads, shape.bytes, stream>>>(
-        a, static_cast<const float*>(inverse.const_data_ptr()), g_data, radial_data);
+    if (const int64_t blocks = wide_blocks(views, n, bits); is_enough(blocks, logits.get_device_index())) {
+      const auto kernel =
+          of_images ? coding_rate_direction_kernel<T, true, true> : coding_rate_direction_kernel<T, false, true>;
+      kernel<<<grid(blocks), kProductThreads<true>, kWideBytes, stream>>>(a, m, g_data, radial_data);
+    } else {
+      const auto kernel =
+          of_images ? coding_rate_direction_kernel<T, true, false> : coding_rate_direction_kernel<T, false, false>;
+      const ProductShape shape(of_images ? n : bits);
+      allow_shared(kernel, kProductBytes);
+      kernel<<<grid(views * tiles_of(n) * tiles), shape.threads, shape.bytes, stream>>>(a, m, g_data, radial_data);
+    }
     const unsigned row_blocks = grid((views * n + kRowsPerBlock - 1) / kRowsPerBlock);
     coding_rate_gradient_kernel<T, kAdd><<<row_blocks, kRowsPerBlock * kTile, 0, stream>>>(
         a, arriving, static_cast<float>(alpha), g_data, radial_data, static_cast<T*>(out.mutable_data_ptr()),
@@ -257,13 +324,6 @@ void coding_rate_add_gradient_(Tensor gradient, Tensor grad, Tensor factor_of_gr
 }
 
 }  // namespace
-
-int largest_side(int device) {
-  const DeviceGuard guard(device);
-  int tiles = 0;
-  while (cluster_side(device, tiles + 1) > 0) ++tiles;
-  return tiles * kTile;
-}
 
 STABLE_TORCH_LIBRARY_IMPL(bincomm, CUDA, m) {
   m.impl("coding_rate_gram", TORCH_BOX(&coding_rate_gram));

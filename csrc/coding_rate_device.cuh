@@ -6,7 +6,8 @@
 //     dR/dz = alpha z (I + alpha z^T z)^-1 = alpha (I + alpha z z^T)^-1 z
 //
 // All work is done in tiles of 32 x 32. A warp multiplies two of them; `sweep` inverts a matrix of them in shared
-// memory, with one block or a cluster of blocks per matrix, and computes its determinant on the way.
+// memory, with one block or a cluster of blocks per matrix, and computes its determinant on the way. A matrix that is
+// larger than that is swept part by part: `sweep` of a part of its diagonal, `panel`, `update`.
 #pragma once
 
 #include <cmath>
@@ -26,6 +27,8 @@ constexpr int kTile = kWarp;
 constexpr int kTileSize = kTile * kTile;
 constexpr int kSweepThreads = 512;
 constexpr int kProductWarps = 8;
+constexpr int kWideWarps = 4;          // of a block that computes 2 x 2 tiles
+constexpr int kWide = 2 * kTile;       // their rows and columns
 constexpr double kNormEps = 1e-12;  // smallest norm a row is divided by, as in torch.nn.functional.normalize
 
 // ---- Hardware functions, and their replacements on a CPU
@@ -232,7 +235,7 @@ template <int kSide>
 constexpr bool fits(int n, int kibibytes) {
   return SweepMemory<kSide>(n / kTile).size(n / kTile) * sizeof(float) <= kibibytes * 1024u;
 }
-static_assert(fits<1>(256, 163) && fits<1>(192, 99) && fits<2>(512, 227) && fits<4>(1024, 227));
+static_assert(fits<1>(256, 163) && fits<1>(192, 99) && fits<2>(256, 99));
 
 // -W for the inverse W of a tile's Cholesky factor, and its pivots, by one warp: row `lane` of the tile is in
 // registers. Gauss-Jordan elimination: at step j, x[c] is the Schur complement for c > j, the inverse for c < j.
@@ -282,21 +285,26 @@ __device__ __forceinline__ void factor(const float* tile, float* minus_w, float*
   pivots[lane] = own;
 }
 
+// Whole matrices, or a part of the diagonal of larger ones: their rows and columns k to k + n.
 struct SweepArguments {
-  const float* gram;  // (matrices, n, n): alpha G, without the identity
-  float* inverse;     // (matrices, n, n): (I + alpha G)^-1
+  const float* from;  // (matrices, side, side): alpha G, without the identity, if k = 0; else what `update` left
+  float* to;          // of whole matrices (matrices, n, n), (I + alpha G)^-1; of a part (matrices, part, part), W, with
+                      // zeros, to the last tile of the n rows
   float* rate;        // (matrices,)
   float* smallest;    // (matrices,): the smallest pivot, before it was clamped to 1
   int* clamped;       // (matrices,): how many were clamped to 1
-  int n;
+  int side, part, k, n;
 };
 
 // One cluster of kSide x kSide blocks per matrix.
-template <int kSide>
+template <int kSide, bool kPart>
 __device__ __forceinline__ void sweep(const SweepArguments& p) {
   constexpr int kBlocks = kSide * kSide;
   constexpr int kWarps = kSweepThreads / kTile;
-  const int thread = threadIdx.x, warp = thread / kTile, lane = thread % kTile;
+  const int thread = threadIdx.x, lane = thread % kTile;
+  // The same for all threads of a warp: taken from one, it needs fewer registers, of which a part's sweep has too few;
+  // the other is slower by it, as the compiler then orders its loads.
+  const int warp = kPart ? __shfl_sync(kEveryLane, thread / kTile, 0) : thread / kTile;
   const Deal<kSide> deal(kSide > 1 ? cluster_rank() : 0);
   const int tiles = (p.n + kTile - 1) / kTile;
   const SweepMemory<kSide> memory(tiles);
@@ -305,8 +313,9 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
   float* const column_panel = deal.p == deal.q ? row_panel : row_panel + memory.rows * kTileSize;  // and columns
   float* const line = shared + memory.line();
   float* const pivots = shared + memory.pivots();
-  const int64_t matrix = blockIdx.x / kBlocks;
-  const int64_t start = matrix * p.n * p.n;
+  const int side = kPart ? p.side : p.n;
+  const int k_start = kPart ? p.k : 0;
+  const int64_t start = (static_cast<int64_t>(blockIdx.x / kBlocks) * side + k_start) * side + k_start;
 
   const auto slot = [&](int i, int j) { return shared + deal.slot(i, j) * kTileSize; };
   const auto minus_w = [&](int k) { return shared + memory.factors() + (k & 1) * kTileSize; };
@@ -344,6 +353,13 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
     }
   };
   const auto all = [](int, int) { return true; };
+  // W of all rows is, in the rows of the tile k, -R_j^T where j < k, and W of this tile where j = k.
+  const auto store_factor = [&](int k, int j, const float* tile) {
+    const int64_t row = blockIdx.x / kBlocks * p.part + k * kTile;
+    float* const to = p.to + row * p.part + j * kTile + lane;
+#pragma unroll 8
+    for (int r = 0; r < kTile; ++r) to[r * p.part] = j <= k ? -tile[element(r, lane)] : 0.0f;
+  };
 
   for_tiles(0, all, [&](int i, int j) {
     float* const tile = slot(i, j);
@@ -351,8 +367,10 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
 #pragma unroll 8
     for (int r = 0; r < kTile; ++r) {
       const int row = i * kTile + r;
-      const float g = row < p.n && column < p.n ? p.gram[start + static_cast<int64_t>(row) * p.n + column] : 0.0f;
-      tile[element(r, lane)] = g + (row == column ? 1.0f : 0.0f);
+      const bool inside = row < p.n && column < p.n;
+      const float g = inside ? p.from[start + static_cast<int64_t>(row) * side + column] : 0.0f;
+      const bool is_stored = kPart && inside && p.k > 0;  // with the identity
+      tile[element(r, lane)] = g + (row == column && !is_stored ? 1.0f : 0.0f);
     }
   });
   __syncthreads();
@@ -378,19 +396,17 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
     }
 
     // R_i^T = W A_ki.
-    for_tiles(
-        0, [&](int i, int j) { return (i == k) != (j == k); },
-        [&](int i, int j) {
-          Product product;
-          if (j == k) {
-            product.add<true, true>(minus_w(k), slot(i, k), lane);
-          } else {
-            product.add<true, false>(minus_w(k), slot(k, j), lane);
-          }
-          __syncwarp();  // one block alone overwrites A_ik with R_i
-          product.store<false>(j == k ? r_of(row_panel, i, k) : r_of(column_panel, j, k), -1.0f, lane);
-        });
-
+    const auto in_panel = [&](int i, int j) { return (i == k) != (j == k); };
+    for_tiles(0, in_panel, [&](int i, int j) {
+      Product product;
+      if (j == k) {
+        product.add<true, true>(minus_w(k), slot(i, k), lane);
+      } else {
+        product.add<true, false>(minus_w(k), slot(k, j), lane);
+      }
+      __syncwarp();  // one block alone overwrites A_ik with R_i
+      product.store<false>(j == k ? r_of(row_panel, i, k) : r_of(column_panel, j, k), -1.0f, lane);
+    });
     if (kSide > 1) {
       cluster_barrier();
       // From the block that computed it: R_i with i > k in the row panel of the block of (i, k), with i < k in the
@@ -409,6 +425,13 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
       };
       fetch(row_panel, deal.p);
       if (deal.p != deal.q) fetch(column_panel, deal.q);
+    }
+    if constexpr (kPart) {
+      __syncwarp();  // each warp stores what it computed
+      for_tiles(0, in_panel, [&](int i, int j) {
+        store_factor(k, j == k ? i : j, j == k ? r_of(row_panel, i, k) : r_of(column_panel, j, k));
+      });
+      if (owns(k, k) && warp == kWarps - 1) store_factor(k, k, minus_w(k));
     }
     __syncthreads();
 
@@ -436,20 +459,21 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
   } else {
     __syncthreads();
   }
-  for_tiles(0, all, [&](int i, int j) {
+  const auto store_inverse = [&](int i, int j) {
     const float* tile = slot(i, j);
 #pragma unroll 8
     for (int r = 0; r < kTile; ++r) {
       const int row = i * kTile + r, column = j * kTile + lane;
       if (row < p.n && column < p.n) {
-        p.inverse[start + static_cast<int64_t>(row) * p.n + column] = -tile[element(r, lane)];
+        p.to[start + static_cast<int64_t>(row) * side + column] = -tile[element(r, lane)];
       }
       const int mirrored_row = j * kTile + r, mirrored_column = i * kTile + lane;
       if (i != j && mirrored_row < p.n && mirrored_column < p.n) {
-        p.inverse[start + static_cast<int64_t>(mirrored_row) * p.n + mirrored_column] = -tile[element(lane, r)];
+        p.to[start + static_cast<int64_t>(mirrored_row) * side + mirrored_column] = -tile[element(lane, r)];
       }
     }
-  });
+  };
+  if constexpr (!kPart) for_tiles(0, all, store_inverse);
   if (deal.p == 0 && deal.q == 0 && warp == 0) {
     float sum = 0.0f, smallest = INFINITY;
     int clamped = 0;
@@ -466,9 +490,159 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
       smallest = other < smallest || other != other ? other : smallest;
     }
     if (lane == 0) {
+      const int64_t matrix = blockIdx.x / kBlocks;
+      if (kPart && p.k > 0) {  // the parts before this one
+        sum += 2 * p.rate[matrix];
+        clamped += p.clamped[matrix];
+        const float before = p.smallest[matrix];
+        smallest = before < smallest || before != before ? before : smallest;
+      }
       p.rate[matrix] = sum / 2;
       p.smallest[matrix] = smallest;
       p.clamped[matrix] = clamped;
+    }
+  }
+}
+
+// ---- Products of more than a tile
+
+// Rows of a matrix in memory; zero beyond its ends.
+struct Rows {
+  const float* data;
+  int stride, rows, columns;
+
+  __device__ __forceinline__ void fill(float* tile, int row, int column, int lane) const {
+    const float* const from = data + static_cast<int64_t>(row) * stride + column;
+    // Then rows are aligned, as all that is filled from here begins at a multiple of four: load 16 bytes at once.
+    if (stride % 4 == 0 && row + kTile <= rows && column + kTile <= columns) {
+      const float* four = from + static_cast<int64_t>(lane / 8) * stride + 4 * (lane % 8);
+#pragma unroll
+      for (int r = lane / 8; r < kTile; r += 4, four += 4 * static_cast<int64_t>(stride)) {
+        four_of(tile, r, lane % 8) = *reinterpret_cast<const float4*>(four);
+      }
+      return;
+    }
+    const int inside = column + lane < columns ? rows - row : 0;
+#pragma unroll 8
+    for (int r = 0; r < kTile; ++r) {
+      tile[element(r, lane)] = r < inside ? from[static_cast<int64_t>(r) * stride + lane] : 0.0f;
+    }
+  }
+};
+
+// A block's 2 x 2 tiles of a product: a warp fills one of the four tiles that a step multiplies. `x` and `y` fill a
+// tile, of the first or the second rows or columns, at `s`; if they are the `same` matrix, x alone. Returns the place in
+// shared memory of the warp's own tile (warp / 2, warp % 2), which no other warp reads.
+template <bool kXByRow, bool kYByRow, typename FillX, typename FillY>
+__device__ __forceinline__ float* wide_product(int from, int to, bool same, const FillX& x, const FillY& y, int lane) {
+  const int warp = threadIdx.x / kTile;
+  float* tiles = shared_memory();  // two sets in turn: one may be filled while another warp still reads the other
+  float* others = tiles + 4 * kTileSize;
+  Product product;
+  for (int s = from; s < to; s += kTile) {
+    if (warp < 2) {
+      x(tiles + warp * kTileSize, warp, s);
+    } else if (!same) {
+      y(tiles + warp * kTileSize, warp - 2, s);
+    }
+    __syncthreads();  // all four are filled
+    product.add<kXByRow, kYByRow>(tiles + warp / 2 * kTileSize, tiles + (warp % 2 + (same ? 0 : 2)) * kTileSize, lane);
+    float* const read = tiles;
+    tiles = others, others = read;
+  }
+  float* const own = tiles + warp * kTileSize;
+  product.store<false>(own, 1.0f, lane);
+  __syncwarp();
+  return own;
+}
+
+// ---- A matrix that is swept part by part
+//
+// With W of a part k of the diagonal, from `sweep`, the rule is that of the tiles. All elements are stored, not only
+// those below the diagonal.
+
+struct PanelArguments {
+  const float* from;    // (matrices, side, side): alpha G if k = 0; else what `update` left
+  const float* factor;  // (matrices, part, part): W
+  float* panels;        // (matrices, side, part): R
+  int side, part, k;
+  int width;  // of the part, in whole tiles
+};
+
+// R_i = A_ik W^T, and R_k = -W^T.
+__device__ __forceinline__ void panel(const PanelArguments& p) {
+  const int warp = threadIdx.x / kTile, lane = lane_of(threadIdx.x);
+  const int down = (p.side + kWide - 1) / kWide, across = (p.width + kWide - 1) / kWide;
+  const int64_t matrix = blockIdx.x / (down * across);
+  const int row = blockIdx.x / across % down * kWide, column = blockIdx.x % across * kWide;
+  const int own_row = row + warp / 2 * kTile, own_column = column + warp % 2 * kTile;
+  const Rows w{p.factor + matrix * p.part * p.part, p.part, p.width, p.width};
+  const bool in_part = row >= p.k && row < p.k + p.width;
+  const float* tile;
+  if (in_part) {
+    float* const transposed = shared_memory() + warp * kTileSize;
+    w.fill(transposed, own_column, own_row - p.k, lane);
+    __syncwarp();
+    tile = transposed;
+  } else {
+    const Rows a{p.from + matrix * p.side * p.side + p.k, p.side, p.side, p.side - p.k};
+    tile = wide_product<true, true>(
+        0, p.width < column + kWide ? p.width : column + kWide, false,  // W's other elements are zero
+        [&](float* to, int part, int s) { a.fill(to, row + part * kTile, s, lane); },
+        [&](float* to, int part, int s) { w.fill(to, column + part * kTile, s, lane); }, lane);
+  }
+  if (own_column >= p.width) return;
+  float* const to = p.panels + (matrix * p.side + own_row) * p.part + own_column + lane;
+#pragma unroll 4
+  for (int r = 0; r < kTile; ++r) {
+    if (own_row + r < p.side) {
+      to[static_cast<int64_t>(r) * p.part] = in_part ? -tile[element(lane, r)] : tile[element(r, lane)];
+    }
+  }
+}
+
+struct UpdateArguments {
+  const float* from;    // (matrices, side, side): alpha G if k = 0; else what `update` left
+  float* to;            // (matrices, side, side): may be `from`
+  const float* panels;  // (matrices, side, part): R
+  int side, part, k, width;
+};
+
+// A_ij <- (i, j not in the part: A_ij) - R_i R_j^T; after the last part the negative of that, the inverse.
+__device__ __forceinline__ void update(const UpdateArguments& p) {
+  const int warp = threadIdx.x / kTile, lane = lane_of(threadIdx.x);
+  const int down = (p.side + kWide - 1) / kWide, pairs = down * (down + 1) / 2;
+  const int64_t matrix = blockIdx.x / pairs;
+  int i = 0, j = blockIdx.x % pairs;
+  while (j > i) j -= ++i;
+  const int row = i * kWide, column = j * kWide;
+  const bool row_in_part = row >= p.k && row < p.k + p.width;
+  const bool column_in_part = column >= p.k && column < p.k + p.width;
+  // R_k is zero where W is, before the diagonal.
+  const int first = row_in_part ? row - p.k : (column_in_part ? column - p.k : 0);
+  const Rows r_of_all{p.panels + matrix * p.side * p.part, p.part, p.side, p.width};
+  float* const tile = wide_product<true, true>(
+      first, p.width, i == j, [&](float* to, int part, int s) { r_of_all.fill(to, row + part * kTile, s, lane); },
+      [&](float* to, int part, int s) { r_of_all.fill(to, column + part * kTile, s, lane); }, lane);
+  const int own_row = row + warp / 2 * kTile, own_column = column + warp % 2 * kTile;
+  const int64_t start = matrix * p.side * p.side;
+  const bool keep = !row_in_part && !column_in_part;
+  const float sign = p.k + p.part < p.side ? 1.0f : -1.0f;
+#pragma unroll 8
+  for (int r = 0; r < kTile; ++r) {
+    const int64_t at = start + static_cast<int64_t>(own_row + r) * p.side + own_column + lane;
+    if (own_row + r >= p.side || own_column + lane >= p.side) continue;
+    const float identity = p.k == 0 && own_row + r == own_column + lane ? 1.0f : 0.0f;
+    const float value = sign * ((keep ? p.from[at] + identity : 0.0f) - tile[element(r, lane)]);
+    p.to[at] = value;
+    tile[element(r, lane)] = value;
+  }
+  if (i == j) return;
+  __syncwarp();
+#pragma unroll 8
+  for (int r = 0; r < kTile; ++r) {
+    if (own_column + r < p.side && own_row + lane < p.side) {
+      p.to[start + static_cast<int64_t>(own_column + r) * p.side + own_row + lane] = tile[element(lane, r)];
     }
   }
 }
@@ -551,94 +725,121 @@ __device__ __forceinline__ void sum_of_warps(const Product& product, float* shar
   __syncthreads();
 }
 
-// alpha z^T z, or alpha z z^T `of_images`: a block computes a tile (i, j), i >= j, of one view, and its transpose.
-template <typename T, bool kOfImages>
-__device__ __forceinline__ void gram(const Logits<T>& logits, float alpha, float* out) {
-  const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = lane_of(threadIdx.x);
-  const int side = kOfImages ? logits.n : logits.bits, depth = kOfImages ? logits.bits : logits.n;
-  const int tiles = tiles_of(side), pairs = tiles * (tiles + 1) / 2;
-  const int64_t view = blockIdx.x / pairs;
-  int i = 0, j = blockIdx.x % pairs;
-  while (j > i) j -= ++i;
-  float* const shared = shared_memory();
-  float* const x = shared + 2 * warp * kTileSize;
-  float* const y = i == j ? x : x + kTileSize;
-  Product product;
-  for (int s = warp * kTile; s < depth; s += warps * kTile) {
-    __syncwarp();
-    if (kOfImages) {
-      logits.fill(x, view, i * kTile, s, lane);
-      if (i != j) logits.fill(y, view, j * kTile, s, lane);
-    } else {
-      logits.fill(x, view, s, i * kTile, lane);
-      if (i != j) logits.fill(y, view, s, j * kTile, lane);
-    }
-    __syncwarp();
-    product.add<kOfImages, kOfImages>(x, y, lane);
-  }
-  sum_of_warps(product, shared, warps, warp, lane);
-  float* const to = out + view * side * side;
-  for (int r = warp; r < kTile; r += warps) {
+// A tile (i, j) of alpha G from shared memory, and its transpose if that is `mirrored`: every `step`th row.
+__device__ __forceinline__ void store_gram(const float* tile, float alpha, float* to, int side, int i, int j,
+                                           bool mirrored, int first, int step, int lane) {
+  for (int r = first; r < kTile; r += step) {
     const int row = i * kTile + r, column = j * kTile + lane;
-    if (row < side && column < side) to[static_cast<int64_t>(row) * side + column] = alpha * shared[element(r, lane)];
+    if (row < side && column < side) to[static_cast<int64_t>(row) * side + column] = alpha * tile[element(r, lane)];
     const int mirrored_row = j * kTile + r, mirrored_column = i * kTile + lane;
-    if (i != j && mirrored_row < side && mirrored_column < side) {
-      to[static_cast<int64_t>(mirrored_row) * side + mirrored_column] = alpha * shared[element(lane, r)];
+    if (mirrored && mirrored_row < side && mirrored_column < side) {
+      to[static_cast<int64_t>(mirrored_row) * side + mirrored_column] = alpha * tile[element(lane, r)];
     }
   }
 }
 
-// g = z M, or M z `of_images`, M the inverse: a block computes 32 images by 32 bits of one view, and the tile's share
-// of each row's g.z, which will be subtracted: (views, n, tiles of bits).
-template <typename T, bool kOfImages>
-__device__ __forceinline__ void direction(const Logits<T>& logits, const float* inverse, float* g, float* radial) {
+// alpha z^T z, or alpha z z^T `of_images`, of one view: a block computes a tile (i, j), i >= j, its warps a part of the
+// terms each, or, if there are enough blocks, 2 x 2 tiles; and the transpose.
+template <typename T, bool kOfImages, bool kWideBlocks>
+__device__ __forceinline__ void gram(const Logits<T>& logits, float alpha, float* out) {
   const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = lane_of(threadIdx.x);
-  const int side = kOfImages ? logits.n : logits.bits;
-  const int tiles = tiles_of(logits.bits), rows = tiles_of(logits.n);
-  const int64_t view = blockIdx.x / (rows * tiles);
-  const int image = blockIdx.x / tiles % rows * kTile, column = blockIdx.x % tiles, bit = column * kTile;
-  float* const shared = shared_memory();
-  float* const x = shared + 2 * warp * kTileSize;
-  float* const y = x + kTileSize;
-  const auto fill_inverse = [&](float* tile, int row, int at) {
-    const float* const from = inverse + (view * side + row) * side + at;
-    if (side % 4 == 0 && at + kTile <= side && row + kTile <= side) {  // rows are aligned: load 16 bytes at once
-      const float* four = from + static_cast<int64_t>(lane / 8) * side + 4 * (lane % 8);
-#pragma unroll
-      for (int r = lane / 8; r < kTile; r += 4, four += 4 * static_cast<int64_t>(side)) {
-        four_of(tile, r, lane % 8) = *reinterpret_cast<const float4*>(four);
-      }
-      return;
-    }
-    const int inside = at + lane < side ? side - row : 0;
-#pragma unroll 8
-    for (int r = 0; r < kTile; ++r) {
-      tile[element(r, lane)] = r < inside ? from[static_cast<int64_t>(r) * side + lane] : 0.0f;
+  const int side = kOfImages ? logits.n : logits.bits, depth = kOfImages ? logits.bits : logits.n;
+  constexpr int kAlong = kWideBlocks ? 2 : 1;
+  const int tiles = (tiles_of(side) + kAlong - 1) / kAlong, pairs = tiles * (tiles + 1) / 2;
+  const int64_t view = blockIdx.x / pairs;
+  int i = 0, j = blockIdx.x % pairs;
+  while (j > i) j -= ++i;
+  float* const to = out + view * side * side;
+  const auto fill = [&](float* tile, int index, int s) {
+    if (kOfImages) {
+      logits.fill(tile, view, index * kTile, s, lane);
+    } else {
+      logits.fill(tile, view, s, index * kTile, lane);
     }
   };
-  Product product;
-  for (int s = warp * kTile; s < side; s += warps * kTile) {
-    __syncwarp();
-    if (kOfImages) {
-      fill_inverse(x, image, s);
-      logits.fill(y, view, s, bit, lane);
-    } else {
-      logits.fill(x, view, image, s, lane);
-      fill_inverse(y, s, bit);
+  if constexpr (kWideBlocks) {
+    const float* const tile = wide_product<kOfImages, kOfImages>(
+        0, depth, i == j, [&](float* x, int part, int s) { fill(x, 2 * i + part, s); },
+        [&](float* y, int part, int s) { fill(y, 2 * j + part, s); }, lane);
+    store_gram(tile, alpha, to, side, 2 * i + warp / 2, 2 * j + warp % 2, i != j, 0, 1, lane);
+  } else {
+    float* const shared = shared_memory();
+    float* const x = shared + 2 * warp * kTileSize;
+    float* const y = i == j ? x : x + kTileSize;
+    Product product;
+    for (int s = warp * kTile; s < depth; s += warps * kTile) {
+      __syncwarp();
+      fill(x, i, s);
+      if (i != j) fill(y, j, s);
+      __syncwarp();
+      product.add<kOfImages, kOfImages>(x, y, lane);
     }
-    __syncwarp();
-    product.add<true, false>(x, y, lane);
+    sum_of_warps(product, shared, warps, warp, lane);
+    store_gram(shared, alpha, to, side, i, j, i != j, warp, warps, lane);
   }
-  sum_of_warps(product, shared, warps, warp, lane);
-  for (int r = warp; r < kTile && image + r < logits.n; r += warps) {
+}
+
+// A tile of g from shared memory, and its share of each row's g.z: every `step`th row.
+template <typename T>
+__device__ __forceinline__ void store_direction(const float* tile, const Logits<T>& logits, float* g, float* radial,
+                                                int64_t view, int image, int column, int first, int step, int lane) {
+  const int tiles = tiles_of(logits.bits), bit = column * kTile + lane;
+  if (column >= tiles) return;
+  for (int r = first; r < kTile && image + r < logits.n; r += step) {
     float part = 0.0f;
-    if (bit + lane < logits.bits) {
-      const float value = shared[element(r, lane)];
-      g[(view * logits.n + image + r) * logits.bits + bit + lane] = value;
-      part = value * logits.z(view, image + r, bit + lane);
+    if (bit < logits.bits) {
+      const float value = tile[element(r, lane)];
+      g[(view * logits.n + image + r) * logits.bits + bit] = value;
+      part = value * logits.z(view, image + r, bit);
     }
     part = sum_of_lanes(part);
     if (lane == 0) radial[(view * logits.n + image + r) * tiles + column] = part;
+  }
+}
+
+// g = z M, or M z `of_images`, M the inverse, of one view: a block computes 32 images by 32 bits, its warps a part of
+// the terms each, or, if there are enough blocks, 64 by 64; and each tile's share of each row's g.z, which will be
+// subtracted: (views, n, tiles of bits).
+template <typename T, bool kOfImages, bool kWideBlocks>
+__device__ __forceinline__ void direction(const Logits<T>& logits, const float* inverse, float* g, float* radial) {
+  const int warps = blockDim.x / kTile, warp = threadIdx.x / kTile, lane = lane_of(threadIdx.x);
+  const int side = kOfImages ? logits.n : logits.bits;
+  constexpr int kAlong = kWideBlocks ? 2 : 1;
+  const int across = (tiles_of(logits.bits) + kAlong - 1) / kAlong, down = (tiles_of(logits.n) + kAlong - 1) / kAlong;
+  const int64_t view = blockIdx.x / (down * across);
+  const int image = blockIdx.x / across % down * kAlong * kTile, column = blockIdx.x % across * kAlong;
+  const Rows m{inverse + view * side * side, side, side, side};
+  const auto fill_x = [&](float* x, int part, int s) {
+    if (kOfImages) {
+      m.fill(x, image + part * kTile, s, lane);
+    } else {
+      logits.fill(x, view, image + part * kTile, s, lane);
+    }
+  };
+  const auto fill_y = [&](float* y, int part, int s) {
+    if (kOfImages) {
+      logits.fill(y, view, s, (column + part) * kTile, lane);
+    } else {
+      m.fill(y, s, (column + part) * kTile, lane);
+    }
+  };
+  if constexpr (kWideBlocks) {
+    const float* const tile = wide_product<true, false>(0, side, false, fill_x, fill_y, lane);
+    store_direction(tile, logits, g, radial, view, image + warp / 2 * kTile, column + warp % 2, 0, 1, lane);
+  } else {
+    float* const shared = shared_memory();
+    float* const x = shared + 2 * warp * kTileSize;
+    float* const y = x + kTileSize;
+    Product product;
+    for (int s = warp * kTile; s < side; s += warps * kTile) {
+      __syncwarp();
+      fill_x(x, 0, s);
+      fill_y(y, 0, s);
+      __syncwarp();
+      product.add<true, false>(x, y, lane);
+    }
+    sum_of_warps(product, shared, warps, warp, lane);
+    store_direction(shared, logits, g, radial, view, image, column, warp, warps, lane);
   }
 }
 
@@ -696,9 +897,9 @@ __device__ __forceinline__ void gradient(const Logits<T>& logits, const Arriving
 
 // ---- The kernels
 
-template <int kSide>
+template <int kSide, bool kPart>
 __global__ void __launch_bounds__(kSweepThreads) coding_rate_sweep_kernel(SweepArguments p) {
-  if constexpr (kSide == 1 || kHasClusters) sweep<kSide>(p);
+  if constexpr (kSide == 1 || kHasClusters) sweep<kSide, kPart>(p);
 }
 
 template <typename T>
@@ -706,16 +907,27 @@ __global__ void coding_rate_reciprocal_norms_kernel(Logits<T> logits, float* rec
   reciprocal_norms(logits, reciprocal, rows);
 }
 
-template <typename T, bool kOfImages>
-__global__ void __launch_bounds__(kProductWarps* kTile, 2)
+template <bool kWideBlocks>
+constexpr int kProductThreads = (kWideBlocks ? kWideWarps : kProductWarps) * kTile;
+
+template <typename T, bool kOfImages, bool kWideBlocks>
+__global__ void __launch_bounds__(kProductThreads<kWideBlocks>, kWideBlocks ? 4 : 2)
     coding_rate_gram_kernel(Logits<T> logits, float alpha, float* out) {
-  gram<T, kOfImages>(logits, alpha, out);
+  gram<T, kOfImages, kWideBlocks>(logits, alpha, out);
 }
 
-template <typename T, bool kOfImages>
-__global__ void __launch_bounds__(kProductWarps* kTile, 2)
+__global__ void __launch_bounds__(kProductThreads<true>, 3) coding_rate_panel_kernel(PanelArguments p) {
+  panel(p);
+}
+
+__global__ void __launch_bounds__(kProductThreads<true>, 4) coding_rate_update_kernel(UpdateArguments p) {
+  update(p);
+}
+
+template <typename T, bool kOfImages, bool kWideBlocks>
+__global__ void __launch_bounds__(kProductThreads<kWideBlocks>, kWideBlocks ? 4 : 2)
     coding_rate_direction_kernel(Logits<T> logits, const float* inverse, float* g, float* radial) {
-  direction<T, kOfImages>(logits, inverse, g, radial);
+  direction<T, kOfImages, kWideBlocks>(logits, inverse, g, radial);
 }
 
 template <typename T, bool kAdd>

@@ -1,7 +1,7 @@
 """Nothing in a step waits for the device, seen without one: operations that read values back are refused.
 
 The kernels' own tests on a GPU are in tests/test_gpu. Here the PyTorch implementations run, which take their
-place where a kernel is missing, as for a coding rate of more than 1024 images and bits.
+place where a kernel is missing, as where the extension was built without CUDA.
 """
 
 import pytest
@@ -13,7 +13,7 @@ from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.step import Step
 from bincomm.networks import Head, Network, create_backbone, create_teacher, feature_width
 from bincomm.objectives import DINO, DiscreteCommunication, SimDINO
-from bincomm.ops import coding_rate, hamming, library, reference
+from bincomm.ops import hamming, library, reference
 
 # They return a number to Python, or a tensor whose shape depends on values, or check values on the host.
 WAITING = (
@@ -90,19 +90,6 @@ def test_the_papers_objective(state):
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(agreement, bincomm.sign_bce(student, teacher))
     torch.testing.assert_close(results[0], agreement - beta * 45 / 200 * rate)
-
-
-def test_a_coding_rate_that_no_cuda_kernel_takes(monkeypatch):
-    """As for a side above 1024: what the CUDA dispatch runs then."""
-    monkeypatch.setattr(coding_rate, "largest_side", lambda device: 0)
-    gram = torch.randn(2, 6, 30)
-    gram = gram @ gram.mT
-    with RefuseToWait() as mode:
-        rate, inverse, _, _ = coding_rate._factor_on_cuda(gram)
-    identity = torch.eye(6, dtype=torch.float64)
-    torch.testing.assert_close(inverse.double(), (identity + gram).inverse(), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(rate.double(), torch.logdet(identity + gram) / 2, rtol=1e-6, atol=0)
-    assert "linalg_solve_triangular" in mode.calls
 
 
 @pytest.mark.parametrize("pairs", ["cross", "all", "matched"])

@@ -26,7 +26,9 @@ TILE = 32
 PRODUCT_WARPS = 8
 ROW_WARPS = 8  # of a block of the kernels that give a row to a warp
 LOADS_OF_A_HALF = 4  # of the loop that fills half of a tile's rows
-LARGEST_OF_FOUR_BLOCKS = 16  # tiles of a side; larger matrices take clusters of sixteen
+PART = 256  # side of what is swept at once
+WIDE, WIDE_WARPS = 64, 4  # side of what a block computes if there are enough blocks, and its warps
+ENOUGH = 2  # blocks for each multiprocessor
 
 Row = dict[str, Any]
 
@@ -119,18 +121,22 @@ def coding_rate_rows() -> Iterator[Row]:
         title = f"({views}, {n}, {bits}) fp32"
         side, logits = min(n, bits), 4 * views * n * bits
         products_move = logits + 4 * views * side**2
-        code, registers = functions["reciprocal_norms", None]
+        code, registers = functions[("reciprocal_norms",)]
         launch = Launch(-(-views * n // ROW_WARPS), ROW_WARPS, registers, 0, logits)
         yield row(f"coding_rate reciprocal_norms {title}", norms_path(code, bits), launch)
 
-        tiles = -(-side // TILE)
-        kernel = functions["gram", of_images]
-        blocks = views * tiles * (tiles + 1) // 2
-        yield product_row(f"gram {title}", kernel, blocks, max(n, bits), products_move)
+        wide = [views * pairs(-(-side // WIDE)), views * -(-n // WIDE) * -(-bits // WIDE)]
+        narrow = [views * pairs(-(-side // TILE)), views * -(-n // TILE) * -(-bits // TILE)]
+        is_wide = [blocks >= ENOUGH * H100.multiprocessors for blocks in wide]
+        blocks = [wide[i] if is_wide[i] else narrow[i] for i in range(2)]
+        kernel = functions["gram", of_images, int(is_wide[0])]
+        terms = max(n, bits)
+        yield product_row(f"gram {title}", kernel, blocks[0], terms, products_move, is_wide[0])
         yield sweep_row(f"coding_rate sweep {title}", functions, views, side)
-        kernel = functions["direction", of_images]
-        blocks = views * -(-n // TILE) * -(-bits // TILE)
-        yield product_row(f"direction {title}", kernel, blocks, side, products_move)
+        if side > PART:
+            yield from part_rows(title, functions, views, side)
+        kernel = functions["direction", of_images, int(is_wide[1])]
+        yield product_row(f"direction {title}", kernel, blocks[1], side, products_move, is_wide[1])
 
         # A lane adds up at most one part of g.z, for a tile, and has 8 of its bits at once.
         trips = {0: 1, 1: 0, 2: bits // (8 * TILE)}
@@ -142,20 +148,57 @@ def coding_rate_rows() -> Iterator[Row]:
 
 
 Function = tuple[list[sass.Instruction], int]  # and registers
+Functions = dict[tuple[str | int, ...], Function]
 
 
-def product_row(name: str, kernel: Function, blocks: int, terms: int, moved: int) -> Row:
-    """Of a product that sums over so many terms. Nearly all its work is done in steps of one tile: filling
-    two and multiplying them."""
+def pairs(number: int) -> int:
+    """Of indices i >= j."""
+    return number * (number + 1) // 2
+
+
+def product_row(name: str, kernel: Function, blocks: int, terms: int, moved: int, is_wide: bool) -> Row:
+    """Of a product that sums over so many terms. Nearly all its work is done in steps of one tile."""
     code, registers = kernel
+    if is_wide:
+        return wide_row(name, step_of(code, is_wide), registers, blocks, -(-terms // TILE), moved)
     warps = min(PRODUCT_WARPS, -(-terms // TILE))
     steps = -(-terms // (TILE * warps))
     launch = Launch(blocks, warps, registers, 2 * warps * 4 * TILE * TILE, moved, steps * ALL_PAIRED)
-    return row(f"coding_rate {name}", steps * step_of(code), launch)
+    return row(f"coding_rate {name}", steps * step_of(code, is_wide), launch)
 
 
-def step_of(code: list[sass.Instruction]) -> list[sass.Instruction]:
+def wide_row(
+    name: str, step: list[sass.Instruction], registers: int, blocks: int, steps: int, moved: int
+) -> Row:
+    """Of blocks that compute 2 x 2 tiles each, in so many steps."""
+    launch = Launch(blocks, WIDE_WARPS, registers, 8 * 4 * TILE * TILE, moved, steps * ALL_PAIRED)
+    return row(f"coding_rate {name}", steps * step, launch)
+
+
+def part_rows(title: str, functions: "Functions", views: int, side: int) -> Iterator[Row]:
+    """The two products after the sweep of a part, which leave out what is zero: the mean of all blocks.
+
+    What they fill from has no loop that is found; it is as long as that of `direction`.
+    """
+    step = step_of(functions["direction", 0, 1][0], True)
+    inside, outside, tiles = PART // WIDE, (side - PART) // WIDE, PART // TILE
+    factor_steps = [tiles - 2 * i for i in range(inside)]  # W has zeros in the others
+    blocks = outside * inside
+    steps = -(-sum(factor_steps) // inside)
+    matrix, panel = 4 * views * side**2, 4 * views * side * PART
+    registers = functions[("panel",)][1]
+    yield wide_row(f"panel {title}", step, registers, views * blocks, steps, 2 * panel)
+    total = pairs(outside) * tiles + blocks * steps + sum((i + 1) * s for i, s in enumerate(factor_steps))
+    blocks += pairs(outside) + pairs(inside)
+    registers = functions[("update",)][1]
+    yield wide_row(
+        f"update {title}", step, registers, views * blocks, -(-total // blocks), 3 * matrix // 2 + panel
+    )
+
+
+def step_of(code: list[sass.Instruction], is_wide: bool) -> list[sass.Instruction]:
     """What a warp does for a tile of both factors: the loops that fill them 16 bytes at a time, the product.
+    A warp of four that share their tiles fills one, and waits for the others.
 
     They are known by what they contain: the code around them is for sizes that are no multiples of a tile.
     """
@@ -163,6 +206,10 @@ def step_of(code: list[sass.Instruction]) -> list[sass.Instruction]:
     fills = sass.innermost_loops(code, "LDG.E.128", LOADS_OF_A_HALF)
     if len(products) != 1 or len(fills) not in (1, 2):
         raise SystemExit("the model no longer fits the code of coding_rate's products")
+    if is_wide:
+        barrier = [i for i in code if i.name == "BAR"][:1]
+        filling = [i for _ in range(2) for i in sass.within(code, fills[0])]
+        return filling + barrier + QUARTERS * sass.within(code, products[0])
     # Where there is one loop that fills, the other is unrolled, and as long.
     loops = 2 * [fills[0]] + 2 * [fills[-1]] + QUARTERS * products
     return [instruction for loop in loops for instruction in sass.within(code, loop)]
@@ -175,14 +222,14 @@ def norms_path(code: list[sass.Instruction], bits: int) -> list[sass.Instruction
     return list(sass.path(needed, {0: 0, 1: -(-bits // (16 * TILE))}))
 
 
-def sweep_row(name: str, functions: dict[tuple[str, int | None], Function], views: int, side: int) -> Row:
-    """Of the inversion: a cluster of blocks for each matrix of this side, a multiprocessor for each block."""
-    tiles = -(-side // TILE)
-    along = 2 if tiles <= LARGEST_OF_FOUR_BLOCKS else 4
-    code, registers = functions["sweep", along]
-    parts = sweep_cycles(code, tiles, along)
+def sweep_row(name: str, functions: "Functions", views: int, side: int) -> Row:
+    """Of the inversion, or of a part of a larger matrix: a cluster of blocks for each matrix, a multiprocessor
+    for each block."""
+    along, swept = 2, min(side, PART)
+    code, registers = functions["sweep", along, int(side > PART)]
+    parts = sweep_cycles(code, -(-swept // TILE), along)
     cycles = round(sum(parts.values()))
-    launch = Launch(views * along**2, WARPS, registers, 0, 8 * views * side**2)
+    launch = Launch(views * along**2, WARPS, registers, 0, 8 * views * swept**2)
     rounds = {m.name: -(-views // (m.multiprocessors // along**2)) for m in MACHINES}
     return {
         "kernel": name,
@@ -197,8 +244,8 @@ def sweep_row(name: str, functions: dict[tuple[str, int | None], Function], view
     }
 
 
-def extension_code() -> dict[tuple[str, int | None], Function]:
-    """Of coding_rate's kernels in `bincomm._C`, fp32, by name and the number among a template's arguments."""
+def extension_code() -> Functions:
+    """Of coding_rate's kernels in `bincomm._C`, fp32, by name and numbers among a template's arguments."""
     found = importlib.util.find_spec("bincomm._C")
     if found is None or found.origin is None:
         raise SystemExit("bincomm._C is not built")
@@ -208,10 +255,10 @@ def extension_code() -> dict[tuple[str, int | None], Function]:
         command = [str(TOOLS / "cuobjdump"), option, "-arch", f"sm_{CAPABILITY}", extension]
         return subprocess.check_output(command, text=True)
 
-    def key(match: re.Match[str]) -> tuple[str, int | None]:
-        return match[1], int(match[2]) if match[2] else None
+    def key(match: re.Match[str]) -> tuple[str | int, ...]:
+        return match[1], *map(int, re.findall(r"L[bi](\d)E", match[2] or ""))
 
-    name = r"coding_rate_(\w+)_kernelIf?(?:L[bi](\d))?E"
+    name = r"coding_rate_(\w+?)_kernel(?:If?((?:L[bi]\dE)*)E|E)"
     registers = {
         key(match): int(match[3])
         for match in re.finditer(rf"Function \S*{name}\S*:\s+REG:(\d+)", dump("-res-usage"))

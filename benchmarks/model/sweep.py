@@ -40,13 +40,11 @@ def _cycles(code: Code, tiles: int, side: int) -> dict[str, float]:
 
     # What a warp does for a tile, for a panel's tile, and where another warp has the tile.
     load = around(opening, innermost_loops(opening, "LDG", 8)[0])
-    store = around(closing, innermost_loops(closing, "STG", 16)[0])
     panel = around(panels, innermost_loops(panels, "FFMA", FFMA_OF_A_QUARTER)[0])
     ahead, product = innermost_loops(updates, "FFMA", FFMA_OF_A_QUARTER)
     update = around(updates, product)
     fetch = around(updates, innermost_loops(updates, "LD.E", 4)[0])
     load_tile = warp_path(opening, load, {0: FILLS, 1: 1})
-    store_tile = warp_path(closing, store, {0: FILLS, 1: 1})
     panel_tile = warp_path(panels, panel, {0: QUARTERS, 1: 0, 2: 1})
     update_tile = warp_path(updates, update, {0: QUARTERS, 1: 1})
     passing = latency(warp_path(updates, update, {0: 0, 1: 1}))
@@ -54,13 +52,21 @@ def _cycles(code: Code, tiles: int, side: int) -> dict[str, float]:
     first_factor = latency(warp_path(opening, (last_barrier(opening, steps[0]), steps[0]), {}))
     before_others = last_barrier(updates, ahead[0]), around(updates, update)[0] - 1
     factor = latency(warp_path(updates, before_others, {0: QUARTERS}))
-    rate = latency(warp_path(closing, (around(closing, store)[1] + 1, end), {0: tiles // 4, 1: 0}))
 
     owned = Counter((i % side, j % side) for i in range(tiles) for j in range(i + 1))
     most = max(owned.values())
     update_all = shared_out(update_tile, most, PAIRED) + most * passing
     cycles: defaultdict[str, float] = defaultdict(float)
-    cycles["load and store"] = shared_out(load_tile, most) + shared_out(store_tile, most) + rate
+    cycles["load and store"] = shared_out(load_tile, most)
+    if whole := innermost_loops(closing, "STG", 16):
+        store = around(closing, whole[0])
+        cycles["load and store"] += shared_out(warp_path(closing, store, {0: FILLS, 1: 1}), most)
+        rest = around(closing, store)[1] + 1
+    else:
+        # Of a part, W is stored while its panels are there.
+        store = around(updates, innermost_loops(updates, "STG", 8)[0])
+        store_tile, rest = warp_path(updates, store, {0: FILLS, 1: 1}), last
+    cycles["load and store"] += latency(warp_path(closing, (rest, end), {0: tiles // 4, 1: 0}))
     cycles["factor"] = first_factor
     cycles["barriers"] = tiles * 2 * (CLUSTER_BARRIER + BARRIER) + CLUSTER_BARRIER
     # W goes from its block to those that have tiles of its row or column.
@@ -74,7 +80,10 @@ def _cycles(code: Code, tiles: int, side: int) -> dict[str, float]:
             if i % side in reader and source != reader
         ]
         sent, received = (max(Counter(blocks).values()) for blocks in zip(*moves, strict=True))
-        cycles["panels"] += shared_out(panel_tile, max(Counter(makers.values()).values()), PAIRED)
+        made = max(Counter(makers.values()).values())
+        cycles["panels"] += shared_out(panel_tile, made, PAIRED)
+        if not whole:
+            cycles["load and store"] += shared_out(store_tile, made)
         one_by_one = received * latency(one_load(within(updates, fetch)))
         cycles["fetch"] += max(one_by_one, max(sent, received) * TILE_BYTES / REMOTE_BYTES)
         if k + 1 < tiles and factor > update_all:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from bincomm.ops import reference
 from bincomm.ops.library import (
-    _C,
-    BACKEND,
     KERNELS,
     LIBRARY,
     define,
@@ -357,25 +355,6 @@ def _add_gradient_pytorch(
     gradient += OPS.coding_rate_backward.default(grad, logits, factor, reciprocal, alpha, of_images)
 
 
-@functools.cache
-def largest_side(device: int) -> int:
-    """Largest side of a matrix that the CUDA kernel inverts on this GPU; 0 where there is no kernel."""
-    return _C.largest_side(device) if _C is not None and has_cuda_code() else 0
-
-
-def _factor_on_cuda(gram: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `coding_rate_factor`, but with the inverse as the factor, which the CUDA backward expects."""
-    if gram.shape[-1] <= largest_side(gram.get_device()):
-        return OPS.coding_rate_sweep.default(gram)
-    if BACKEND == "native":
-        raise RuntimeError(
-            f"BINCOMM_BACKEND=native, but coding_rate's kernel takes matrices of up to "
-            f"{largest_side(gram.get_device())} on this GPU, not {gram.shape[-1]}"
-        )
-    rate, factor, smallest, clamped = _factor_pytorch(gram)
-    return rate, _inverse_pytorch(factor), smallest, clamped
-
-
 # `factor` (V, m, m) has the CPU kernel's own layout, or is Cholesky's; for CUDA's kernels it is the inverse.
 define("coding_rate_rows(Tensor logits) -> (Tensor, Tensor)", cpu="C++", cuda=None, pytorch=_rows_pytorch)
 define(
@@ -421,7 +400,7 @@ define(
 )
 if has_cuda_code():
     LIBRARY.define("coding_rate_sweep(Tensor gram) -> (Tensor, Tensor, Tensor, Tensor)")
-    LIBRARY.impl("coding_rate", functools.partial(_forward, _factor_on_cuda), "CUDA")
+    LIBRARY.impl("coding_rate", functools.partial(_forward, OPS.coding_rate_sweep.default), "CUDA")
     KERNELS["coding_rate"]["cuda"] = "CUDA"
 torch.library.register_autograd("bincomm::coding_rate", _backward, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd("bincomm::coding_rate_backward", _refuse_second_derivative, lib=LIBRARY)

@@ -44,8 +44,9 @@ template <int kSide>
 void launch_sweep(const SweepArguments& arguments, int views) {
   const int tiles = static_cast<int>(tiles_of(arguments.n));
   const size_t bytes = SweepMemory<kSide>(tiles).size(tiles) * sizeof(float);
-  check(cudaFuncSetAttribute(coding_rate_sweep_kernel<kSide>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)));
+  const auto kernel = arguments.n < arguments.side ? coding_rate_sweep_kernel<kSide, true>
+                                                   : coding_rate_sweep_kernel<kSide, false>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
   cudaLaunchAttribute cluster[1];
   cluster[0].id = cudaLaunchAttributeClusterDimension;
   cluster[0].val.clusterDim = {kSide * kSide, 1, 1};
@@ -54,11 +55,10 @@ void launch_sweep(const SweepArguments& arguments, int views) {
   config.blockDim = dim3(kSweepThreads);
   config.dynamicSmemBytes = bytes;
   if (kSide > 1) {
-    check(cudaFuncSetAttribute(coding_rate_sweep_kernel<kSide>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     config.attrs = cluster;
     config.numAttrs = 1;
   }
-  check(cudaLaunchKernelEx(&config, coding_rate_sweep_kernel<kSide>, arguments));
+  check(cudaLaunchKernelEx(&config, kernel, arguments));
 }
 
 // Rate, and gradient of the rate, of one view in double precision, by I + alpha z^T z or I + alpha z z^T.
@@ -109,8 +109,32 @@ double expected(const std::vector<float>& a, int64_t start, int n, int bits, dou
   return rate;
 }
 
-template <int kSide, bool kOfImages>
-bool run(int views, int n, int bits) {
+constexpr size_t kWideBytes = 8 * kTileSize * sizeof(float);
+
+int wide_of(int side) { return (side + kWide - 1) / kWide; }
+
+template <int kSide>
+void sweep_parts(SweepArguments sweep, int views) {
+  if (sweep.side <= sweep.part) return launch_sweep<kSide>(sweep, views);
+  const int64_t part = sweep.part;
+  const Array<float> factor(views * part * part), panels(views * part * sweep.side);
+  float* const to = sweep.to;
+  sweep.to = factor.data;
+  for (sweep.k = 0; sweep.k < sweep.side; sweep.k += sweep.part, sweep.from = to) {
+    sweep.n = std::min(sweep.part, sweep.side - sweep.k);
+    const int width = static_cast<int>(tiles_of(sweep.n)) * kTile, wide = wide_of(sweep.side);
+    launch_sweep<kSide>(sweep, views);
+    coding_rate_panel_kernel<<<views * wide * wide_of(width), kProductThreads<true>, kWideBytes>>>(
+        {sweep.from, factor.data, panels.data, sweep.side, sweep.part, sweep.k, width});
+    coding_rate_update_kernel<<<views * wide * (wide + 1) / 2, kProductThreads<true>, kWideBytes>>>(
+        {sweep.from, to, panels.data, sweep.side, sweep.part, sweep.k, width});
+  }
+  check(cudaDeviceSynchronize());  // before the arrays go
+}
+
+// A larger matrix is swept in parts of this side; `kWideBlocks` has blocks of 2 x 2 tiles.
+template <int kSide, bool kOfImages, bool kWideBlocks = false>
+bool run(int views, int n, int bits, int part = 256) {
   const double alpha = bits / (n * 0.05);
   const int m = kOfImages ? n : bits;
   const int64_t rows = static_cast<int64_t>(views) * n, tiles = tiles_of(m);
@@ -133,16 +157,25 @@ bool run(int views, int n, int bits) {
   const unsigned row_blocks = (rows + kProductWarps - 1) / kProductWarps;
 
   coding_rate_reciprocal_norms_kernel<<<row_blocks, kProductWarps * kTile>>>(logits, reciprocal.data, rows);
-  const auto gram_kernel = coding_rate_gram_kernel<float, kOfImages>;
-  allow(gram_kernel);
-  int depth = warps(kOfImages ? bits : n);
-  gram_kernel<<<views * tiles * (tiles + 1) / 2, depth * kTile, bytes(depth)>>>(logits, alpha, gram.data);
-  launch_sweep<kSide>({gram.data, inverse.data, rate.data, smallest.data, clamped.data, m}, views);
-  const auto direction_kernel = coding_rate_direction_kernel<float, kOfImages>;
-  allow(direction_kernel);
-  depth = warps(m);
-  direction_kernel<<<views * row_tiles * bit_tiles, depth * kTile, bytes(depth)>>>(logits, inverse.data, out.data,
-                                                                                  radial.data);
+  const auto gram_kernel = coding_rate_gram_kernel<float, kOfImages, kWideBlocks>;
+  const auto direction_kernel = coding_rate_direction_kernel<float, kOfImages, kWideBlocks>;
+  const SweepArguments sweep{gram.data, inverse.data, rate.data, smallest.data, clamped.data, m, part, 0, m};
+  if (kWideBlocks) {
+    const int wide = wide_of(m);
+    gram_kernel<<<views * wide * (wide + 1) / 2, kProductThreads<true>, kWideBytes>>>(logits, alpha, gram.data);
+    sweep_parts<kSide>(sweep, views);
+    direction_kernel<<<views * wide_of(n) * wide_of(bits), kProductThreads<true>, kWideBytes>>>(logits, inverse.data,
+                                                                                              out.data, radial.data);
+  } else {
+    allow(gram_kernel);
+    allow(direction_kernel);
+    int depth = warps(kOfImages ? bits : n);
+    gram_kernel<<<views * tiles * (tiles + 1) / 2, depth * kTile, bytes(depth)>>>(logits, alpha, gram.data);
+    sweep_parts<kSide>(sweep, views);
+    depth = warps(m);
+    direction_kernel<<<views * row_tiles * bit_tiles, depth * kTile, bytes(depth)>>>(logits, inverse.data, out.data,
+                                                                                    radial.data);
+  }
   coding_rate_gradient_kernel<float, false><<<row_blocks, kProductWarps * kTile>>>(
       logits, Arriving{grad.data, 1, nullptr, 1.0f}, static_cast<float>(alpha), out.data, radial.data, out.data, rows);
   check(cudaGetLastError());
@@ -161,8 +194,8 @@ bool run(int views, int n, int bits) {
     norm += exact[i] * exact[i];
   }
   right &= std::sqrt(error) < 1e-4 * std::sqrt(norm);
-  std::printf("%d x %d blocks, %s, %d x %d x %d: %s\n", kSide, kSide, kOfImages ? "images" : "bits", views, n, bits,
-              right ? "right" : "WRONG");
+  std::printf("%d x %d blocks, parts of %d, %s, %d x %d x %d: %s\n", kSide, kSide, part,
+              kOfImages ? "images" : "bits", views, n, bits, right ? "right" : "WRONG");
   return right;
 }
 
@@ -170,12 +203,13 @@ int main() {
   bool right = run<1, false>(2, 70, 33);
   right &= run<1, true>(2, 45, 100);
   right &= run<1, true>(1, 1, 3);
+  right &= run<1, true, true>(2, 100, 140, 64);
   int device = 0, clusters = 0;
   check(cudaDeviceGetAttribute(&clusters, cudaDevAttrClusterLaunch, device));
   if (clusters) {
     right &= run<2, false>(2, 200, 150);
     right &= run<2, true>(1, 130, 200);
-    right &= run<4, false>(1, 300, 250);
+    right &= run<2, false, true>(1, 230, 200, 64);
   }
   return !right;
 }

@@ -1,9 +1,9 @@
 // The coding rate's kernels on fibers, launched as csrc/coding_rate.cu launches them on a GPU.
 //
-//     program SIDE OF_IMAGES SEED V n K ALPHA PERMUTED < logits and gradients of the rates, floats > results, floats
+//     program SIDE OF_IMAGES SEED V n K ALPHA PERMUTED PART WIDE < logits and gradients of the rates, floats > results
 //
-// SIDE is that of the cluster of blocks of a matrix; PERMUTED has the logits as (n, K, V) in memory. Every array is a
-// heap allocation of its own size, filled with NaN, so that sanitizers see an access beyond its ends, and a result
+// SIDE is that of the cluster of blocks of a matrix; PERMUTED has the logits as (n, K, V) in memory; PART is the side of
+// the parts that a larger matrix is swept by, a multiple of 64; WIDE has blocks of 2 x 2 tiles. Every array is a heap allocation of its own size, filled with NaN, so that sanitizers see an access beyond its ends, and a result
 // that was not written is visible.
 
 #include "fibers.h"
@@ -38,16 +38,46 @@ void write(const std::vector<T>& result) {
   }
 }
 
+constexpr size_t kWideBytes = 8 * kTileSize * sizeof(float);
+
+int wide_of(int side) { return (side + kWide - 1) / kWide; }
+int pairs_of(int tiles) { return tiles * (tiles + 1) / 2; }
+
 template <int kSide>
 void launch_sweep(const SweepArguments& arguments, int views, unsigned seed) {
   const int tiles = tiles_of(arguments.n);
   const size_t bytes = SweepMemory<kSide>(tiles).size(tiles) * sizeof(float);
   fibers::launch(views * kSide * kSide, kSweepThreads, kSide * kSide, bytes, seed,
-                 [&] { coding_rate_sweep_kernel<kSide>(arguments); });
+                 [&] {
+                   if (arguments.n < arguments.side) {
+                     coding_rate_sweep_kernel<kSide, true>(arguments);
+                   } else {
+                     coding_rate_sweep_kernel<kSide, false>(arguments);
+                   }
+                 });
+}
+
+void sweep_parts(SweepArguments sweep, int views, unsigned seed, void (*launch)(const SweepArguments&, int, unsigned)) {
+  if (sweep.side <= sweep.part) return launch(sweep, views, seed);
+  float* const to = sweep.to;
+  const int64_t part = sweep.part;
+  for (sweep.k = 0; sweep.k < sweep.side; sweep.k += sweep.part, sweep.from = to) {
+    auto factor = array<float>(views * part * part), panels = array<float>(views * part * sweep.side);
+    sweep.to = factor.data();
+    sweep.n = std::min(sweep.part, sweep.side - sweep.k);
+    const int width = tiles_of(sweep.n) * kTile;
+    launch(sweep, views, seed);
+    const PanelArguments panel{sweep.from, factor.data(), panels.data(), sweep.side, sweep.part, sweep.k, width};
+    fibers::launch(views * wide_of(sweep.side) * wide_of(width), kProductThreads<true>, 1, kWideBytes, seed + 1,
+                   [&] { coding_rate_panel_kernel(panel); });
+    const UpdateArguments update{sweep.from, to, panels.data(), sweep.side, sweep.part, sweep.k, width};
+    fibers::launch(views * pairs_of(wide_of(sweep.side)), kProductThreads<true>, 1, kWideBytes, seed + 2,
+                   [&] { coding_rate_update_kernel(update); });
+  }
 }
 
 template <bool kOfImages>
-void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool permuted) {
+void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool permuted, int part, bool wide) {
   const int m = kOfImages ? n : bits;
   const int64_t rows = static_cast<int64_t>(views) * n, tiles = tiles_of(m);
   const int64_t bit_tiles = tiles_of(bits), row_tiles = tiles_of(n);
@@ -65,16 +95,25 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
   fibers::launch(blocks_of_rows, kProductWarps * kTile, 1, 0, seed,
                  [&] { coding_rate_reciprocal_norms_kernel(logits, reciprocal.data(), rows); });
   int depth = warps(kOfImages ? bits : n);
-  fibers::launch(views * tiles * (tiles + 1) / 2, depth * kTile, 1, bytes(depth), seed + 1,
-                 [&] { coding_rate_gram_kernel<float, kOfImages>(logits, alpha, out.data()); });
-  const SweepArguments arguments{out.data(), inverse.data(), rate.data(), smallest.data(), clamped.data(), m};
-  if (side == 1) launch_sweep<1>(arguments, views, seed + 2);
-  if (side == 2) launch_sweep<2>(arguments, views, seed + 2);
-  if (side == 4) launch_sweep<4>(arguments, views, seed + 2);
+  if (wide) {
+    fibers::launch(views * pairs_of(wide_of(m)), kProductThreads<true>, 1, kWideBytes, seed + 1,
+                   [&] { coding_rate_gram_kernel<float, kOfImages, true>(logits, alpha, out.data()); });
+  } else {
+    fibers::launch(views * pairs_of(tiles), depth * kTile, 1, bytes(depth), seed + 1,
+                   [&] { coding_rate_gram_kernel<float, kOfImages, false>(logits, alpha, out.data()); });
+  }
+  const SweepArguments arguments{out.data(), inverse.data(), rate.data(), smallest.data(), clamped.data(), m, part, 0, m};
+  sweep_parts(arguments, views, seed + 2, side == 1 ? launch_sweep<1> : launch_sweep<2>);
   depth = warps(m);
-  fibers::launch(views * row_tiles * bit_tiles, depth * kTile, 1, bytes(depth), seed + 3, [&] {
-    coding_rate_direction_kernel<float, kOfImages>(logits, inverse.data(), gradient_of_a.data(), radial.data());
-  });
+  if (wide) {
+    fibers::launch(views * wide_of(n) * wide_of(bits), kProductThreads<true>, 1, kWideBytes, seed + 3, [&] {
+      coding_rate_direction_kernel<float, kOfImages, true>(logits, inverse.data(), gradient_of_a.data(), radial.data());
+    });
+  } else {
+    fibers::launch(views * row_tiles * bit_tiles, depth * kTile, 1, bytes(depth), seed + 3, [&] {
+      coding_rate_direction_kernel<float, kOfImages, false>(logits, inverse.data(), gradient_of_a.data(), radial.data());
+    });
+  }
   // Added to the logits, for one gradient of all rates, the first, twice as large: -0.5 * -4.
   auto sum = array<float>(rows * bits);
   for (int64_t row = 0; row < rows; ++row) {
@@ -99,5 +138,6 @@ void run(int side, unsigned seed, int views, int n, int bits, float alpha, bool 
 int main(int, char** arguments) {
   const auto number = [&](int i) { return std::atoi(arguments[i]); };
   const auto function = number(2) ? run<true> : run<false>;
-  function(number(1), number(3), number(4), number(5), number(6), std::atof(arguments[7]), number(8));
+  function(number(1), number(3), number(4), number(5), number(6), std::atof(arguments[7]), number(8),
+           number(9), number(10));
 }

@@ -25,12 +25,14 @@ ARCHITECTURES = [
     a for a in (80, 90, 100, 120) if f"{a // 10}.{a % 10}" in EXTENSION.get("cuda_architectures", "")
 ]
 KERNEL = r"7bincomm\d+(coding_rate_\w+?|clip_\w+?)_kernel"  # in a mangled name
-# Registers of a thread, and how often the kernel is compiled: for cluster sizes, or types, sides of G, and
-# whether the gradient is added.
+# Registers of a thread, and how often the kernel is compiled: for cluster sizes and parts, or types, sides of G,
+# what a block computes, and whether the gradient is added.
 BUDGETS = {
-    "coding_rate_sweep": (128, 3),  # 512 threads
-    "coding_rate_gram": (128, 6),  # 256 threads, so two blocks per SM
-    "coding_rate_direction": (128, 6),
+    "coding_rate_sweep": (128, 4),  # 512 threads
+    "coding_rate_panel": (168, 1),  # 128 threads, so three blocks per SM
+    "coding_rate_update": (128, 1),  # 128 threads, so four blocks per SM
+    "coding_rate_gram": (128, 12),  # 256 threads, so two blocks per SM, or 128, so four
+    "coding_rate_direction": (128, 12),
     "coding_rate_reciprocal_norms": (40, 3),
     "coding_rate_gradient": (80, 6),  # 24 loads in flight; 256 threads, so three blocks per SM
     "clip_sums": (40, 1),
@@ -79,7 +81,9 @@ def test_products_are_mostly_multiplications(architecture):
                     lengths[kernel.group(1)].append(len(body))
             if start < end:
                 last = end
-    assert set(lengths) == {f"coding_rate_{name}" for name in ("sweep", "gram", "direction")}
+    assert set(lengths) == {
+        f"coding_rate_{name}" for name in ("sweep", "panel", "update", "gram", "direction")
+    }
     for kernel, counts in lengths.items():
         print(f"sm_{architecture} {kernel}: {min(counts)} to {max(counts)} instructions for 256 FFMA")
         assert max(counts) * 4 <= 256 * 5, (kernel, counts)

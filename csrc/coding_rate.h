@@ -1,8 +1,0 @@
-#pragma once
-
-namespace bincomm {
-
-// See the Python docstring in bindings.cpp.
-int largest_side(int device);
-
-}  // namespace bincomm
