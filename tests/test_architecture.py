@@ -30,6 +30,7 @@ LAYERS = {
         "interruption",
         "logs",
         "memory",
+        "page",
         "backbone_arguments",
     },
     "compiled": {"kernels", "_C"},

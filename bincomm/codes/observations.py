@@ -3,12 +3,11 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from bincomm.data.contact_sheet import crop_picture
 from bincomm.data.loader import Loader
 from bincomm.data.sources import Source
 from bincomm.evaluation.features import forward_batches
@@ -65,7 +64,7 @@ def observe(model: Pretrained, source: Source, bits: list[int] | None = None) ->
         needed = set(torch.cat([rows_of_side for _, rows_of_side in extremes]).unique().tolist())
         pictures = {row: picture for row, picture in pictures.items() if row in needed}
         for row in needed - pictures.keys():
-            pictures[row] = _picture(batch.crops[row - len(indices)], model)
+            pictures[row] = crop_picture(batch.crops[row - len(indices)], model.config.crops, PICTURE_SIZE)
         indices += batch.indices
         logits.append(values)
     return Observations(
@@ -124,11 +123,3 @@ def augmented_signs(model: Pretrained, source: Source, seed: int) -> Tensor:
         logits = model.head.code(model.backbone(crops.transpose(0, 1).flatten(0, 1)))
         signs.append((logits > 0).cpu().view(2, batch_size, -1))
     return torch.cat(signs, 1)
-
-
-def _picture(crop: Tensor, model: Pretrained) -> Image.Image:
-    pixels = (
-        F.adaptive_avg_pool2d(crop.float(), min(PICTURE_SIZE, crop.shape[-1])).cpu().permute(1, 2, 0).numpy()
-    )
-    pixels = 255 * (pixels * model.config.std + model.config.mean)
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from bincomm.data.crops import Crops
@@ -21,7 +22,7 @@ def contact_sheet(
 ) -> tuple[Image.Image, list[str]]:
     """The crops of the first images of a run with this seed, and the images' names. An image has a row for
     each recipe, with its label if there are several; all recipes have crops of the same number and sizes."""
-    batches = {label: _first_crops(source, crops, seed, images) for label, crops in recipes.items()}
+    batches = {label: first_crops(source, crops, seed, images) for label, crops in recipes.items()}
     names = next(iter(batches.values()))[1]
     rows = [
         (label, pictures[image]) for image in range(len(names)) for label, (pictures, _) in batches.items()
@@ -45,10 +46,11 @@ def contact_sheet(
     return sheet, names
 
 
-def _first_crops(
-    source: Source, crops: Crops, seed: int, images: int
+def first_crops(
+    source: Source, crops: Crops, seed: int, images: int, most: int | None = None
 ) -> tuple[list[list[Image.Image]], list[str]]:
-    """The crops of the first images of a run, those of an image in one list, and the images' names."""
+    """The crops of the first images of a run, those of an image in one list, and the images' names; see
+    `crop_picture` for `most`."""
     loader = Loader(
         source,
         crops,
@@ -60,12 +62,16 @@ def _first_crops(
     )
     groups = [group for group in loader.next() if group is not None]
     pictures = [
-        [_picture(crop, crops) for group in groups for crop in group[image]]
+        [crop_picture(crop, crops, most) for group in groups for crop in group[image]]
         for image in range(len(groups[0]))
     ]
     return pictures, [source.images.name(index) for index in loader.indices]
 
 
-def _picture(crop: torch.Tensor, crops: Crops) -> Image.Image:
-    pixels = 255 * (crop.permute(1, 2, 0).numpy() * crops.std + crops.mean)
+def crop_picture(crop: torch.Tensor, crops: Crops, most: int | None = None) -> Image.Image:
+    """A crop (3, S, S), normalized as `crops` says, as a picture of at most so many pixels a side."""
+    crop = crop.float()
+    if most is not None and crop.shape[-1] > most:
+        crop = F.adaptive_avg_pool2d(crop, most)
+    pixels = 255 * (crop.permute(1, 2, 0).cpu().numpy() * crops.std + crops.mean)
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))

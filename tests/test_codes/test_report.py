@@ -5,13 +5,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import time
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from browser import Page, look_at, needs_browser
 from PIL import Image
 from sklearn.datasets import load_digits
 from tiny_model import logits_of
@@ -36,14 +35,11 @@ from bincomm.networks import Head
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-VOID = {"meta", "link", "img"}
-
 
 @pytest.fixture(autouse=True)
 def _small_figures(monkeypatch):
     """But those of `example`, which is made before."""
-    monkeypatch.setattr("bincomm.codes.page.elements.DPI", 40)
+    monkeypatch.setattr("bincomm.page.elements.DPI", 40)
 
 
 def write(path, scan):
@@ -243,29 +239,6 @@ def test_crops_and_map(example):
     assert np.isfinite([result["map"]["x"], result["map"]["y"]]).all()
 
 
-class Page(HTMLParser):
-    """A page's tags, which have to be closed, its images and text."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.open, self.images, self.tags, self.text = [], [], set(), ""
-        self.feed(path.read_text())
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "img":
-            self.images.append(dict(attributes))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 def test_the_page_stands_alone_and_explains_itself(example):
     _, _, output, result = example
     page = Page(output / "codes.html")
@@ -421,42 +394,14 @@ def test_errors_are_raised_before_anything_is_written(photos, tmp_path):
     assert not output.exists()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, chromium-browser or google-chrome on PATH")
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1200])
 def test_in_a_browser_nothing_overflows_and_nothing_is_wrong(example, tmp_path, width):
     _, _, output, _ = example
-    source = (output / "codes.html").read_text()
-    # The page has no script of its own; this copy reports on itself, all of it unfolded. A frame is as narrow
-    # as a phone even where the browser's window cannot be.
-    script = """<script>addEventListener("load", () => {
-      document.querySelectorAll("details").forEach(one => one.open = true);
-      const page = document.documentElement;
-      const broken = [...document.images].filter(one => !one.naturalWidth).length;
-      parent.postMessage([innerWidth, page.scrollWidth, broken, page.scrollHeight].join(" "), "*");
-    })</script>"""
-    (tmp_path / "copy.html").write_text(source.replace("</body>", script + "</body>"))
-    (tmp_path / "frame.html").write_text(
-        f'<!doctype html><link rel="icon" href="data:,"><iframe width="{width}" height="800" '
-        'style="border: 0" src="copy.html"></iframe><p id="report"></p>'
-        '<script>addEventListener("message", e => document.getElementById("report").textContent = e.data)'
-        "</script>"
-    )
-    browser = subprocess.run(
-        [
-            *(CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
-            *("--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--virtual-time-budget=10000", "--dump-dom", str(tmp_path / "frame.html")),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    measured = re.search(r'<p id="report">(\d+) (\d+) (\d+) (\d+)</p>', browser.stdout)
-    assert measured, browser.stdout[-300:] + browser.stderr[-2000:]
-    inner, scrolled, broken, height = map(int, measured.groups())
-    assert inner == width
-    assert scrolled <= width
-    assert broken == 0
-    assert height > 3000
-    assert "CONSOLE" not in browser.stderr
+    seen = look_at(output / "codes.html", tmp_path, width)
+    assert seen.width == width
+    assert seen.scrolled <= width
+    assert seen.broken == 0
+    assert seen.height > 3000
+    assert seen.contrast >= 4.5, seen.faintest
+    assert seen.console == []

@@ -19,11 +19,10 @@ from bincomm.codes.page.classes import (
     information_section,
     retrieval_section,
 )
-from bincomm.codes.page.elements import escape
 from bincomm.codes.page.images import map_section, shown_section
 from bincomm.codes.page.stability import comparison_section, stability_section
-from bincomm.codes.page.style import STYLE
 from bincomm.data.sources import Source
+from bincomm.page.elements import document, escape
 
 
 def draw_page(result: dict[str, Any], observed: Observations, source: Source) -> str:
@@ -43,13 +42,7 @@ def draw_page(result: dict[str, Any], observed: Observations, source: Source) ->
         map_section(result, source),
         table_section(result),
     ]
-    title = f"Codes of {escape(result['weights'])}"
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n'
-        f"<h1>{title}</h1>\n{_summary(result)}\n{''.join(sections)}</main>\n</body>\n</html>\n"
-    )
+    return document(f"Codes of {escape(result['weights'])}", f"{_summary(result)}\n{''.join(sections)}")
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from bincomm.codes.page.elements import (
+from bincomm.page.elements import (
     add_legend,
     details,
     join_numbers,
@@ -15,7 +15,7 @@ from bincomm.codes.page.elements import (
     table,
     use_integer_ticks,
 )
-from bincomm.codes.page.style import BLUE, GRAY, ORANGE
+from bincomm.page.style import BLUE, GRAY, ORANGE
 
 MIN_FOR_BLOCKS = 1024  # images from which an 8-bit block's entropy is known: four times its words
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
 from bincomm.codes.classes import MIN_CLASS_IMAGES
-from bincomm.codes.page.elements import (
+from bincomm.page.elements import (
     add_legend,
     details,
     label_bit_counts,
@@ -18,7 +18,7 @@ from bincomm.codes.page.elements import (
     table,
     use_integer_ticks,
 )
-from bincomm.codes.page.style import BLUE, GRAY, ORANGE
+from bincomm.page.style import BLUE, GRAY, ORANGE
 
 
 def distances_section(result: dict[str, Any]) -> str:

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 
 from bincomm.codes.classes import MIN_CLASS_IMAGES
 from bincomm.codes.observations import Observations
-from bincomm.codes.page.elements import name_tag, picture_tag, plot, section
-from bincomm.codes.page.style import BLUE, CLASS_COLORS, OTHER_CLASSES
 from bincomm.data.sources import Source
+from bincomm.page.elements import name_tag, picture_tag, plot, section
+from bincomm.page.style import BLUE, CLASS_COLORS, OTHER_CLASSES
 
 
 def shown_section(result: dict[str, Any], observed: Observations, source: Source) -> str:
@@ -89,7 +89,7 @@ def map_section(result: dict[str, Any], source: Source) -> str:
 
     def draw(axes: Axes) -> None:
         size = 4 if len(x) > 800 else 14
-        axes.scatter(x, y, s=size, c=list(colors), linewidths=0)
+        axes.scatter(x, y, s=size, c=list(colors), linewidths=0, rasterized=True)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_axis_off()
 

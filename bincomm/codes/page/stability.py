@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from bincomm.codes.page.elements import add_legend, escape, label_bit_counts, plot, section, table
-from bincomm.codes.page.style import BLUE, GRAY, ORANGE
+from bincomm.page.elements import add_legend, escape, label_bit_counts, plot, section, table
+from bincomm.page.style import BLUE, GRAY, ORANGE
 
 
 def stability_section(result: dict[str, Any]) -> str:

@@ -9,10 +9,10 @@ CLASS_COLORS = [
 OTHER_CLASSES = "#c4c4c4"
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1b1b; --quiet: #4a4a4a }
-:root { --line: #d9d9d9; --tile: #f3f5f7; --note: #fff6df }
+:root { --line: #d9d9d9; --tile: #f3f5f7; --note: #fff6df; --good: #00664a; --bad: #a33a00 }
 @media (prefers-color-scheme: dark) {
   :root { --page: #17191c; --ink: #e8e8e8; --quiet: #b5b5b5 }
-  :root { --line: #41464c; --tile: #26292e; --note: #3b3215 }
+  :root { --line: #41464c; --tile: #26292e; --note: #3b3215; --good: #4ccfa4; --bad: #ff9a62 }
 }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
@@ -42,6 +42,19 @@ th:first-child, td:first-child { text-align: left }
 .strip div { display: grid; grid-template-columns: repeat(8, minmax(0, 72px)); gap: 4px }
 .strip img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 3px; background: var(--tile) }
 @media (max-width: 34rem) { .strip div { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
+.pictures { display: grid; gap: 4px; margin: .3rem 0 .6rem }
+.pictures { grid-template-columns: repeat(8, minmax(0, 72px)) }
+.pictures img, .query img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 3px }
+@media (max-width: 34rem) { .pictures { grid-template-columns: repeat(4, minmax(0, 1fr)) } }
+.query { display: grid; grid-template-columns: 4.5rem minmax(0, 1fr); gap: .8rem; margin: 1rem 0 }
+.query .pictures { grid-template-columns: repeat(6, minmax(0, 72px)) }
+.query span { display: block; font-size: .85rem; line-height: 1.3 }
+.panel { display: grid; grid-template-columns: minmax(0, 1fr); gap: 0 1.2rem }
+@media (min-width: 44rem) { .panel { grid-template-columns: minmax(0, 11fr) minmax(0, 9fr) } }
+.findings { list-style: none; padding: 0 }
+.findings li { display: grid; grid-template-columns: 1.4rem minmax(0, 1fr); margin: .5rem 0 }
+.findings .good > b { color: var(--good) }
+.findings .bad > b { color: var(--bad) }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .9rem }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .35em }
 .legend i { outline: 1px solid var(--line) }

@@ -1,6 +1,6 @@
-"""Elements of the page: sections, tables, figures and pictures, as HTML that needs no other file.
+"""Elements of a page: sections, tables, figures and pictures, as HTML that needs no other file.
 
-Figures are PNG files inside the page, narrow enough for a phone.
+Figures are SVG files inside the page, narrow enough for a phone.
 """
 
 import base64
@@ -8,14 +8,31 @@ import html
 import io
 from collections.abc import Callable, Sequence
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from bincomm.page.style import STYLE
+
 LONGEST_NAME = 60
-DPI = 220  # of figures: sharp on a phone
+QUALITY = 85  # of pictures, as JPEG
+DPI = 220  # of what is rasterized in figures: sharp on a phone
+# Nothing is fetched and nothing runs, even if a name of a file should find a way around `escape`.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def document(title: str, body: str) -> str:
+    """A page: its title and its parts are HTML."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n'
+        f"<h1>{title}</h1>\n{body}</main>\n</body>\n</html>\n"
+    )
 
 
 def section(title: str, text: str, body: str) -> str:
@@ -42,8 +59,9 @@ def plot(draw: Callable[[Axes], None], alt: str, height: float = 2.7) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     draw(axes)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI)
-    return f"<figure>{_image_tag(file, 'png', alt)}</figure>"
+    with rc_context({"svg.hashsalt": ""}):  # else equal figures have different names in them
+        figure.savefig(file, format="svg", dpi=DPI, metadata={"Date": None})
+    return f"<figure>{_image_tag(file, 'svg+xml', alt)}</figure>"
 
 
 def add_legend(axes: Axes) -> None:
@@ -67,7 +85,7 @@ def use_integer_ticks(axis: Axis) -> None:
 def picture_tag(picture: Image.Image, alt: str) -> str:
     """A picture, and what it shows in text."""
     file = io.BytesIO()
-    picture.save(file, format="jpeg", quality=90)
+    picture.save(file, format="jpeg", quality=QUALITY)
     return _image_tag(file, "jpeg", alt)
 
 

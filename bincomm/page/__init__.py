@@ -1,0 +1,1 @@
+"""What the pages that bincomm writes are made of: HTML that needs no other file, for any width of screen."""
