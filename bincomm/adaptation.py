@@ -125,4 +125,6 @@ def summary(result: dict[str, Any], output: str) -> str:
             lines.append(f"  {title:20} {figure(before, *path):7.2%} {figure(after, *path):7.2%}")
         if not result["queries_held_out"]:
             lines.append("  (the queries' images, but not their labels, were used in adapting)")
-    return "\n".join([*lines, f"in {output}: model.safetensors, adapt.json, and the other files of a run"])
+    return "\n".join(
+        [*lines, f"in {output}: model.safetensors, adapt.json, report.html, and the other files of a run"]
+    )

@@ -22,7 +22,9 @@ from bincomm.engine.lock import open_run
 from bincomm.engine.run import begin_run, precision_of, read_result
 from bincomm.engine.signals import Interrupted, Signals
 from bincomm.evaluation.model_card import write_model_card
+from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.progress import ProgressEvaluation
+from bincomm.evaluation.report import report_run
 from bincomm.evaluation.run import accuracies, evaluate_run
 from bincomm.files import check_folder, write_json
 from bincomm.networks import Network
@@ -63,7 +65,12 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
                     evaluation = ProgressEvaluation(*labeled[:2], config, ranks)
                 elif config.evaluate_every:
                     logger.warning("evaluate_every: no k-NN: %s", why_no_evaluation(config.data, source))
-                teacher = train(config, source, run, ranks, signals, evaluation)
+                try:
+                    teacher = train(config, source, run, ranks, signals, evaluation)
+                except Interrupted:
+                    if ranks.rank == 0:
+                        report_run(run, config, source)
+                    raise
                 ranks.leave()  # the rest is rank 0's work, and the others need not wait for it
                 if ranks.rank or teacher is None:
                     return None
@@ -73,7 +80,8 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
                     result["no_evaluation"] = why_no_evaluation(config.data, source)
                 plot_curves(run, accuracies(result))
                 write_model_card(run, config, len(source.images), result)
-                write_json(run / "result.json", result)
+                write_json(run / "result.json", result)  # the run is finished
+                report_run(run, config, source, result, Pretrained.of(teacher, config, ranks.device), labeled)
                 return result
 
 

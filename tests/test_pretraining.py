@@ -115,6 +115,7 @@ def test_what_a_run_leaves(finished):
         "config.json",
         "README.md",
         "curves.png",
+        "report.html",
         "result.json",
     }
     assert left <= set(os.listdir(output))
@@ -206,8 +207,10 @@ def test_ctrl_c_saves_and_resumes(finished, tmp_path):
     assert process.returncode == cli.SAVED, text
     assert "SIGINT: saved in" in text
     assert newest(tmp_path / "run")["step"] > 0
+    assert "The run was interrupted." in (tmp_path / "run" / "report.html").read_text()
     pretrain(configuration(tmp_path / "run", save_every=1000))
     same_end(finished[0], tmp_path / "run")
+    assert "The run was interrupted." not in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 
 from bincomm.config import PretrainConfig
-from bincomm.data.sources import Source
+from bincomm.data.sources import Mix, Source
 from bincomm.distributed.ranks import Ranks
 from bincomm.evaluation.evaluate import NoUsableImagesError, evaluate, figure
 from bincomm.evaluation.pretrained import Pretrained
@@ -50,6 +50,11 @@ class ProgressEvaluation:
 
 
 def spread(source: Source, most: int) -> Source:
-    """A source with at most so many of its images, evenly from all of it."""
+    """A source with at most so many of its images, evenly from all of it, and of a mix from every part."""
     count = len(source.images)
-    return source if count <= most else source.select(np.linspace(0, count - 1, most).astype(int).tolist())
+    if count <= most:
+        return source
+    if isinstance(source.images, Mix):
+        parts = [Source(part) for part in source.images.parts]
+        return Source(Mix([spread(part, max(1, most * len(part.images) // count)).images for part in parts]))
+    return source.select(np.linspace(0, count - 1, most).astype(int).tolist())

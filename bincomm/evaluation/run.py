@@ -19,6 +19,8 @@ from bincomm.files import read_json_lines
 from bincomm.networks import Network
 from bincomm.ops.coding_rate import rate_bounds
 
+REPORT_FILE = "report.html"  # see `bincomm.evaluation.report`
+
 
 def evaluate_run(
     teacher: Network,
@@ -132,4 +134,7 @@ def summary(result: dict[str, Any], output: str) -> str:
         f"in {output}: model.safetensors, config.json, README.md, curves.png, metrics.jsonl, result.json, "
         "config.yaml, checkpoints"
     )
+    report = Path(output) / REPORT_FILE
+    if report.exists():
+        lines.append(f"whether it works, and what to try next: {report}")
     return "\n".join(lines)

@@ -69,6 +69,7 @@ def test_what_a_finished_run_prints(run):
     assert f"  {metrics['transmitted_bits']:.1f} bits of a message transmitted,\n" in text
     assert text.endswith("config.yaml, checkpoints")
     assert "in runs/a: model.safetensors" in text
+    assert summary(result, str(run)).splitlines()[-1].endswith(f": {run / 'report.html'}")
     split = {**result, "evaluation": {**evaluation, "queries_held_out": False}}
     assert "(the queries' images, not their labels, were used in training)" in summary(split, "runs/a")
     nothing = summary({**result, "evaluation": None, "last_metrics": {}}, "runs/a")
