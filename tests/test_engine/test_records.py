@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import shutil
 import sys
+import time
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.records import Records
 from bincomm.engine.run import note_config
 from bincomm.engine.schedules import Schedule
+from bincomm.engine.step import StepOutput
 from bincomm.files import read_json_lines
 
 METRICS = {"loss": 1.0, "agreement": 0.5, "rate": 7.0, "bit_entropy": 1.0, "bit_entropy_min": 0.5}
@@ -101,22 +104,49 @@ def test_what_came_after_the_checkpoint_is_dropped(tmp_path):
     assert plots[0] != plots[1]
 
 
-def test_a_bar_fits_on_a_terminal_of_120_columns(tmp_path, monkeypatch):
+def show_terminal(monkeypatch):
+    """A terminal of 120 columns; returns a function that returns the last line on it."""
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("LINES", "40")
+    return lambda: terminal.getvalue().replace("\r", "\n").strip().splitlines()[-1]
+
+
+def test_a_bar_fits_on_a_terminal_of_120_columns(tmp_path, monkeypatch):
+    terminal = show_terminal(monkeypatch)
     records = start_records(tmp_path)
     records.bar.total = 1_000_000
     records.report(10, METRICS | {"rate": 1234.5})
     records.close()
-    line = sys.stderr.getvalue().replace("\r", "\n").strip().splitlines()[-1]
+    line = terminal()
     assert len(line) < 120
     assert "loss 1.0000  hears 3.2 of 256 bits  rate 1234.5" in line
     assert line.endswith("%]")
+
+
+@pytest.mark.parametrize("step", [0, 100_000])
+def test_a_bar_shows_what_remains_after_the_first_step(tmp_path, monkeypatch, step):
+    terminal = show_terminal(monkeypatch)
+    records = start_records(tmp_path)
+    records.close()
+    records.schedule.steps = 200_000
+    records.start(step)
+    assert "<?" in terminal()
+    time.sleep(0.15)  # tqdm draws no sooner
+    one = torch.ones(())
+    output = StepOutput({"loss": one}, one, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(()))
+    records.add(step + 1, output, {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.9}, 0.0)
+    line = terminal()
+    records.close()
+    hours = int(re.search(r"\[00:00<(\d+):\d\d:\d\d", line)[1])
+    seconds = (200_000 - step) * 0.15
+    assert seconds <= 3600 * (hours + 1) < 20 * seconds, line
 
 
 def test_a_report_is_shown_on_one_line(tmp_path, caplog):
