@@ -15,7 +15,7 @@ from bincomm.files import expand_home, read_yaml
 # rounding, and change which paths drop_path drops.
 INCIDENTAL = (
     "output", "threads", "save_every", "log_every", "evaluate_every", "max_unusable", "resume", "keep",
-    "fewest_steps", "augment",
+    "fewest_steps", "augment", "tracker",
     "device", "compile", "cuda_graph", "accumulate", "checkpoint_activations", "fsdp", "channels_last",
 )  # fmt: skip
 
@@ -135,6 +135,7 @@ class PretrainConfig:
         log_every: steps between two records of metrics.
         evaluate_every: measure k-NN of features and codes every this many epochs, on a part of the images
             that is bounded; 0 = at the end alone.
+        tracker: give metrics and configuration to Weights & Biases or to MLflow, too.
         save_every: steps between two checkpoints.
         keep: number of checkpoints to keep, the newest ones.
     """
@@ -203,6 +204,7 @@ class PretrainConfig:
     channels_last: bool = False
     log_every: int = 50
     evaluate_every: int = 0
+    tracker: Literal["wandb", "mlflow"] | None = None
     save_every: int = 1000
     keep: int = 3
 

@@ -23,6 +23,7 @@ from bincomm.engine.run import (
     refuse_differences,
     take_steps,
 )
+from bincomm.engine.tracking import check_tracker
 
 COPIES = 4  # of the parameters in a checkpoint: student, teacher, and the optimizer's two moments
 
@@ -50,6 +51,7 @@ def dry_run(config: PretrainConfig) -> Forecast | None:
         ValueError: what `bincomm.pretraining.pretrain` would refuse.
     """
     run = Path(config.output)
+    check_tracker(config)
     with join_ranks(config.device) as ranks:
         source = ranks.leaders_first(lambda: open_source(config.data))
         labeled = ranks.leaders_first(lambda: evaluation_sources(config.data, source))

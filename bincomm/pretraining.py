@@ -21,6 +21,7 @@ from bincomm.engine.job import Job
 from bincomm.engine.lock import open_run
 from bincomm.engine.run import begin_run, precision_of, read_result
 from bincomm.engine.signals import Interrupted, Signals
+from bincomm.engine.tracking import check_tracker
 from bincomm.evaluation.model_card import write_model_card
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.progress import ProgressEvaluation
@@ -48,6 +49,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
     """
     if isinstance(config.data, str) and os.path.realpath(config.output) == os.path.realpath(config.data):
         raise ValueError(f"output: expected another folder than that of the images, got {config.output}")
+    check_tracker(config)
     with join_ranks(config.device) as ranks:
         ranks.first(lambda: check_folder("output", config.output))
         source = ranks.leaders_first(lambda: open_source(config.data))

@@ -252,6 +252,8 @@ def remove_earlier(words: list[str]) -> list[str]:
 
 def train(words: list[str]) -> None:
     """`bincomm pretrain`, `adapt`: two steps of a tiny network on a few drawn images."""
+    if tracker := value_of("--tracker", words):
+        pytest.importorskip(tracker, reason=f"needs {tracker}: bincomm[trackers]")
     main(words if "--help" in words else small(remove_earlier(words)))
 
 

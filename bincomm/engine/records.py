@@ -19,6 +19,7 @@ from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.run import keep_run
 from bincomm.engine.schedules import Hyperparameters, Schedule
 from bincomm.engine.step import StepOutput
+from bincomm.engine.tracking import Tracking
 from bincomm.files import read_json_lines, tell_once, write_text
 from bincomm.logs import progress_bar
 
@@ -78,6 +79,8 @@ class Records:
             self.pending["progress"] = []
         self.has_warned = False  # whether the warning about a full disk was shown
         self.board: SummaryWriter | None = None
+        self.tracking: Tracking | None = None
+        self.steps_done = 0
         self.bar = progress_bar(total=schedule.steps, unit="step", disable=True)
         self.started_at, self.waited, self.images = 0.0, 0.0, 0
         # Of this process, to forecast the time.
@@ -93,6 +96,8 @@ class Records:
                 ]
                 write_text(self.run / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
             self.board = open_board(self.run, purge_step=steps_done + 1)
+            self.tracking = Tracking(self.config, self.run)
+        self.steps_done = steps_done
         self.bar = progress_bar(
             total=self.schedule.steps,
             initial=steps_done,
@@ -111,6 +116,7 @@ class Records:
         Raises:
             OSError: after the last step, when metrics are left that cannot be written.
         """
+        self.steps_done = steps_done
         self.window.add(output)
         self.images += self.config.batch_size
         self.waited += waited
@@ -137,6 +143,8 @@ class Records:
             with self.kept_for_later():
                 self.flush()
                 self._add_to_board(steps_done, values)
+            if self.tracking is not None:
+                self.tracking.log(steps_done, values)
             logger.info(
                 "step %d/%d  k-NN %.1f %%, of codes %.1f %%",
                 steps_done,
@@ -181,6 +189,8 @@ class Records:
         with self.kept_for_later():
             self.flush()
             self._add_to_board(steps_done, metrics | speed)
+        if self.tracking is not None:
+            self.tracking.log(steps_done, metrics | speed)
         values = metrics | speed
         texts = {
             key: words.format(values[key], bits=self.config.bits)
@@ -230,8 +240,10 @@ class Records:
             lines.clear()
 
     def close(self) -> None:
-        """Close the bar and the files of TensorBoard."""
+        """Close the bar, the files of TensorBoard and the tracker."""
         self.bar.close()
+        if self.tracking is not None:
+            self.tracking.close(finished=self.steps_done == self.schedule.steps)
         if self.board is not None:
             with contextlib.suppress(OSError):
                 self.board.close()
