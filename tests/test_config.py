@@ -196,7 +196,7 @@ def test_what_is_wrong_in_a_recipe_is_named(tmp_path, text, words):
         (["--output="], "output: expected a path, got an empty string"),
         (["--init_from="], "init_from: expected a path, got an empty string"),
         (["--beta", "1e400"], "beta: expected from 0 to 1000000, got inf"),
-        (["--std", "[0.2, 0, 0.2]"], "std: expected from 0.001 to 1000, got"),
+        (["--std", "[0.2, 0, 0.2]"], "std: expected from 1e-06 to 1000, got"),
         (["--cuda_graph=true", "--checkpoint_activations=true"], "cuda_graph: expected false with"),
         (["--max_unusable", "1.5"], "max_unusable: expected from 0 to 1, got 1.5"),
     ],

@@ -74,7 +74,7 @@ def bounded(data: np.ndarray) -> np.ndarray:
         elif begin.startswith(b"BM"):
             _check_bmp(view)
         elif begin[:4] in TIFF_ORDERS:
-            return _first_page(data)
+            return tiff_pages(data, 1)[0]
         elif begin.startswith(b"\xff\x4f\xff\x51") or begin[4:8] == b"jP  ":
             _check_jpeg2000(view)
         elif PORTABLE.match(begin) and not OURS.match(begin):
@@ -187,31 +187,39 @@ def _check_bmp(view: memoryview) -> None:
         raise ValueError(f"a run-length encoded BMP of more than {RUNS} bytes or pixels")
 
 
-def _first_page(data: np.ndarray) -> np.ndarray:
+def tiff_pages(data: np.ndarray, most: int) -> tuple[np.ndarray, int]:
+    """A TIFF without its pages after the first `most`, and how many it had, `most` + 1 standing for more.
+
+    Raises:
+        ValueError: reading the tags of one of these pages would take too much time or memory.
+        struct.error: it ends inside these tags.
+    """
     big = 43 in data[2:4]
-    at, tags = _tiff_tags(data)
-    sizes = np.zeros(1 << 16)
-    sizes[: len(TIFF_TYPES)] = TIFF_TYPES
-    kinds, counts = tags["type"], tags["count"]
-    if (sizes[kinds] * counts).sum() > len(data) + tags.nbytes:
-        raise ValueError("a TIFF whose tags claim more bytes than it has")
-    numbers = (sizes[kinds] > 0) & ~np.isin(kinds, TIFF_TEXTS)
-    numbers &= (kinds != 1) | (tags["tag"] < FIRST_PRIVATE_TAG)
-    if (counts[numbers] > TAG_VALUES).any():
-        raise ValueError(f"a TIFF with more than {TAG_VALUES} strips, tiles or other values of a tag")
-    after = at + tags.nbytes
-    link = slice(after, after + (8 if big else 4))
-    if not data[link].any():
-        return data
-    first = data.copy()
-    first[link] = 0
-    return first
+    order = TIFF_ORDERS[data[:4].tobytes()] + ("Q" if big else "I")
+    width = link = 8 if big else 4
+    for number in range(most):
+        (first,) = struct.unpack_from(order, data.data, link)
+        at, tags = _tiff_tags(data, first)
+        sizes = np.zeros(1 << 16)
+        sizes[: len(TIFF_TYPES)] = TIFF_TYPES
+        kinds, counts = tags["type"], tags["count"]
+        if (sizes[kinds] * counts).sum() > len(data) + tags.nbytes:
+            raise ValueError("a TIFF whose tags claim more bytes than it has")
+        numbers = (sizes[kinds] > 0) & ~np.isin(kinds, TIFF_TEXTS)
+        numbers &= (kinds != 1) | (tags["tag"] < FIRST_PRIVATE_TAG)
+        if (counts[numbers] > TAG_VALUES).any():
+            raise ValueError(f"a TIFF with more than {TAG_VALUES} strips, tiles or other values of a tag")
+        link = at + tags.nbytes
+        if not data[link : link + width].any():
+            return data, number + 1
+    kept = data.copy()
+    kept[link : link + width] = 0
+    return kept, most + 1
 
 
-def _tiff_tags(data: np.ndarray) -> tuple[int, np.ndarray]:
-    """Where the tags of a TIFF's first page begin, and these."""
+def _tiff_tags(data: np.ndarray, at: int) -> tuple[int, np.ndarray]:
+    """Where the tags of the page at a byte of a TIFF begin, and these."""
     order, big = TIFF_ORDERS[data[:4].tobytes()], 43 in data[2:4]
-    (at,) = struct.unpack_from(order + ("Q" if big else "I"), data.data, 8 if big else 4)
     (count,) = struct.unpack_from(order + ("Q" if big else "H"), data.data, at)
     at += 8 if big else 2
     if count > TAGS:
@@ -243,7 +251,8 @@ def tiff_samples(data: np.ndarray) -> Samples | None:
         return None
     numbers = []
     try:
-        _, tags = _tiff_tags(data)
+        link, kind = (8, "Q") if 43 in data[2:4] else (4, "I")
+        _, tags = _tiff_tags(data, struct.unpack_from(order + kind, data.data, link)[0])
         for tag in (SAMPLES_PER_PIXEL, BITS_PER_SAMPLE, SAMPLE_FORMAT):
             row = tags[tags["tag"] == tag][:1]
             size = 2 * int(row["count"][0]) if len(row) else 0

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from bincomm.data.crops import Crops
 from bincomm.data.loader import Loader
@@ -68,10 +69,23 @@ def first_crops(
     return pictures, [source.images.name(index) for index in loader.indices]
 
 
-def crop_picture(crop: torch.Tensor, crops: Crops, most: int | None = None) -> Image.Image:
-    """A crop (3, S, S), normalized as `crops` says, as a picture of at most so many pixels a side."""
+def crop_picture(crop: Tensor, crops: Crops, most: int | None = None) -> Image.Image:
+    """A crop (C, S, S), normalized as `crops` says, as a picture of at most so many pixels a side: RGB as it
+    was; else what `shown` says."""
     crop = crop.float()
     if most is not None and crop.shape[-1] > most:
         crop = F.adaptive_avg_pool2d(crop, most)
-    pixels = 255 * (crop.permute(1, 2, 0).cpu().numpy() * crops.std + crops.mean)
+    values = crop.permute(1, 2, 0).cpu().numpy()
+    if crops.rgb:
+        pixels = 255 * (values * crops.std + crops.mean)
+    else:
+        pixels = 255 * (0.5 + values[..., [0, 1, 2] if crops.channels >= 3 else [0, 0, 0]] / 4)
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def shown(crops: Crops) -> str:
+    """What of other images than RGB `crop_picture` shows, in words; "" of RGB."""
+    if crops.rgb:
+        return ""
+    channels = "channels 1 to 3 as red, green and blue" if crops.channels >= 3 else "channel 1 in gray"
+    return f"{channels}, from two standard deviations below its mean to two above"

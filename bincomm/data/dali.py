@@ -18,14 +18,25 @@ try:
 except ImportError as error:
     raise ImportError("the data pipeline needs NVIDIA DALI: pip install 'bincomm[train]'") from error
 
-# Returns the input of DALI for a batch: encoded images, and for each the numbers that its graph needs.
+RGB = Crops()
+
+# Returns the input of DALI for a batch: of each image what `bincomm.data.values.load_input` returns, and the
+# numbers that its graph needs.
 Feed = Callable[[], tuple[list[np.ndarray], list[np.ndarray]]]
 
 
-def decode(encoded: Any, gpu: bool) -> Any:
-    """RGB images; like torchvision, it does not rotate them by their EXIF orientation."""
+def layouts(crops: Crops) -> list[str] | None:
+    """Of an external source of images and numbers: values have one, encoded images have none."""
+    return None if crops.rgb else ["HWC", ""]
+
+
+def decode(images: Any, gpu: bool, crops: Crops = RGB) -> Any:
+    """Encoded images as RGB, which like torchvision it does not rotate by their EXIF orientation; others are
+    values already."""
+    if not crops.rgb:
+        return images.gpu() if gpu else images
     device = "mixed" if gpu else "cpu"
-    return fn.decoders.image(encoded, device=device, output_type=DALIImageType.RGB, adjust_orientation=False)
+    return fn.decoders.image(images, device=device, output_type=DALIImageType.RGB, adjust_orientation=False)
 
 
 def resize(images: Any, **arguments: Any) -> Any:
@@ -36,19 +47,26 @@ def resize(images: Any, **arguments: Any) -> Any:
 
 def normalize(images: Any, crops: Crops, **arguments: Any) -> Any:
     """Minus the recipe's mean, over its deviation; fp32 and CHW unless the arguments say otherwise."""
-    mean, std = ([255 * value for value in values] for values in (crops.mean, crops.std))
+    scale = 255 if crops.rgb else 1
+    mean, std = ([scale * value for value in values] for values in (crops.mean, crops.std))
     defaults: dict[str, Any] = {"dtype": DALIDataType.FLOAT, "output_layout": "CHW"}
     return fn.crop_mirror_normalize(images, mean=mean, std=std, **(defaults | arguments))
 
 
 def decoding_pipeline(
-    feed: Callable[[], list[np.ndarray]], *, batch_size: int, threads: int, device_id: int | None
+    feed: Callable[[], list[np.ndarray]],
+    *,
+    batch_size: int,
+    threads: int,
+    device_id: int | None,
+    crops: Crops = RGB,
 ) -> Pipeline:
-    """The graph from encoded images to the shapes (n, 3) of the decoded ones; it shows if they decode."""
+    """The graph from images to the shapes (n, 3) of the decoded ones; it shows if they decode."""
 
     @pipeline_def
     def graph() -> Any:
-        return decode(fn.external_source(source=feed, batch=True), device_id is not None).shape()
+        images = fn.external_source(source=feed, batch=True, layout=None if crops.rgb else "HWC")
+        return decode(images, device_id is not None, crops).shape()
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
 

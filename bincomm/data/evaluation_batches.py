@@ -17,13 +17,15 @@ from bincomm.data.dali import (
     device_number,
     find_undecodable,
     fn,
+    layouts,
     normalize,
     pipeline_def,
     resize,
     run_pipeline,
 )
-from bincomm.data.images import UnusableImageError, load
+from bincomm.data.images import UnusableImageError
 from bincomm.data.sources import Source
+from bincomm.data.values import load_input
 
 
 def eval_batches(
@@ -36,7 +38,7 @@ def eval_batches(
     threads: int = 4,
     report: Callable[[int, str], None] = lambda image, reason: None,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Indices of m images in the source, and their center crops (m, 3, S, S), batch by batch in order.
+    """Indices of m images in the source, and their center crops (m, C, S, S), batch by batch in order.
 
     S is the global crops' size, and the crops are normalized as in training. Which pixels of an image they
     show is what timm and torchvision define, see `center_windows`. `report` is called with the index of each
@@ -46,19 +48,20 @@ def eval_batches(
 
     def build(feed: Feed) -> Pipeline:
         def with_windows() -> tuple[list[np.ndarray], list[np.ndarray]]:
-            encoded, sizes = feed()
-            return encoded, list(center_windows(np.array(sizes), crops.global_size, shorter))
+            inputs, sizes = feed()
+            return inputs, list(center_windows(np.array(sizes), crops.global_size, shorter))
 
         return evaluation_pipeline(
             crops, with_windows, batch_size=batch_size, threads=threads, device_id=device_number(device)
         )
 
-    for indices, (images,) in usable_batches(source, build, batch_size, device, threads, report):
+    for indices, (images,) in usable_batches(source, crops, build, batch_size, device, threads, report):
         yield indices, images
 
 
 def usable_batches(
     source: Source,
+    crops: Crops,
     build: Callable[[Feed], Pipeline],
     batch_size: int,
     device: torch.device,
@@ -67,7 +70,8 @@ def usable_batches(
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """All images of a source, in order, through a pipeline: the indices of a batch's images, and its outputs.
 
-    `build` creates the pipeline from a function that returns encoded images and their sizes, (height, width).
+    `build` creates the pipeline from a function that returns images, as `load_input` does, and their sizes,
+    (height, width).
     Images that cannot be used are left out, and `report` is called with the index of each and the reason.
     """
     batch: tuple[list[np.ndarray], list[np.ndarray]] = [], []
@@ -75,7 +79,7 @@ def usable_batches(
 
     def load_or_reason(image: int) -> tuple[np.ndarray, tuple[int, int]] | str:
         try:
-            return load(source.images, image)
+            return load_input(source.images, image, crops)
         except UnusableImageError as error:
             return str(error)
 
@@ -89,14 +93,14 @@ def usable_batches(
                 else:
                     loaded[image] = result
             while loaded:
-                encoded, sizes = zip(*loaded.values(), strict=True)
-                batch[0][:], batch[1][:] = encoded, np.array(sizes)
+                inputs, sizes = zip(*loaded.values(), strict=True)
+                batch[0][:], batch[1][:] = inputs, np.array(sizes)
                 pipeline = pipeline or build(lambda: batch)
                 try:
                     outputs = run_pipeline(pipeline, device)
                 except RuntimeError as error:
                     pipeline = None  # DALI cannot continue after an error
-                    undecodable = find_undecodable(encoded, device, readers)
+                    undecodable = find_undecodable(inputs, device, readers) if crops.rgb else {}
                     if not undecodable:
                         raise error
                     images = list(loaded)
@@ -128,8 +132,8 @@ def center_windows(sizes: np.ndarray, side: int, shorter: int) -> np.ndarray:
 def evaluation_pipeline(
     crops: Crops, feed: Feed, *, batch_size: int, threads: int, device_id: int | None
 ) -> Pipeline:
-    """The graph from encoded images and `center_windows` to center crops (n, 3, S, S) of the global crops'
-    size.
+    """The graph from images, as `load_input` returns them, and `center_windows` to center crops (n, C, S, S)
+    of the global crops' size.
 
     Only the window is resized: a thin image would not fit into memory. On a CPU, four fifths of the values
     are Pillow's, and nearly all others a gray level off, because Pillow rounds between columns and rows. More
@@ -139,9 +143,9 @@ def evaluation_pipeline(
 
     @pipeline_def
     def graph() -> Any:
-        encoded, window = fn.external_source(source=feed, num_outputs=2, batch=True)
+        images, window = fn.external_source(source=feed, num_outputs=2, batch=True, layout=layouts(crops))
         corners = {"roi_start": window[:2], "roi_end": window[2:], "roi_relative": True}
         size = (crops.global_size, crops.global_size)
-        return normalize(resize(decode(encoded, device_id is not None), size=size, **corners), crops)
+        return normalize(resize(decode(images, device_id is not None, crops), size=size, **corners), crops)
 
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)

@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bincomm.data.dali import Feed, Pipeline, decoding_pipeline
+from bincomm.data.bounds import TIFF_ORDERS
+from bincomm.data.crops import Crops
+from bincomm.data.dali import RGB, Feed, Pipeline, decoding_pipeline
 from bincomm.data.evaluation_batches import usable_batches
-from bincomm.data.images import UnusableImageError, examine, open_encoded, read
+from bincomm.data.images import ARRAY, ARRAYS, UnusableImageError, examine, open_encoded, read
 from bincomm.data.parquet import ParquetImages
 from bincomm.data.sources import Source
+from bincomm.data.values import decode_values
 from bincomm.files import check_folder, expand_home, write_text
 from bincomm.logs import progress_bar
 
@@ -26,10 +29,11 @@ BATCH = 64  # images decoded or read at once
 SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
 
 
-def verify(source: Source, *, threads: int = 4) -> list[tuple[str, str]]:
+def verify(source: Source, crops: Crops = RGB, *, threads: int = 4) -> list[tuple[str, str]]:
     """Read and decode every image of a source, as training does on a CPU, under a progress bar.
 
     Args:
+        crops: say how images are read.
         threads: CPU threads that read and decode.
 
     Returns:
@@ -44,15 +48,22 @@ def verify(source: Source, *, threads: int = 4) -> list[tuple[str, str]]:
             bar.set_postfix_str(f"{len(unusable)} unusable")
 
         def build(feed: Feed) -> Pipeline:
-            return decoding_pipeline(lambda: feed()[0], batch_size=BATCH, threads=threads, device_id=None)
+            return decoding_pipeline(
+                lambda: feed()[0], batch_size=BATCH, threads=threads, device_id=None, crops=crops
+            )
 
-        for images, _ in usable_batches(source, build, BATCH, torch.device("cpu"), threads, report):
+        for images, _ in usable_batches(source, crops, build, BATCH, torch.device("cpu"), threads, report):
             bar.update(len(images))
     return [(source.images.name(image), reason) for image, reason in sorted(unusable)]
 
 
 def write_shards(
-    source: Source, output: str | Path, *, shard_bytes: int = 256 << 20, threads: int = 4
+    source: Source,
+    output: str | Path,
+    crops: Crops = RGB,
+    *,
+    shard_bytes: int = 256 << 20,
+    threads: int = 4,
 ) -> list[tuple[str, str]]:
     """Write the images of a source into tar shards `data-00000.tar`, ... in WebDataset's layout, in a
     folder for each part of the data where there are several.
@@ -64,6 +75,7 @@ def write_shards(
 
     Args:
         output: the folder; must not exist.
+        crops: say how images are read; those that cannot be read so are left out.
         shard_bytes: a shard is complete once it has at least so many bytes.
         threads: CPU threads that read.
 
@@ -84,7 +96,7 @@ def write_shards(
     left_out: list[tuple[str, str]] = []
     try:
         writers: dict[str, ShardWriter] = {}
-        for number, (image, suffix, data) in enumerate(_usable(source, threads, left_out)):
+        for number, (image, suffix, data) in enumerate(_usable(source, crops, threads, left_out)):
             part = source.parts.name(image) if source.parts else ""
             if part not in writers:
                 writers[part] = ShardWriter(unfinished / part, shard_bytes)
@@ -136,13 +148,16 @@ def write_unusable(path: Path, unusable: list[tuple[str, str]]) -> None:
 
 
 def _usable(
-    source: Source, threads: int, left_out: list[tuple[str, str]]
+    source: Source, crops: Crops, threads: int, left_out: list[tuple[str, str]]
 ) -> Iterator[tuple[int, str, bytes]]:
     """(index, suffix, bytes) of the usable images in the order of the shards, read a little ahead."""
 
     def read_or_reason(image: int) -> tuple[str, bytes] | str:
         try:
             content = read(source.images, image)
+            if not crops.rgb:
+                decode_values(content, crops.channels, crops.pixel_range)
+                return _suffix(content), content.tobytes()
             examine(content)
             data = content.tobytes()
             with open_encoded(data) as opened:
@@ -169,6 +184,20 @@ def _usable(
                     left_out.append((source.images.name(image), result))
                 else:
                     yield image, *result
+
+
+def _suffix(content: np.ndarray) -> str:
+    """How the name of an image of other than RGB ends, which is written as it is."""
+    if content[: len(ARRAY)].tobytes() == ARRAY:
+        return ARRAYS[0]
+    if content[:4].tobytes() in TIFF_ORDERS:
+        return SUFFIXES["TIFF"]
+    with open_encoded(content) as opened:
+        if opened.format not in SUFFIXES:
+            raise UnusableImageError(
+                f"its format, {opened.format}, has no name in shards; write it as a TIFF"
+            )
+        return SUFFIXES[opened.format]
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from bincomm.data.bounds import FLOATING, SIGNED, bounded, tiff_samples
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+ARRAYS = (".npy",)  # files of arrays, which are images where there are no others
+ARRAY = b"\x93NUMPY"  # how they begin
 LARGEST_FILE = 1 << 29  # bytes; larger files are not read
 LARGE_FILE = 1 << 25  # bytes; larger files must begin as an image to be read, and DALI does not decode them
 LARGEST = 1 << 23  # pixels, 24 MiB as RGB; DALI decodes no larger images, they are reduced here,
@@ -34,7 +36,7 @@ DECODED_BY_DALI = {
 # Modes whose pixels have no defined range. Pixels of 16 bits have one, and are scaled by 1/257.
 WITHOUT_RANGE = {"F": "floating-point", "I": "32-bit"}
 
-_one_huge = threading.Lock()
+one_huge = threading.Lock()
 # At import, because threads that start it at the same time would see only a part of the formats.
 Image.init()
 # All that are opened, whatever a file is named: those of docs/data.md. MPO is opened by JPEG's reader.
@@ -108,7 +110,8 @@ def read_file(path: str, offset: int = 0, size: int | None = None) -> np.ndarray
         size = status.st_size if size is None else size
         if size > LARGEST_FILE:
             raise OSError(0, f"{size} bytes, more than {LARGEST_FILE}, the most that are read")
-        if size > LARGE_FILE and not _accepted(os.pread(descriptor, 32, offset)):
+        begin = os.pread(descriptor, 32, offset) if size > LARGE_FILE else ARRAY
+        if not (begin.startswith(ARRAY) or _accepted(begin)):
             raise OSError(0, f"{size} bytes that do not begin as an image")
         if offset:
             file.seek(offset)
@@ -124,14 +127,17 @@ def open_encoded(data: np.ndarray | bytes) -> Image.Image:
         ValueError: it would take too much time or memory.
         Exception: whatever Pillow's readers raise for a damaged one.
     """
-    return _open(bounded(np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data))
+    return open_bounded(bounded(np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data))
 
 
-def _open(data: np.ndarray) -> Image.Image:
+def open_bounded(data: np.ndarray) -> Image.Image:
+    """`open_encoded` of what `bounded` has returned."""
     try:
         image = Image.open(io.BytesIO(data.data), formats=FORMATS)
     except UnidentifiedImageError:
         begin = data[:32].tobytes()
+        if begin.startswith(ARRAY):
+            raise UnusableImageError("an array, which is read as an image with the key pixel_range") from None
         if name := _other_format(begin):
             kinds = ", ".join(KINDS.values())
             raise UnusableImageError(f"a file of the format {name}; those decoded are {kinds}") from None
@@ -183,18 +189,18 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         raise UnusableImageError("the file is empty")
     try:
         data = bounded(data)
-        image = _open(data)
+        image = open_bounded(data)
         samples = tiff_samples(data)
         if image.mode in WITHOUT_RANGE or (samples and samples.kind in (SIGNED, FLOATING)):
             values = samples.describe() if samples else f"{WITHOUT_RANGE[image.mode]} values"
             raise UnusableImageError(f"its {values} have no known range")
         pixels = image.width * image.height
         if pixels > HUGE:
-            with _one_huge:
+            with one_huge:
                 return _decoded(image)
         decodable = image.mode in DECODED_BY_DALI.get(image.format or "", ())
         small = pixels <= LARGEST and len(data) <= LARGE_FILE
-        if decodable and small and _looks_complete(data, image.format):
+        if decodable and small and looks_complete(data, image.format):
             return data, (image.height, image.width)
         return _decoded(image)
     except UnusableImageError:
@@ -223,7 +229,7 @@ def eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-def _looks_complete(data: np.ndarray, format: str | None) -> bool:
+def looks_complete(data: np.ndarray, format: str | None) -> bool:
     """Whether an image ends as a complete image of its format does, and is not animated."""
     if format == "PNG":
         # DALI trusts the lengths of chunks even if they are wrong, and crashes on some damaged animations.

@@ -18,7 +18,7 @@ from bincomm.data.images import EXTENSIONS, read_file
 from bincomm.files import LOCK
 from bincomm.logs import printable_name
 
-FORMAT = f"2 {EXTENSIONS}"  # of the cache; files of another format are ignored
+FORMAT = "2"  # of the cache; files of another format are ignored
 RECENT = 2_000_000_000  # ns; a folder changed since then may change again without another time stamp
 
 
@@ -57,7 +57,7 @@ class Files:
         return Files(map(self.name, indices))
 
 
-def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
+def list_images(folder: str | Path, extensions: tuple[str, ...] = EXTENSIONS) -> tuple[Files, Counter[str]]:
     """All image files below a folder, sorted by folder and name, and how many other files by extension.
 
     Links are followed, but not in circles; names that begin with a dot and directories of runs are left out.
@@ -68,7 +68,7 @@ def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
         ValueError: a folder cannot be read.
     """
     root = os.path.abspath(folder)
-    key = hashlib.sha256(os.fsencode(f"{FORMAT} {root}")).hexdigest()[:32]
+    key = hashlib.sha256(os.fsencode(f"{FORMAT} {extensions} {root}")).hexdigest()[:32]
     path = cache_folder("listings") / f"{key}.json"
     cached = _load(path)
     listing: dict[str, list[Any]] = {}
@@ -87,7 +87,7 @@ def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
             if entry is None or entry[0] != stamp:
                 changed = True
                 recent = time.time_ns() - stamp < RECENT
-                cacheable, *content = _scan(parent)
+                cacheable, *content = _scan(parent, extensions)
                 entry = [stamp if cacheable and not recent else 0, *content]
         except FileNotFoundError:  # vanished since its name was read, or its link leads nowhere by now
             continue
@@ -115,7 +115,7 @@ def list_images(folder: str | Path) -> tuple[Files, Counter[str]]:
     return Files(paths), others
 
 
-def _scan(parent: str) -> tuple[bool, bool, list[str], str, dict[str, int]]:
+def _scan(parent: str, extensions: tuple[str, ...]) -> tuple[bool, bool, list[str], str, dict[str, int]]:
     """A folder: whether its time of change shows all changes, whether it is a run's, its folders, its images
     with / between, how many other files by extension.
     """
@@ -133,7 +133,7 @@ def _scan(parent: str) -> tuple[bool, bool, list[str], str, dict[str, int]]:
             if not broken and entry.is_dir():
                 folders.append(name)
             # A broken link is an image that cannot be read; a pipe is no image.
-            elif extension in EXTENSIONS and (broken or entry.is_file()):
+            elif extension in extensions and (broken or entry.is_file()):
                 images.append(name)
             else:
                 others[extension or "no extension"] += 1

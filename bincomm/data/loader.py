@@ -14,10 +14,11 @@ from torch import Tensor
 
 from bincomm.data.crops import Crops
 from bincomm.data.dali import Pipeline, device_number, find_undecodable, run_pipeline
-from bincomm.data.images import UnusableImageError, load
+from bincomm.data.images import UnusableImageError
 from bincomm.data.multicrop import DRAWS, by_crop, draw_crops, training_pipeline
 from bincomm.data.order import SUBSTITUTES, Order
 from bincomm.data.sources import Mix, Source
+from bincomm.data.values import load_input
 from bincomm.logs import printable_name
 
 NAMED = 5  # number of unusable images that an error names
@@ -33,7 +34,7 @@ class Batch(NamedTuple):
 
     step: int
     images: list[int]  # indices in the source
-    encoded: list[np.ndarray]
+    inputs: list[np.ndarray]  # of `load_input`
     numbers: np.ndarray  # of `draw_crops`
 
 
@@ -115,9 +116,9 @@ class Loader:
         self._fed: deque[Batch] = deque()  # DALI reads their images where they lie
 
     def next(self) -> tuple[Tensor, Tensor | None]:
-        """The next batch: globals (n, 2, 3, S, S) and locals (n, L, 3, s, s), or None without local crops.
+        """The next batch: globals (n, 2, C, S, S) and locals (n, L, C, s, s), or None without local crops.
 
-        RGB, normalized by the recipe's mean and deviation, in memory that DALI does not write to again.
+        Normalized by the recipe's mean and deviation, in memory that DALI does not write to again.
 
         Raises:
             TooManyUnusableError: the share of unusable images is above `max_unusable`.
@@ -135,7 +136,7 @@ class Loader:
                 # DALI cannot continue after an error. The images that it was given are examined one by one.
                 batches = list(self._fed)
                 self._reset()
-                if not self._reject_undecodable(batches):
+                if not (self.crops.rgb and self._reject_undecodable(batches)):
                     raise error
         self.indices = next(batch.images for batch in self._fed if batch.step == self.step)
         if len(self._rejected) > len(self.unusable):
@@ -211,7 +212,7 @@ class Loader:
             prepare_next()
             batch = self._prepared.popleft().result()
             self._fed.append(batch)
-            return batch.encoded, list(batch.numbers)
+            return batch.inputs, list(batch.numbers)
 
         for _ in range(READ_AHEAD):
             prepare_next()
@@ -252,7 +253,8 @@ class Loader:
     def _load_or_substitute(
         self, step: int, epoch: int, slot: int, image: int
     ) -> tuple[int, np.ndarray, tuple[int, int]]:
-        """The image of a slot, or the first of its substitutes that can be used, and what `load` returns."""
+        """The image of a slot, or the first of its substitutes that can be used, and what `load_input`
+        returns."""
 
         def candidates() -> Iterator[int]:
             yield image
@@ -261,7 +263,7 @@ class Loader:
         for candidate in candidates():
             if candidate not in self._rejected:
                 try:
-                    return candidate, *load(self.images, candidate)
+                    return candidate, *load_input(self.images, candidate, self.crops)
                 except UnusableImageError as error:
                     self._reject(step, candidate, str(error))
         name = printable_name(self.images.name(image))
@@ -279,7 +281,7 @@ class Loader:
         images, encoded, steps = [], [], []
         for batch in batches:
             images += batch.images
-            encoded += batch.encoded
+            encoded += batch.inputs
             steps += [batch.step] * len(batch.images)
         undecodable = find_undecodable(encoded, self.device, self._readers)
         for index, reason in undecodable.items():

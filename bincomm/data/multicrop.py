@@ -17,6 +17,7 @@ from bincomm.data.dali import (
     Pipeline,
     decode,
     fn,
+    layouts,
     normalize,
     pipeline_def,
     resize,
@@ -175,15 +176,18 @@ def training_pipeline(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Pipeline:
-    """The graph from encoded images and the numbers of `draw_crops` to normalized globals
-    (n, 2, 3, S, S) and locals (n, L, 3, s, s); with `channels_last` (n, 2, S, S, 3) and (n, L, s, s, 3).
+    """The graph from images, as `bincomm.data.values.load_input` has them, and the numbers of `draw_crops` to
+    normalized globals (n, 2, C, S, S) and locals (n, L, C, s, s); with `channels_last` (n, 2, S, S, C) and
+    (n, L, s, s, C).
     """
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
         # Not copied: who feeds the graph keeps the images until they have been used.
-        encoded, numbers = fn.external_source(source=feed, num_outputs=2, batch=True, no_copy=True)
-        images = decode(encoded, device_id is not None)
+        images, numbers = fn.external_source(
+            source=feed, num_outputs=2, batch=True, no_copy=True, layout=layouts(crops)
+        )
+        images = decode(images, device_id is not None, crops)
         groups: tuple[list, list] = ([], [])
         for view, blur in enumerate(_blurs(crops)):
             size = crops.global_size if view < 2 else crops.local_size
@@ -222,7 +226,12 @@ def _turn(image: Any, numbers: Any, crops: Crops, size: int) -> Any:
 
 def _augment(image: Any, numbers: Any, crops: Crops, blur: float, solarize: float) -> Any:
     """Jitter, gray, blur, solarize and posterize one crop; what the recipe never does is left out."""
-    if any(crops.jitter[:2]) and crops.jitter_p:
+    if any(crops.jitter[:2]) and crops.jitter_p and crops.channels != 3:
+        # Contrast is around each channel's own mean: a gray of several bands means nothing.
+        center = fn.reductions.mean(image, axes=[0, 1], keep_dims=True)
+        brightness, contrast = (_beside(image, numbers[index]) for index in (BRIGHTNESS, CONTRAST))
+        image = (center + (image - center) * contrast) * brightness
+    elif any(crops.jitter[:2]) and crops.jitter_p:
         # Contrast is around the mean of the gray image, as in torchvision, and that is the gray of the mean
         # color.
         gray = fn.reductions.sum(fn.reductions.mean(image, axes=[0, 1]) * LUMA, axes=[0])
@@ -236,14 +245,20 @@ def _augment(image: Any, numbers: Any, crops: Crops, blur: float, solarize: floa
             image = fn.gaussian_blur(image, sigma=numbers[SIGMA])
     if solarize:  # noqa: SIM102
         if numbers[SOLARIZE] > 0:
-            dark = fn.cast(image < 128, dtype=DALIDataType.UINT8)
-            image = image * dark + (255 - image) * (1 - dark)
-            image = fn.cast(image, dtype=DALIDataType.UINT8)
+            middle, highest = (128, 255) if crops.rgb else (0.5, 1.0)
+            dark = fn.cast(image < middle, dtype=DALIDataType.UINT8)
+            image = image * dark + (highest - image) * (1 - dark)
+            image = fn.cast(image, dtype=DALIDataType.UINT8 if crops.rgb else DALIDataType.FLOAT)
     if crops.posterize:  # noqa: SIM102
         if numbers[POSTERIZE] > 0:
             kept = fn.cast(numbers[POSTERIZE], dtype=DALIDataType.UINT8)  # the bits, as a mask
-            image = image & (kept.gpu() if image.device == "gpu" else kept)
+            image = image & _beside(image, kept)
     return image
+
+
+def _beside(image: Any, value: Any) -> Any:
+    """A value on the image's device."""
+    return value.gpu() if image.device == "gpu" else value
 
 
 def _on_cpu(value: Any) -> Any:

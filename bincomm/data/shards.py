@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from bincomm.data.cache import cache_folder, read_cached, write_cached
-from bincomm.data.images import EXTENSIONS, read_file
+from bincomm.data.images import ARRAYS, EXTENSIONS, read_file
 from bincomm.logs import printable_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FORMAT = f"6 {EXTENSIONS}"  # of an index; one of another format is ignored
+FORMAT = f"7 {EXTENSIONS}"  # of an index; one of another format is ignored
 PARALLEL = 4  # number of shards without an index from which starting several processes pays off
 MAX_PADDING = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
 # Types of what describes the next member, or all that follow.
@@ -188,7 +188,7 @@ def _index(path: str) -> tuple[str, list[list[str]]]:
 
 def _read_tar(path: str) -> tuple[str, list[list[str]]]:
     """The result of `_index`, read from the shard itself."""
-    contents = Contents([], {}, {}, {})
+    contents = Contents([], [], {}, {}, {})
     note = ""
     try:
         with tarfile.open(path, "r:", tarinfo=Header) as tar:
@@ -200,7 +200,7 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
                         raise tarfile.ReadError(f"more than {MAX_GLOBAL} global headers")
                     _add(tar, member, contents)
             except DAMAGE as error:
-                if not contents.images:
+                if not (contents.images or contents.arrays):
                     raise
                 note = f"is damaged, and was not read to its end: {error}"
             end = tar.offset
@@ -216,6 +216,8 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
         target = contents.follow(link)
         if target in contents.classes:
             contents.classes[link] = contents.classes[target]
+    if not contents.images:
+        contents.images.extend(contents.arrays)
     words = contents.words()
     taken, parts = contents.without_parts(words)
     if parts:
@@ -262,6 +264,7 @@ class Contents(NamedTuple):
     """Members of a tar file by their names, without ./ at the front or any .. inside."""
 
     images: list[tuple[str, Span | None]]  # in order; None for a link
+    arrays: list[tuple[str, Span | None]]  # alike, taken where there are no images
     spans: dict[str, Span]
     links: dict[str, str]
     classes: dict[str, str]
@@ -314,8 +317,10 @@ def _add(tar: tarfile.TarFile, member: tarfile.TarInfo, contents: Contents) -> N
         return
     if base.startswith(".") or "\n" in name:
         return
-    if os.path.splitext(base)[1].lower() in EXTENSIONS:
-        contents.images.append((name, contents.spans[name] if member.isreg() else None))
+    extension = os.path.splitext(base)[1].lower()
+    if extension in (*EXTENSIONS, *ARRAYS):
+        taken = contents.images if extension in EXTENSIONS else contents.arrays
+        taken.append((name, contents.spans[name] if member.isreg() else None))
     elif base.endswith(".cls") and (file := tar.extractfile(member) if member.isreg() else None):
         word = file.read(100).decode(errors="replace")
         contents.classes[name] = " ".join(word.split())

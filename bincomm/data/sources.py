@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bincomm.data.digits import digits
-from bincomm.data.images import EXTENSIONS, Images, SelectableImages
+from bincomm.data.images import ARRAYS, EXTENSIONS, Images, SelectableImages
 from bincomm.data.listing import Files, list_images
 from bincomm.data.parquet import ParquetImages, open_parquet
 from bincomm.data.parts import KINDS, Parts, held_out_kind, part_folders, parts_of_names, parts_of_shards
@@ -101,7 +101,7 @@ def open_source(data: str | Mapping[str, float], split: str | None = None) -> So
             images that come from each.
 
             - a folder, nested to any depth or flat; if it holds .tar or .parquet files instead of images,
-              these are shards;
+              these are shards, and if it holds .npy files, these are the images;
             - tar shards in WebDataset's layout, as a path with braces or wildcards: data-{000..127}.tar;
             - Parquet files in the layout of Hugging Face datasets, in the same way: train-*.parquet;
             - a .txt file with one path per line, relative to the file and below its folder, or below FOLDER
@@ -273,6 +273,9 @@ def _open_folder(
             shards = sorted(name for name in below if name.lower().endswith(SHARDS))
             if shards:
                 return _open_shards(shards, split, min_classes)
+        if any(others[ending] for ending in ARRAYS):
+            files, others = list_images(root, ARRAYS)
+    if not len(files):
         content = ", ".join(f"{count} × {extension}" for extension, count in others.most_common(5))
         raise ValueError(
             f"data: {folder} holds no images ({', '.join(EXTENSIONS)}), but "
