@@ -22,13 +22,15 @@ from bincomm.weights import read_metadata
 # Keys that are not taken over from the run that the weights come from.
 TARGET_KEYS = ("data", "output", "resume", "init_from", "device", "minutes")
 # Keys that belong to the weights, whatever the recipe says.
-WEIGHTS_KEYS = ("backbone", "backbone_args", "mean", "std")
+PIXEL_KEYS = ("mean", "std", "channels", "pixel_range")
+WEIGHTS_KEYS = ("backbone", "backbone_args", *PIXEL_KEYS)
 
 
 def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> PretrainConfig:
     """The configuration of an adaptation: the keys given, before the recipe's, before those of the run that
-    the weights come from, before the defaults. The name and arguments of the backbone and its mean and std
-    are those of the weights, whatever the recipe says.
+    the weights come from, before the defaults. The name and arguments of the backbone, mean, std, channels
+    and pixel_range are those of the weights, whatever the recipe says; the last four only where neither that
+    nor the keys ask for another number of channels.
 
     Args:
         weights: a run's directory, a .safetensors file, or the name of a timm model with pretrained weights.
@@ -49,6 +51,9 @@ def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> Pretra
         raise ValueError(f"backbone: expected {known}, as {weights} says, got {asked}; leave it out")
     recipe_keys = read_recipe(recipe)
     taken = {key: value for key, value in inherited.items() if key not in recipe_keys or key in WEIGHTS_KEYS}
+    asked = keys.get("channels", recipe_keys.get("channels"))
+    if asked not in (None, inherited.get("channels", 3)):  # and then they have other numbers
+        taken = {key: value for key, value in taken.items() if key not in PIXEL_KEYS}
     if keys.get("method", inherited.get("method")) != inherited.get("method"):
         taken = {key: value for key, value in taken.items() if key not in KEYS_OF_METHODS["bits"]}
     of_run = inherited.get("augment", PretrainConfig.augment)

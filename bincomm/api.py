@@ -107,7 +107,7 @@ def compare(
 def load_pretrained(
     weights: str | Path, device: str = "auto", *, backbone: str | None = None, **preprocessing: Any
 ) -> "Pretrained":
-    """Load a pretrained backbone, images (n, 3, S, S) -> features (n, D), and its head if it has one.
+    """Load a pretrained backbone, images (n, C, S, S) -> features (n, D), and its head if it has one.
 
     Args:
         weights: a run's directory, a checkpoint, a .safetensors file or the name of a timm model with
@@ -368,7 +368,7 @@ def search(
         logger.info("note: %d of %d files exist; `bincomm encode` writes the others", len(parts), files)
     if sheet is not None:
         below = [root, cache_folder()]
-        picture = contact_sheet(query, neighbors, below)
+        picture = contact_sheet(query, neighbors, below, model.config.crops)
         outside = [one.path for one in neighbors[: MAX_SHOWN - 1] if not is_below(one.path, below)]
         if outside:
             folders = printable_name(
@@ -441,7 +441,7 @@ def export(
     backbone: str | None = None,
     **preprocessing: Any,
 ) -> "Exported":
-    """Write a backbone as an ONNX file, "images" (n, 3, S, S) -> "features" (n, D), for any n.
+    """Write a backbone as an ONNX file, "images" (n, C, S, S) -> "features" (n, D), for any n.
 
     Args:
         weights, backbone, preprocessing: as in `load_pretrained`; global_size is S.

@@ -22,7 +22,9 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
     if config.drop_path:
         arguments["drop_path_rate"] = config.drop_path
     try:
-        backbone, _ = create_backbone(config.backbone, config.global_size, **arguments)
+        backbone, _ = create_backbone(
+            config.backbone, config.global_size, in_chans=config.channels, **arguments
+        )
     except ValueError as error:
         if config.drop_path and "drop_path_rate" in str(error):
             raise ValueError(
@@ -31,7 +33,7 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
             ) from error
         raise
     sizes = [config.global_size] + [config.local_size] * (config.local_crops > 0)
-    width = feature_width(backbone, sizes)
+    width = feature_width(backbone, sizes, config.channels)
     if config.method == "dino":
         head: Head | PrototypeHead = PrototypeHead(
             width, config.hidden, config.bits, config.prototypes, config.head_std
@@ -41,7 +43,9 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
     if config.init_from is not None:
         load_weights(backbone, config.init_from)
         metadata = read_metadata(config.init_from)
-        for key in ("mean", "std"):
+        # Weights for RGB that were adapted to other channels were trained with other numbers.
+        of_same_channels = metadata.get("channels", config.channels) == config.channels
+        for key in ("mean", "std") if of_same_channels else ():
             configured = list(getattr(config, key))
             if metadata.get(key, configured) != configured:
                 raise ValueError(
@@ -56,7 +60,9 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
     student = Network(backbone, head)
     # Nothing is dropped in the teacher, neither paths nor features, so that its message is deterministic.
     without_dropping = {key: value for key, value in arguments.items() if "drop" not in key}
-    teacher_backbone, _ = create_backbone(config.backbone, config.global_size, **without_dropping)
+    teacher_backbone, _ = create_backbone(
+        config.backbone, config.global_size, in_chans=config.channels, **without_dropping
+    )
     teacher = create_teacher(student, teacher_backbone)
     if device.type == "cpu" and config.precision == "bf16":
         write_attention_out(student, teacher)  # PyTorch's fused one takes two to five times as long there

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from bincomm.data.crops import Crops, check_limits
+from bincomm.data.crops import Crops, check_limits, without_colors
 from bincomm.files import expand_home, read_yaml
 
 # Keys that change how a run is carried out but not what it computes: a run may be resumed with other values.
@@ -127,6 +127,11 @@ class PretrainConfig:
         mean: mean by which colors (from 0 to 1) are normalized; the default is ImageNet's. Weights given by
             init_from may need another one.
         std: standard deviation by which colors are normalized, see mean.
+        channels: number of channels of an image. Others than 3 are no colors: saturation, hue, gray and
+            solarize are off, and mean and std have as many numbers, which `bincomm data stats` measures.
+        pixel_range: the values of a pixel that become 0 and 1, the smaller first; values beyond become the
+            nearer one. null: the full scale of 8 or of 16 bits; other numbers need a range. Three channels
+            with a range keep all their bits, without one 8.
         eval_crop: side of the center crop in evaluation, as a share of the resized image's side.
         device: auto takes a GPU if there is one.
         threads: number of CPU threads of the data pipeline.
@@ -195,8 +200,10 @@ class PretrainConfig:
     blur: tuple[float, float, float] = Crops.blur
     solarize: float = Crops.solarize
     posterize: float = Crops.posterize
-    mean: tuple[float, float, float] = Crops.mean
-    std: tuple[float, float, float] = Crops.std
+    mean: tuple[float, ...] = Crops.mean
+    std: tuple[float, ...] = Crops.std
+    channels: int = Crops.channels
+    pixel_range: tuple[float, float] | None = Crops.pixel_range
     eval_crop: float = 0.875
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 4
@@ -235,6 +242,8 @@ class PretrainConfig:
                     raise ValueError(f"data: expected a weight from 1e-6 to 1e6 for {name}, got {weight}")
         if self.evaluate_every and self.fsdp:  # a rank alone cannot pass images through its shard
             raise ValueError(f"evaluate_every: expected 0 with fsdp, got {self.evaluate_every}")
+        for key, value in without_colors(self).items():
+            object.__setattr__(self, key, value)
         self.crops  # noqa: B018  (its own checks)
         if self.precision == "auto":  # last, because it imports torch, which no error needs
             object.__setattr__(self, "precision_is_open", True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from bincomm.config import KEYS_OF_METHODS, PretrainConfig
 from bincomm.data.presets import PRESETS
-from bincomm.parsing import check_keys
-from bincomm.recipes import choose_recipe, read_recipe
+from bincomm.parsing import check_keys, recipe_for
+from bincomm.recipes import read_recipe
 
 
 def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
@@ -26,7 +26,7 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
         OSError: the recipe cannot be read.
     """
     keys = check_keys(keys)
-    recipe = recipe or choose_recipe(keys.get("data", "digits"))
+    recipe = recipe or recipe_for(keys)
     values = check_keys(read_recipe(recipe), f"recipe {recipe}: ")
     if keys.get("backbone", values.get("backbone")) != values.get("backbone"):
         values.pop("backbone_args", None)  # those of the recipe's own
@@ -104,6 +104,6 @@ def configure_comparison(recipe: str | None = None, **keys: Any) -> PretrainConf
         raise ValueError(
             "method: compare trains several methods; name them in methods, for example bits-reset,dino"
         )
-    recipe = recipe or choose_recipe(keys.get("data", "digits"))
+    recipe = recipe or recipe_for(keys)
     values = read_recipe(recipe)
     return configure(recipe, **{"output": f"runs/compare-{run_name(recipe, values, keys)}", **keys})

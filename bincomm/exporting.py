@@ -19,6 +19,7 @@ CHECKED_BATCHES = (1, 3)  # neither is as large as the batch that is traced
 class Exported(NamedTuple):
     """What `export_onnx` has written."""
 
+    channels: int  # C
     size: int  # S, side of the images in pixels
     features: int  # D
     bits: int | None  # K; None without codes
@@ -26,7 +27,7 @@ class Exported(NamedTuple):
 
 
 class WithBits(nn.Module):
-    """Backbone and head: images (n, 3, S, S) -> features (n, D) and bits (n, K) bool."""
+    """Backbone and head: images (n, C, S, S) -> features (n, D) and bits (n, K) bool."""
 
     def __init__(self, backbone: nn.Module, head: Head | PrototypeHead):
         super().__init__()
@@ -41,10 +42,10 @@ class WithBits(nn.Module):
 def export_onnx(model: Pretrained, path: Path, *, codes: bool = False) -> Exported:
     """Write a backbone as an ONNX file, after ONNX Runtime has computed with it what PyTorch computes.
 
-    The input "images" is (n, 3, S, S) fp32, normalized RGB, for any n; S is `model.config.global_size`. The
+    The input "images" is (n, C, S, S) fp32, normalized, for any n; S is `model.config.global_size`. The
     output "features" is (n, D) fp32; with `codes` there is "bits", (n, K) bool. The metadata of the file hold
     what images are preprocessed with, as config.json of a run has it: "input_size", "crop_pct", "mean", "std"
-    and "interpolation".
+    and "interpolation", and "pixel_range" where there is one.
 
     Args:
         model: the backbone, and its head for codes; on the CPU.
@@ -71,15 +72,19 @@ def export_onnx(model: Pretrained, path: Path, *, codes: bool = False) -> Export
         raise ValueError(
             f"onnx: expected weights of less than 2 GiB, as one ONNX file holds, got {size / 2**30:.1f} GiB"
         )
-    proto = convert(network, model.config.global_size, ["features", "bits"][: 1 + codes])
+    config = model.config
+    shape = [config.channels, config.global_size, config.global_size]
+    proto = convert(network, shape, ["features", "bits"][: 1 + codes])
+    pixels = {} if config.pixel_range is None else {"pixel_range": json.dumps(config.pixel_range)}
     onnx.helper.set_model_props(
         proto,
         {
-            "input_size": json.dumps([3, model.config.global_size, model.config.global_size]),
-            "crop_pct": json.dumps(model.config.eval_crop),
-            "mean": json.dumps(model.config.mean),
-            "std": json.dumps(model.config.std),
+            "input_size": json.dumps(shape),
+            "crop_pct": json.dumps(config.eval_crop),
+            "mean": json.dumps(config.mean),
+            "std": json.dumps(config.std),
             "interpolation": "bicubic",
+            **pixels,
         },
     )
     data = proto.SerializeToString(deterministic=True)
@@ -88,14 +93,14 @@ def export_onnx(model: Pretrained, path: Path, *, codes: bool = False) -> Export
     return exported
 
 
-def convert(network: nn.Module, size: int, outputs: list[str]):
-    """A network as an `onnx.ModelProto`, for any number of images of a size in pixels."""
+def convert(network: nn.Module, shape: list[int], outputs: list[str]):
+    """A network as an `onnx.ModelProto`, for any number of images of a shape (C, S, S)."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     try:
         program = torch.onnx.export(
             network,
-            (torch.zeros(2, 3, size, size),),
+            (torch.zeros(2, *shape),),
             dynamo=True,
             input_names=["images"],
             output_names=outputs,
@@ -121,10 +126,12 @@ def check(data: bytes, model: Pretrained, codes: bool) -> Exported:
     """
     import onnxruntime
 
-    generator, size = torch.Generator().manual_seed(0), model.config.global_size
+    generator, config = torch.Generator().manual_seed(0), model.config
     difference, width, bits = 0.0, 0, None
     for batch in CHECKED_BATCHES:
-        images = torch.randn(batch, 3, size, size, generator=generator)
+        images = torch.randn(
+            batch, config.channels, config.global_size, config.global_size, generator=generator
+        )
         expected = model.backbone(images)
         try:
             session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
@@ -149,4 +156,4 @@ def check(data: bytes, model: Pretrained, codes: bool) -> Exported:
                     "was not written"
                 )
             bits = logits.shape[1]
-    return Exported(size, width, bits, difference)
+    return Exported(config.channels, config.global_size, width, bits, difference)

@@ -20,8 +20,10 @@ except ImportError as error:
     raise ImportError("training needs timm; install it with: pip install 'bincomm[train]'") from error
 
 
-def create_backbone(name: str, image_size: int, **arguments: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A timm backbone without its classifier, images (n, 3, H, W) -> features (n, D), and the arguments of
+def create_backbone(
+    name: str, image_size: int, *, in_chans: int = 3, **arguments: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A timm backbone without its classifier, images (n, C, H, W) -> features (n, D), and the arguments of
     `timm.create_model` it was made with.
 
     The feature is the one timm's classifier would see: the CLS token of a ViT, the pooled map of a conv net.
@@ -30,6 +32,7 @@ def create_backbone(name: str, image_size: int, **arguments: Any) -> tuple[nn.Mo
     Args:
         name: a timm model name, `timm.list_models()`.
         image_size: side of the global crops in pixels; a ViT's position embedding is made for it.
+        in_chans: C, the channels of an image.
         arguments: passed on to `timm.create_model`.
 
     Raises:
@@ -43,6 +46,8 @@ def create_backbone(name: str, image_size: int, **arguments: Any) -> tuple[nn.Mo
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"backbone: timm has no model named {name!r}{hint}")
     refused = ""
+    if in_chans != 3:
+        arguments["in_chans"] = in_chans
     for sizes in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
         made_with = {"model_name": name, "num_classes": 0, **sizes, **arguments}
         try:  # timm's constructors take different arguments, and say so by TypeError only
@@ -55,7 +60,7 @@ def create_backbone(name: str, image_size: int, **arguments: Any) -> tuple[nn.Mo
 
 
 @torch.no_grad()
-def feature_width(backbone: nn.Module, sizes: list[int]) -> int:
+def feature_width(backbone: nn.Module, sizes: list[int], channels: int = 3) -> int:
     """D, found by showing the backbone one image of every size, in pixels a side; it is left as it was.
 
     Raises:
@@ -65,7 +70,7 @@ def feature_width(backbone: nn.Module, sizes: list[int]) -> int:
     backbone.eval()
     for size in sizes:
         try:
-            width = backbone(torch.zeros(1, 3, size, size)).shape[-1]
+            width = backbone(torch.zeros(1, channels, size, size)).shape[-1]
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()) or "its parts do not fit this size"
             raise ValueError(
@@ -162,7 +167,7 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, *groups: Tensor) -> Tensor:
-        """Groups of equally large views (n, V_g, 3, H_g, W_g) -> logits (ΣV_g, n, K) of all, in order.
+        """Groups of equally large views (n, V_g, C, H_g, W_g) -> logits (ΣV_g, n, K) of all, in order.
 
         The crops of an image lie together, as the loader makes them; so they need not be copied.
         """

@@ -35,6 +35,7 @@ BACKBONE_ARGS_HELP = (
 )
 EXAMPLES = {
     "max_steps": 1000, "minutes": 10, "init_from": "resnet18", "backbone_args": {"layers": [1, 1, 1, 1]},
+    "pixel_range": [0, 65535],
 }  # fmt: skip
 LIST_EXAMPLE = "--blur='[1, 0.1, 0.5]'"
 
@@ -129,8 +130,13 @@ def parse_options(parser: "ArgumentParser", arguments: list[str]) -> argparse.Na
     own = {name: value for name, value in parser.get_defaults().as_dict().items() if name not in KEYS}
     keys = {name: given.pop(name) for name in KEYS if name in given}
     options = argparse.Namespace(**{**own, **given}, keys=keys)
-    options.recipe = options.recipe or choose_recipe(keys.get("data", KEYS["data"]))
+    options.recipe = options.recipe or recipe_for(keys)
     return options
+
+
+def recipe_for(keys: Mapping[str, Any]) -> str:
+    """Name of the recipe that fits the images that keys name; see `bincomm.recipes.choose_recipe`."""
+    return choose_recipe(*(keys.get(key, KEYS[key]) for key in ("data", "channels", "pixel_range")))
 
 
 def check_keys(keys: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
@@ -197,7 +203,7 @@ def kind(hint: Any) -> str:
     if hint in simple:
         return simple[hint]
     if typing.get_origin(hint) is tuple:
-        return f"{len(arguments)} numbers"
+        return "a list of numbers" if ... in arguments else f"{len(arguments)} numbers"
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

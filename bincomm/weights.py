@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,13 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from bincomm.backbone_arguments import check_backbone_arguments, check_backbone_name, is_plain_name
 from bincomm.files import expand_home
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"  # in a run's directory, as timm, transformers and hubs of models name it
 EARLIER_WEIGHTS_FILE = "backbone.safetensors"  # of runs of bincomm 0.1.0
@@ -27,7 +31,8 @@ EARLIER_WEIGHTS_FILE = "backbone.safetensors"  # of runs of bincomm 0.1.0
 def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") -> None:
     """Fill a backbone from a run's directory, a .safetensors file, or timm's pretrained weights by name.
 
-    Position embeddings are resampled to the backbone's size; weights of a classifier are left out.
+    Position embeddings are resampled to the backbone's size; weights of a classifier are left out. Weights
+    for RGB are adapted to other channels, see `adapt_channels`.
 
     Raises:
         ValueError: there are no such weights, or they are of another backbone; the message begins with
@@ -41,6 +46,7 @@ def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") 
         weights["pos_embed"] = resample_abs_pos_embed(
             weights["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=vit.num_prefix_tokens
         )
+    adapt_channels(weights, backbone, source, argument)
     missing = sorted(set(expected) - set(weights))
     shared = set(expected) & set(weights)
     misshapen = sorted(name for name in shared if expected[name].shape != weights[name].shape)
@@ -51,6 +57,31 @@ def load_weights(backbone: nn.Module, source: str, argument: str = "init_from") 
             f"({len(missing)} missing, {len(misshapen)} of another shape)"
         )
     backbone.load_state_dict({name: weights[name] for name in expected})
+
+
+def adapt_channels(weights: dict[str, Tensor], backbone: nn.Module, source: str, argument: str) -> None:
+    """Let weights of a network for RGB fit a backbone for other channels, by timm's rule: the filters of the
+    first layer are repeated over the channels, and scaled to keep their sum; for one channel they are summed.
+
+    Raises:
+        ValueError: the weights are for another number of channels than the backbone's, and than 3.
+    """
+    known: Any = getattr(backbone, "pretrained_cfg", {})
+    first = known.get("first_conv") or ()
+    expected = backbone.state_dict()
+    for name in [first] if isinstance(first, str) else first:
+        key = f"{name}.weight"
+        if key not in weights or key not in expected or expected[key].ndim != 4:
+            continue
+        there, here = weights[key].shape[1], expected[key].shape[1]
+        if there == here or weights[key].shape[:1] + weights[key].shape[2:] != (
+            expected[key].shape[:1] + expected[key].shape[2:]
+        ):
+            continue
+        if there != 3:
+            raise ValueError(f"{argument}: {source} holds weights for {there} channels, expected {here} or 3")
+        weights[key] = adapt_input_conv(here, weights[key])
+        logger.info("note: the first layer of %s, for RGB, was adapted to %d channels", source, here)
 
 
 def read_weights(source: str, argument: str) -> dict[str, Tensor]:
@@ -125,8 +156,9 @@ def _unreadable(file: Path, argument: str, error: Exception) -> ValueError:
 
 
 def read_metadata(source: str, argument: str = "init_from") -> dict[str, Any]:
-    """The keys of a configuration that weights know: backbone, backbone_args, mean, std, and the global_size
-    and eval_crop at which they were evaluated; of timm's all but the last, of a file that is not ours none.
+    """The keys of a configuration that weights know: backbone, backbone_args, channels, mean, std,
+    pixel_range where there is one, and the global_size and eval_crop at which they were evaluated. Of timm's
+    weights all but the last, of a file that is not ours none.
 
     Raises:
         ValueError: there is no such source, or it cannot be read; see `load_weights`.
@@ -140,19 +172,21 @@ def read_metadata(source: str, argument: str = "init_from") -> dict[str, Any]:
         return {
             "backbone": source,
             "backbone_args": {},
+            "channels": 3,
             "global_size": pretrained.input_size[-1],
             "mean": list(pretrained.mean),
             "std": list(pretrained.std),
         }
     try:
         with safetensors.safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get("create_model")
+            metadata = opened.metadata() or {}
+            text, pixels = metadata.get("create_model"), metadata.get("pixels", "{}")
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, argument, error) from error
     if text is None:
         return {}
     try:
-        return keys_of(json.loads(text))
+        return keys_of(json.loads(text)) | pixel_keys_of(json.loads(pixels))
     except (LookupError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{argument}: the metadata of {file} is not what bincomm writes: "
@@ -171,14 +205,27 @@ def keys_of(arguments: dict[str, Any]) -> dict[str, Any]:
     for key in ("num_classes", "img_size", "dynamic_img_size"):
         arguments.pop(key, None)
     overlay = dict(arguments.pop("pretrained_cfg_overlay", {}))
-    name = arguments.pop("model_name")
+    name, channels = arguments.pop("model_name"), arguments.pop("in_chans", 3)
     check_backbone_name(name, "backbone")
     check_backbone_arguments(arguments)
-    keys: dict[str, Any] = {"backbone": name, "backbone_args": arguments}
+    keys: dict[str, Any] = {"backbone": name, "backbone_args": arguments, "channels": int(channels)}
     for key in ("mean", "std"):
         if key in overlay:
-            red, green, blue = map(float, overlay[key])
-            keys[key] = [red, green, blue]
+            keys[key] = [float(number) for number in overlay[key]]
+            if len(keys[key]) != channels:
+                raise ValueError(f"{key} has {len(keys[key])} numbers for {channels} channels")
     if "input_size" in overlay:
         keys |= {"global_size": int(overlay["input_size"][-1]), "eval_crop": float(overlay["crop_pct"])}
     return keys
+
+
+def pixel_keys_of(pixels: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a configuration in what the metadata say of pixels, beside what timm has a word for.
+
+    Raises:
+        LookupError, TypeError, ValueError: it is something else.
+    """
+    if not pixels:
+        return {}
+    low, high = map(float, pixels["pixel_range"])
+    return {"pixel_range": [low, high]}

@@ -104,7 +104,7 @@ def test_a_file_says_how_images_are_preprocessed_and_nothing_of_the_machine(mode
 def converted(model):
     """The network with bits, converted once."""
     network = exporting.WithBits(model.backbone, model.head).eval()
-    return exporting.convert(network, SIZE, ["features", "bits"])
+    return exporting.convert(network, [3, SIZE, SIZE], ["features", "bits"])
 
 
 def wrong(outputs, what):

@@ -156,7 +156,7 @@ def _metadata(model: Pretrained, source: Source, features: bool, rows: int) -> d
     config, width = model.config, None
     if features:
         side = config.global_size
-        width = model.backbone(torch.zeros(1, 3, side, side, device=model.device)).shape[-1]
+        width = model.backbone(torch.zeros(1, config.channels, side, side, device=model.device)).shape[-1]
     return {
         "format": FORMAT,
         "weights": model.name,
@@ -167,6 +167,7 @@ def _metadata(model: Pretrained, source: Source, features: bool, rows: int) -> d
         "eval_crop": config.eval_crop,
         "mean": list(config.mean),
         "std": list(config.std),
+        **({} if config.pixel_range is None else {"pixel_range": list(config.pixel_range)}),
         "images": len(source.images),
         "images_identity": images_identity(source),
         "rows": rows,

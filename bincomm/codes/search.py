@@ -17,11 +17,13 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from bincomm.codes.storage import Part, iterate_codes, open_parts, read_rows, to_codes, to_messages
+from bincomm.data.crops import Crops
 from bincomm.data.images import eight_bits, open_encoded
 from bincomm.data.listing import Files
 from bincomm.data.parquet import open_parquet
 from bincomm.data.shards import open_shards
 from bincomm.data.sources import Source
+from bincomm.data.values import decode_values
 from bincomm.evaluation.identity import weights_identity
 from bincomm.files import write_file, write_json
 from bincomm.ops.hamming import hamming_topk
@@ -151,13 +153,17 @@ def nearest(
 
 
 def contact_sheet(
-    query: str | Path, neighbors: Sequence[Neighbor], below: Sequence[Path] | None = None
+    query: str | Path,
+    neighbors: Sequence[Neighbor],
+    below: Sequence[Path] | None = None,
+    crops: Crops = Crops(),  # noqa: B008  (which cannot be changed)
 ) -> Image.Image:
     """The query and its neighbors, MAX_SHOWN images at most, as a picture, with distance and label (or name)
     under each.
 
     An image that can no longer be opened is a gray tile with its path, and so is a neighbor outside the
-    folders `below`, of which nothing is read; None: any may be read.
+    folders `below`, of which nothing is read; None: any may be read. `crops` says how images are read;
+    `bincomm.data.contact_sheet.shown` what is shown of others than RGB.
     """
     tiles = [(str(query), ("query", os.path.basename(query)))]
     for path, label, distance in neighbors[: MAX_SHOWN - 1]:
@@ -170,7 +176,7 @@ def contact_sheet(
     for number, (path, caption) in enumerate(tiles):
         folders = below if number else None  # the query is the user's own
         left, top = GAP + number % columns * (TILE + GAP), GAP + number // columns * (TILE + CAPTION + GAP)
-        sheet.paste(_tile(path, folders), (left, top))
+        sheet.paste(_tile(path, folders, crops), (left, top))
         for line, text in enumerate(caption):
             corner = left, top + TILE + 3 + line * CAPTION // 2
             drawing.text(corner, _fitting(drawing, text), fill="black")
@@ -246,11 +252,15 @@ def _read(path: str, below: Sequence[Path] | None) -> bytes:
     return Files([path]).read(0).tobytes()
 
 
-def _tile(path: str, below: Sequence[Path] | None) -> Image.Image:
+def _tile(path: str, below: Sequence[Path] | None, crops: Crops) -> Image.Image:
     try:
-        image = open_encoded(_read(path, below))
-        image.draft("RGB", (TILE, TILE))
-        image = ImageOps.exif_transpose(eight_bits(image)).convert("RGB")
+        data = _read(path, below)
+        if crops.rgb:
+            image = open_encoded(data)
+            image.draft("RGB", (TILE, TILE))
+            image = ImageOps.exif_transpose(eight_bits(image)).convert("RGB")
+        else:
+            image = _picture_of_values(data, crops)
         scale = TILE / max(image.size)  # at least a pixel is left of the shorter side
         image = image.resize([max(1, round(scale * side)) for side in image.size])
         return ImageOps.pad(image, (TILE, TILE), color="white")
@@ -263,6 +273,14 @@ def _tile(path: str, below: Sequence[Path] | None) -> Image.Image:
             rest = rest[len(lines[-1]) :]
         drawing.multiline_text((2, 2), "\n".join(lines), fill="black", spacing=1)
         return tile
+
+
+def _picture_of_values(data: bytes, crops: Crops) -> Image.Image:
+    from bincomm.data.contact_sheet import crop_picture  # which needs DALI
+
+    values = decode_values(np.frombuffer(data, np.uint8), crops.channels, crops.pixel_range)
+    normalized = (values - np.array(crops.mean, np.float32)) / np.array(crops.std, np.float32)
+    return crop_picture(torch.from_numpy(normalized).movedim(-1, 0), crops)
 
 
 def _fitting(drawing: ImageDraw.ImageDraw, text: str) -> str:

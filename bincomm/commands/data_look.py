@@ -49,7 +49,7 @@ def configuration(options: argparse.Namespace) -> PretrainConfig:
 
 def run(options: argparse.Namespace) -> None:
     """Write the sheet, and print the names of its images."""
-    from bincomm.data.contact_sheet import contact_sheet
+    from bincomm.data.contact_sheet import contact_sheet, shown
     from bincomm.data.sources import open_source
     from bincomm.files import check_file, write_file
 
@@ -62,4 +62,5 @@ def run(options: argparse.Namespace) -> None:
     print(f"recipe {stem(options.recipe)}, data {config.data}")
     print("\n".join(map(printable_name, image_names)))
     rows = "a row each" if len(options.recipes) == 1 else f"each a row for {', '.join(options.recipes)}"
-    print(f"in {path}, {rows}")
+    channels = shown(config.crops)
+    print(f"in {path}, {rows}" + (f"; {channels}" if channels else ""))

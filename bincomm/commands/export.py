@@ -40,5 +40,5 @@ def run(options: argparse.Namespace) -> None:
     outputs = f"features (n, {exported.features})"
     if exported.bits is not None:
         outputs += f", bits (n, {exported.bits})"
-    print(f"{options.onnx}: images (n, 3, {exported.size}, {exported.size}) -> {outputs}")
+    print(f"{options.onnx}: images (n, {exported.channels}, {exported.size}, {exported.size}) -> {outputs}")
     print(f"ONNX Runtime differs from PyTorch by at most {exported.difference:.1g} of the largest feature")

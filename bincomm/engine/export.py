@@ -29,12 +29,14 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
     weights = {
         name: value.to("cpu", copy=True).contiguous() for name, value in teacher.backbone.state_dict().items()
     }
-    backbone, arguments = create_backbone(config.backbone, config.global_size, **config.backbone_args)
+    backbone, arguments = create_backbone(
+        config.backbone, config.global_size, in_chans=config.channels, **config.backbone_args
+    )
     evaluated = {
         "num_classes": 0,
         "interpolation": "bicubic",
         "crop_mode": "center",
-        "input_size": [3, config.global_size, config.global_size],
+        "input_size": [config.channels, config.global_size, config.global_size],
         "crop_pct": config.eval_crop,
         "mean": list(config.mean),
         "std": list(config.std),
@@ -42,7 +44,12 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
     overlay = {**dict.fromkeys(OF_OTHER_WEIGHTS), "custom_load": False, **evaluated}
     created = json.dumps({**arguments, "pretrained_cfg_overlay": overlay})
     # transformers below 5 refuses weights that do not say that they are PyTorch's.
-    data = safetensors.torch.save(weights, metadata={"create_model": created, "format": "pt"})
+    metadata = {"create_model": created, "format": "pt"}
+    # What timm has no word for.
+    pixels = {} if config.pixel_range is None else {"pixel_range": list(config.pixel_range)}
+    if pixels:
+        metadata["pixels"] = json.dumps(pixels)
+    data = safetensors.torch.save(weights, metadata=metadata)
     write_file(run / WEIGHTS_FILE, lambda file: file.writelines(with_sorted_metadata(data)))
 
     known: Any = backbone.pretrained_cfg
@@ -54,6 +61,7 @@ def export_backbone(teacher: Network, config: PretrainConfig, run: Path) -> None
             "num_classes": classes,
             "num_features": backbone.num_features,
             "model_args": arguments,
+            **pixels,
             "pretrained_cfg": {**{key: known[key] for key in OF_THE_NETWORK if key in known}, **evaluated},
         },
     )

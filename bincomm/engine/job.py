@@ -272,6 +272,13 @@ def announce(job: Job, steps_done: int) -> None:
     )
     logger.info(job.schedule.describe())
     job.source.announce()
+    if config.channels != 3:
+        logger.info(
+            "note: channels: %d, which are no colors: saturation, hue, gray, solarize and posterize are off",
+            config.channels,
+        )
+    elif config.pixel_range is not None:
+        logger.info("note: pixel_range: posterize, which is for colors of 8 bits, is off")
     if loader.changed:
         logger.warning(
             "the data changed since the run was saved (%s): it continues with the images that are "

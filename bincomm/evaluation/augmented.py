@@ -74,6 +74,8 @@ def augmented_probe(
         solarize=0.0,
         mean=config.mean,
         std=config.std,
+        channels=config.channels,
+        pixel_range=config.pixel_range,
     )
     loader = Loader(
         source.select(indices[rest].tolist()),

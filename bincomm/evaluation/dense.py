@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bincomm.data.images import WITHOUT_RANGE, eight_bits, open_encoded, read_file
 from bincomm.evaluation.layouts import Pair, file_error, open_masked_images
 from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_entropy, scaling
-from bincomm.evaluation.pretrained import Pretrained
+from bincomm.evaluation.pretrained import Pretrained, check_rgb
 from bincomm.files import write_file
 from bincomm.logs import printable_name, progress_bar
 
@@ -141,6 +141,7 @@ def evaluate_segmentation(
             infinity.
         OSError: a predicted mask cannot be written.
     """
+    check_rgb("segmentation", model)
     layout, train, val, own_void = open_masked_images(folder)
     if memory < 1 or size < 1:
         raise ValueError(f"memory and size: expected at least 1, got {memory} and {size}")

@@ -36,7 +36,7 @@ class FeatureBatch(NamedTuple):
     """A batch of images, one center crop each, on the device."""
 
     indices: list[int]  # of the m images in the source
-    crops: Tensor  # (m, 3, S, S), normalized
+    crops: Tensor  # (m, C, S, S), normalized
     features: Tensor  # (m, D) of the backbone
     logits: Tensor | None  # (m, K) of the head, whose signs are the code; None where there is no head
 
@@ -148,9 +148,11 @@ def identity(model: Pretrained, source: Source) -> str:
     """A key for the features of images, from the network's weights, the preprocessing, the files, and the
     versions of the software."""
     config = model.config
-    preprocessing = (config.global_size, config.eval_crop, config.mean, config.std, model.device.type)
+    preprocessing = [config.global_size, config.eval_crop, config.mean, config.std, model.device.type]
+    if not config.crops.rgb:
+        preprocessing.append(config.pixel_range)
     images = images_identity(source, closely=True)
-    parts = (LAYOUT, weights_identity(model), images, preprocessing, VERSIONS)
+    parts = (LAYOUT, weights_identity(model), images, tuple(preprocessing), VERSIONS)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

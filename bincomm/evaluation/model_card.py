@@ -90,7 +90,10 @@ def model_card(config: PretrainConfig, images: int, result: dict[str, Any]) -> s
     if "transmitted_bits" in metrics:
         facts["bits transmitted"] = f"{metrics['transmitted_bits']:.1f}"
     facts["center crop"] = f"{size} pixels, of images resized to {int(size / config.eval_crop)}, bicubic"
-    facts["mean, std of RGB"] = f"{in_words(config.mean)}; {in_words(config.std)}"
+    colors = "RGB" if config.crops.rgb else f"{config.channels} channels"
+    facts[f"mean, std of {colors}"] = f"{in_words(config.mean)}; {in_words(config.std)}"
+    if config.pixel_range is not None:
+        facts["range of pixels"] = in_words(config.pixel_range)
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     training = table(("what", "value"), list(facts.items()))
     parts = (FRONT_MATTER, f"{title}\n", f"{about}\n", LOADING, f"## Training\n\n{training}\n")

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Pixels(nn.Module):
-    """Raw pixels as features: images (n, 3, S, S) -> (n, 3·s·s), averaged down to s = min(16, S) a side."""
+    """Raw pixels as features: images (n, C, S, S) -> (n, C·s·s), averaged down to s = min(16, S) a side."""
 
     SIDE = 16  # larger features of a million images would not fit in memory, and k-NN gains nothing from them
 
@@ -46,10 +46,10 @@ class EncodedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A backbone, images (n, 3, S, S) -> features (n, D), and its head, features -> logits of the code.
+    """A backbone, images (n, C, S, S) -> features (n, D), and its head, features -> logits of the code.
 
     Of `config` only the keys that say how images are read and preprocessed matter: `global_size`,
-    `eval_crop`, `mean`, `std`, `threads` and `batch_size`.
+    `eval_crop`, `mean`, `std`, `channels`, `pixel_range`, `threads` and `batch_size`.
     """
 
     name: str
@@ -73,18 +73,19 @@ class Pretrained:
         """No network: the features are the pixels that a network of this configuration would be given."""
         return cls("raw pixels", Pixels(), None, config, device)
 
-    def encode(self, image: str | Path | Image.Image) -> EncodedImage:
+    def encode(self, image: str | Path | Image.Image | np.ndarray) -> EncodedImage:
         """Features and code of one image, as `bincomm.encode` computes those of many: of its center crop.
 
         Args:
-            image: a file, or an image of Pillow. Neither is turned by its EXIF orientation.
+            image: a file, or an image of Pillow. Neither is turned by its EXIF orientation. For a network
+                of other pixels than RGB of 8 bits also an array (H, W), (H, W, C) or (C, H, W).
 
         Raises:
             ValueError: it cannot be read or decoded; or the weights give NaN.
         """
         from bincomm.evaluation.features import forward_batches  # which imports this module, and DALI
 
-        name, images = _one_image(image)
+        name, images = _one_image(image, self.config.crops.rgb)
         reasons: list[str] = []
         for batch in forward_batches(self, Source(images), lambda _, reason: reasons.append(reason)):
             features = batch.features[0].float().cpu()
@@ -111,15 +112,31 @@ class InMemory:
         return self._data
 
 
-def _one_image(image: str | Path | Image.Image) -> tuple[str, Images]:
+def _one_image(image: Any, rgb: bool) -> tuple[str, Images]:
     if isinstance(image, str | os.PathLike):
         path = str(expand_home(os.fspath(image)))
         return path, Files([path])
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"image: expected a path or an image of Pillow, got {type(image).__name__}")
     file = io.BytesIO()
-    eight_bits(image).convert("RGB").save(file, "PNG", compress_level=1)
+    if isinstance(image, np.ndarray) and not rgb:
+        np.save(file, image, allow_pickle=False)
+    elif not isinstance(image, Image.Image):
+        kinds = "a path or an image of Pillow" if rgb else "a path, an image of Pillow or an array"
+        raise ValueError(f"image: expected {kinds}, got {type(image).__name__}")
+    elif rgb:
+        eight_bits(image).convert("RGB").save(file, "PNG", compress_level=1)
+    else:
+        image.save(file, "TIFF")  # of any mode, as it is
     return "the image", InMemory("image", file.getvalue())
+
+
+def check_rgb(argument: str, model: Pretrained) -> None:
+    """Raise ValueError, naming the argument that needs pictures, unless a network takes RGB of 8 bits."""
+    crops = model.config.crops
+    if not crops.rgb:
+        what = f"channels {crops.channels}" + (
+            f", pixel_range {crops.pixel_range}" if crops.pixel_range else ""
+        )
+        raise ValueError(f"{argument}: expected a backbone for RGB of 8 bits, got {model.name}, with {what}")
 
 
 def evaluation_device(config: PretrainConfig) -> torch.device:
@@ -172,9 +189,11 @@ def _load(
         raise ValueError(f"weights: {weights} does not name its backbone; give its timm name as backbone")
     # Built for the size of the crops, so that position embeddings are resampled to it, and only once.
     config = _config({**keys, **preprocessing}, weights)
-    network, _ = create_backbone(config.backbone, config.global_size, **config.backbone_args)
+    network, _ = create_backbone(
+        config.backbone, config.global_size, in_chans=config.channels, **config.backbone_args
+    )
     load_weights(network, weights, "weights")
-    feature_width(network, [config.global_size])
+    feature_width(network, [config.global_size], config.channels)
     network.eval().requires_grad_(False)
     return Pretrained(weights, network.to(device), None, config, device)
 
@@ -207,7 +226,7 @@ def _from_state(state: Any, weights: str, device: torch.device, preprocessing: d
         raise ValueError(f"weights: {weights} does not fit the network of its config: {reason}") from error
     model = Pretrained.of(teacher, replace(config, **preprocessing), device)
     if "global_size" in preprocessing:
-        feature_width(model.backbone.cpu(), [preprocessing["global_size"]])
+        feature_width(model.backbone.cpu(), [preprocessing["global_size"]], config.channels)
         model.backbone.to(device)
     return replace(model, name=weights)
 

@@ -29,7 +29,7 @@ from bincomm.evaluation.dense import (
     write_mask,
 )
 from bincomm.evaluation.layouts import Pair, file_error, plain_name, read_list, refusal
-from bincomm.evaluation.pretrained import Pretrained
+from bincomm.evaluation.pretrained import Pretrained, check_rgb
 from bincomm.files import expand_home
 from bincomm.logs import progress_bar
 
@@ -128,6 +128,7 @@ def evaluate_davis(
             the file.
         OSError: a predicted mask cannot be written.
     """
+    check_rgb("davis", model)
     davis = open_davis(folder)
     names = list(davis.sequences)
     own = {name: davis.sequences[name] for name in names[ranks.rank :: ranks.world]}

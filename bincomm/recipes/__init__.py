@@ -51,7 +51,9 @@ def read_recipe(recipe: str) -> dict[str, Any]:
     return keys
 
 
-def choose_recipe(data: str | dict[str, float]) -> str:
+def choose_recipe(
+    data: str | dict[str, float], channels: int = 3, pixel_range: tuple[float, float] | None = None
+) -> str:
     """Name of the recipe that fits images: digits for the digits, else by the size of a few of the images.
 
     Images of up to 64 pixels get a ResNet, larger ones a small ViT; without a GPU, both get a small network
@@ -61,14 +63,18 @@ def choose_recipe(data: str | dict[str, float]) -> str:
         return "digits"
     import torch
 
-    from bincomm.data.images import UnusableImageError, load
+    from bincomm.data.images import UnusableImageError, load, read
     from bincomm.data.sources import open_source
+    from bincomm.data.values import decode_values
 
     images = open_source(data).images
     sizes = []
     for index in range(0, len(images), max(1, len(images) // 16)):
         try:
-            sizes.append(min(load(images, index)[1]))
+            if channels == 3 and pixel_range is None:
+                sizes.append(min(load(images, index)[1]))
+            else:
+                sizes.append(min(decode_values(read(images, index), channels, pixel_range).shape[:2]))
         except UnusableImageError:
             continue  # the loader reports it
     small = bool(sizes) and sorted(sizes)[len(sizes) // 2] <= SMALL
