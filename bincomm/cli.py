@@ -100,6 +100,11 @@ COMMANDS = {
     "data verify": Command(
         "list the images of a source that cannot be used, and why", "train", single_process=True
     ),
+    "data stats": Command(
+        "measure mean and deviation of the channels of images, and write a recipe with them",
+        "train",
+        single_process=True,
+    ),
     "data shard": Command("write the images of a source into tar shards", "train", single_process=True),
     "doctor": Command("report what is built, detected and used on this machine"),
 }
@@ -231,7 +236,7 @@ def usage(group: str = "") -> str:
     lines = {name: command.summary for name, command in COMMANDS.items() if name.startswith(group)}
     if not group:
         lines = {name: summary for name, summary in lines.items() if not name.startswith("data ")}
-        lines["data"] = "draw crops, list images that cannot be used, write tar shards"
+        lines["data"] = "draw crops, list unusable images, measure means, write tar shards"
         lines["doctor"] = lines.pop("doctor")  # at the end
     return "\n".join(
         [

@@ -63,6 +63,17 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=thread_count, default=4, metavar="N", help="CPU threads")
 
 
+def add_pixels(parser: argparse.ArgumentParser) -> None:
+    """Add how images are read, as the keys of a run say."""
+    parser.add_argument("--channels", type=positive, default=3, metavar="N", help="channels of an image")
+    parser.add_argument(
+        "--pixel_range",
+        type=two_numbers,
+        metavar="'[LOW, HIGH]'",
+        help="values of a pixel that become 0 and 1; none: the full scale of 8 or 16 bits",
+    )
+
+
 def add_split(parser: argparse.ArgumentParser) -> None:
     """Add a choice among the parts of the data."""
     parser.add_argument(
@@ -116,6 +127,17 @@ def two_names(text: str) -> tuple[str, str]:
     if len(pair) != 2:
         raise argparse.ArgumentTypeError(f"expected two names separated by a comma, got {text!r}")
     return pair[0], pair[1]
+
+
+def two_numbers(text: str) -> tuple[float, float]:
+    """Two numbers in brackets, as the key pixel_range is written."""
+    try:
+        low, high = map(float, json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected two numbers, such as '[0, 65535]', got {text!r}"
+        ) from error
+    return low, high
 
 
 def integers(value: str | list[int]) -> list[int]:

@@ -2,7 +2,8 @@
 
 import argparse
 
-from bincomm.commands.arguments import add_source, positive
+from bincomm.commands.arguments import add_pixels, add_source, positive
+from bincomm.data.crops import reading
 from bincomm.logs import printable_name
 from bincomm.parsing import parse_data
 
@@ -10,6 +11,7 @@ from bincomm.parsing import parse_data
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The images, and the shards."""
     add_source(parser)
+    add_pixels(parser)
     parser.add_argument(
         "--output", required=True, metavar="FOLDER", help="a new folder for data-00000.tar, ..."
     )
@@ -25,7 +27,10 @@ def run(options: argparse.Namespace) -> None:
 
     source = open_source(parse_data(options.data), options.split)
     source.announce()
-    left_out = write_shards(source, options.output, shard_bytes=options.size << 20, threads=options.threads)
+    crops = reading(options.channels, options.pixel_range)
+    left_out = write_shards(
+        source, options.output, crops, shard_bytes=options.size << 20, threads=options.threads
+    )
     for name, reason in left_out:
         print(f"left out: {printable_name(name)}: {printable_name(reason)}")
     print(f"{len(source.images) - len(left_out)} images, {len(left_out)} left out, in {options.output}")
