@@ -406,6 +406,8 @@ def prepared(tmp_path_factory):
         write_davis(Path("DAVIS"))
         write_masks(Path("masks"))
         write_hashing_lists(Path("lists"))
+        write_bands(Path("bands"))
+        main(["data", "stats", "--data", "bands", "--channels", "13", "--output", "bands.yaml"])
         shutil.copy(ROOT / "bincomm/recipes/digits.yaml", "mine.yaml")
         main(small(["pretrain", "--recipe", "digits", "--data", "drawn", "--output", RUNS[0]]))
         for run_folder in RUNS[1:]:
@@ -455,6 +457,15 @@ def write_hashing_lists(folder: Path) -> None:
         shutil.copy("cat.png", folder / f"{number}.png")
         with (folder / ("database.txt" if number < 10 else "test.txt")).open("a") as file:
             file.write(f"{number}.png {number % 2} 1\n")
+
+
+def write_bands(folder: Path) -> None:
+    """Arrays of 13 bands of 16 bits, in two classes; as .npy files, which need no tifffile."""
+    rng = np.random.default_rng(0)
+    for name in ("field", "forest"):
+        (folder / name).mkdir(parents=True)
+        for number in range(20):
+            np.save(folder / name / f"{number}.npy", rng.integers(0, 4000, (32, 32, 13), dtype=np.uint16))
 
 
 def write_davis(folder: Path) -> None:
