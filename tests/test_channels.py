@@ -19,6 +19,7 @@ from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
 from bincomm.data.evaluation_batches import eval_batches
 from bincomm.data.sources import open_source
+from bincomm.dry_run import dry_run
 from bincomm.evaluation.dense import evaluate_segmentation
 from bincomm.evaluation.features import extract_features
 from bincomm.evaluation.video import evaluate_davis
@@ -98,6 +99,9 @@ def test_the_recipe_has_what_was_measured(data, recipe, capsys):
 def test_a_run_tells_what_is_off_and_keeps_it_off(run, recipe, tmp_path, caplog):
     keys = yaml.safe_load((run / "config.yaml").read_text())
     assert keys["channels"] == CHANNELS
+    card = (run / "README.md").read_text()
+    assert "model(images)  # (n, 13, 32, 32)" in card
+    assert "RGB" not in card
     colored = arguments(recipe, tmp_path / "run", gray=0.5, solarize=0.2, jitter=[0.4, 0.4, 0.2, 0.1])
     with caplog.at_level("INFO", logger="bincomm"):
         bincomm.pretrain(**{**colored, "max_steps": 1})
@@ -121,6 +125,13 @@ def test_resumed_bit_for_bit_and_not_with_other_channels(run, recipe, tmp_path):
     bincomm.pretrain(**arguments(recipe, other))
     for name in ("model.safetensors", "result.json", "config.json", "README.md", "metrics.jsonl"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_dry_run_writes_nothing(recipe, tmp_path):
+    forecast = dry_run(configure(**arguments(recipe, tmp_path / "run")))
+    assert (forecast.images, forecast.steps, forecast.config.channels) == (40, 4, CHANNELS)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -142,7 +142,8 @@ def open_bounded(data: np.ndarray) -> Image.Image:
             kinds = ", ".join(KINDS.values())
             raise UnusableImageError(f"a file of the format {name}; those decoded are {kinds}") from None
         if samples := tiff_samples(data):
-            raise UnusableImageError(f"a TIFF of {samples.describe()}, which are not decoded") from None
+            what = f"a TIFF of {samples.describe()}, which are not decoded"
+            raise UnusableImageError(f"{what} without the keys channels or pixel_range") from None
         if kind := _accepted(begin):
             raise UnusableImageError(f"a damaged {kind}, or one of an unknown kind") from None
         raise UnusableImageError("not an image, or one of an unknown format") from None
@@ -193,7 +194,7 @@ def examine(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
         samples = tiff_samples(data)
         if image.mode in WITHOUT_RANGE or (samples and samples.kind in (SIGNED, FLOATING)):
             values = samples.describe() if samples else f"{WITHOUT_RANGE[image.mode]} values"
-            raise UnusableImageError(f"its {values} have no known range")
+            raise UnusableImageError(f"its {values} have no known range; the key pixel_range gives it")
         pixels = image.width * image.height
         if pixels > HUGE:
             with one_huge:

@@ -258,7 +258,7 @@ def _scaled(values: np.ndarray, pixel_range: tuple[float, float] | None) -> np.n
     if pixel_range is None:
         if values.dtype.name not in FULL_SCALES:
             raise UnusableImageError(
-                f"its {values.dtype.name} values have no known range; pixel_range gives it"
+                f"its {values.dtype.name} values have no known range; the key pixel_range gives it"
             )
         low, high = 0.0, float(FULL_SCALES[values.dtype.name])
     else:

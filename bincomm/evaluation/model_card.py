@@ -48,6 +48,20 @@ features = model(transform(image).unsqueeze(0))  # of an RGB image of Pillow
 transformers: `AutoModel.from_pretrained("MODEL")`, whose `pooler_output` these features are, and
 `AutoImageProcessor.from_pretrained("MODEL")`. bincomm: `bincomm.load_pretrained("MODEL").encode(image)`.
 """
+LOADING_VALUES = """\
+## Load it
+
+MODEL is the folder of this file, or `hf-hub:NAME` in place of `local-dir:MODEL`.
+
+```python
+import timm
+
+model = timm.create_model("local-dir:MODEL", pretrained=True, num_classes=0).eval()
+features = model(images)  # ({shape}): center crops, minus mean over std, of values from 0 to 1
+```
+
+bincomm reads files and arrays as in training: `bincomm.load_pretrained("MODEL").encode("image.tif")`.
+"""
 LICENSE = """\
 ## License
 
@@ -96,7 +110,10 @@ def model_card(config: PretrainConfig, images: int, result: dict[str, Any]) -> s
         facts["range of pixels"] = in_words(config.pixel_range)
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     training = table(("what", "value"), list(facts.items()))
-    parts = (FRONT_MATTER, f"{title}\n", f"{about}\n", LOADING, f"## Training\n\n{training}\n")
+    loading = (
+        LOADING if config.crops.rgb else LOADING_VALUES.format(shape=f"n, {config.channels}, {size}, {size}")
+    )
+    parts = (FRONT_MATTER, f"{title}\n", f"{about}\n", loading, f"## Training\n\n{training}\n")
     return "\n".join([*parts, figures(result), LICENSE])
 
 

@@ -5,6 +5,8 @@ import struct
 import zlib
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -122,7 +124,11 @@ def test_values_keep_all_their_bits(make, channels, pixel_range, expected):
         (lambda: png(BANDS[..., :3]), 1, "it has 3 channels; expected 1"),
         (lambda: png(BANDS[..., :1]), 2, "it has 1 channel; expected 2"),
         (lambda: tiff(FIRST), 12, "it has 1 channel; expected 12"),  # of 13 pages
-        (lambda: tiff(SHARES, **CONTIG), 13, "float32 values have no known range; pixel_range gives it"),
+        (
+            lambda: tiff(SHARES, **CONTIG),
+            13,
+            "float32 values have no known range; the key pixel_range gives it",
+        ),
         (lambda: npy(BANDS.astype(np.int64)), 13, "int64 values have no known range"),
         (lambda: npy(np.full((4, 4), np.nan)), 1, "have no known range"),
         (lambda: npy(np.array([{}]), allow_pickle=True), 1, "an array of object; expected integers or"),
@@ -306,6 +312,21 @@ def test_shards_hold_images_as_they_are(tmp_path):
     read = {source.images.read(index).tobytes() for index in range(len(source.images))}
     assert read == {path.read_bytes() for path in (tmp_path / "in/x").iterdir()}
     assert data
+
+
+def test_parquet_files_hold_any_image(tmp_path):
+    rows = [{"bytes": tiff(BANDS, **CONTIG).tobytes()}, {"bytes": npy(BANDS).tobytes()}]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "train.parquet")
+    batches = eval_batches(
+        open_source(str(tmp_path / "train.parquet")),
+        plain(13),
+        crop_ratio=1,
+        batch_size=2,
+        device=torch.device("cpu"),
+    )
+    ((_, images),) = batches
+    assert images.shape == (2, 13, 32, 32)
+    assert torch.equal(images[0], images[1])
 
 
 def test_statistics_are_those_of_all_values(tmp_path):
