@@ -19,8 +19,11 @@ LARGEST_YAML = 2**20  # bytes
 UNFINISHED = ".*.unfinished"  # the pattern of files that `write_file` has not renamed yet
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_file(path: Path, write: Callable[[BinaryIO], Any], durable: bool = True) -> None:
     """Let `write` fill a file beside `path`, then rename it to `path`; on a failure `path` stays as it was.
+
+    Args:
+        durable: wait until it survives a power failure.
 
     Raises:
         OSError: it cannot be written, for example because the disk is full; the message names `path`.
@@ -30,9 +33,11 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         with open(temporary, "xb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):

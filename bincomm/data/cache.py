@@ -1,4 +1,4 @@
-"""bincomm's cache: what is made or fetched only once: digits, listings, indices, downloaded data sets.
+"""bincomm's cache, what is made or fetched only once: digits, listings, indices, data sets, blocks of them.
 
 What lies there decides which files are read as images, so only what this user, or root, wrote is taken.
 """
@@ -66,8 +66,11 @@ def read_cached(path: Path) -> bytes:
         return file.read()
 
 
-def write_cached(path: Path, text: str) -> None:
-    """Write a file of the cache, and make its folder; names of files in it may be of any bytes.
+def write_cached(path: Path, content: str | bytes, durable: bool = True) -> None:
+    """Write a file of the cache, and make its folder; names of files in a text may be of any bytes.
+
+    Args:
+        durable: as in `bincomm.files.write_file`.
 
     Raises:
         OSError: it cannot be written.
@@ -78,10 +81,10 @@ def write_cached(path: Path, text: str) -> None:
         if mode & ~NOT_FOR_OTHERS:
             with suppress(OSError):  # of a file system without permissions
                 os.fchmod(file.fileno(), mode & NOT_FOR_OTHERS)
-        file.write(text.encode(errors="surrogateescape"))
+        file.write(content if isinstance(content, bytes) else content.encode(errors="surrogateescape"))
 
     make_folder(path.parent)
-    write_file(path, write)
+    write_file(path, write, durable)
 
 
 def make_folder(path: Path) -> None:
