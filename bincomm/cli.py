@@ -38,6 +38,7 @@ INTERRUPTED = {"bincomm.engine.signals": "Interrupted"}
 RUN_ERRORS = {
     "bincomm.engine.guard": "TrainingError",
     "bincomm.data.loader": "TooManyUnusableError",
+    "bincomm.data.remote": "UnreachableError",
     "torch": "OutOfMemoryError",
 }
 

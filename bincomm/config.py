@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from bincomm.data.addresses import check_address, is_address
 from bincomm.data.crops import Crops, check_limits, without_colors
 from bincomm.files import expand_home, read_yaml
 
@@ -52,8 +53,9 @@ class PretrainConfig:
 
     Args:
         data: a folder of images (nested or flat), tar shards (data-{000..127}.tar), Parquet files of images
-            (train-*.parquet), a .txt file of image paths, a standard set by name ("cifar10"), or "digits"; or
-            several such with weights, the shares of an epoch's images from each: {"photos": 3, "cifar10": 1}.
+            (train-*.parquet), addresses of shards (s3://, gs://, https://, hf://datasets/USER/NAME), a .txt
+            file of image paths, a standard set by name ("cifar10"), or "digits"; or several such with
+            weights, the shares of an epoch's images from each: {"photos": 3, "cifar10": 1}.
         output: the run's directory; made if missing.
         resume: auto resumes the unfinished run in output if there is one; never refuses a directory that
             holds a run; must refuses one that holds none.
@@ -236,6 +238,8 @@ class PretrainConfig:
             raise ValueError("cuda_graph: expected false with checkpoint_activations, got true")
         if not self.data:
             raise ValueError(f"data: expected a source of images, got {self.data!r}")
+        for source in [self.data] if isinstance(self.data, str) else self.data:
+            check_address(source)
         if isinstance(self.data, dict):
             for name, weight in self.data.items():
                 if not WEIGHTS[0] <= weight <= WEIGHTS[1]:
@@ -302,12 +306,12 @@ def computes_in_bf16(device: str) -> bool:
 
 def located(source: Any) -> Any:
     """A source of images or of weights, or a mapping of them, with absolute paths, so that it means the same
-    from any directory. Names of standard sets and of timm's models stay."""
+    from any directory. Addresses, and names of standard sets and of timm's models, stay."""
     from bincomm.data.standard import SETS
 
     if isinstance(source, dict):
         return {located(name): weight for name, weight in source.items()}
-    if not isinstance(source, str) or source in {"digits", *SETS}:
+    if not isinstance(source, str) or source in {"digits", *SETS} or is_address(source):
         return source
     path = os.path.abspath(expand_home(source))
     is_shards = glob.has_magic(source) or source.endswith((".tar", ".parquet"))

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bincomm.config import KEYS_OF_METHODS, PretrainConfig
+from bincomm.data.addresses import is_address, redacted
 from bincomm.data.presets import PRESETS
+from bincomm.logs import printable_name
 from bincomm.parsing import check_keys, recipe_for
 from bincomm.recipes import read_recipe
 
@@ -28,6 +30,8 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
     keys = check_keys(keys)
     recipe = recipe or recipe_for(keys)
     values = check_keys(read_recipe(recipe), f"recipe {recipe}: ")
+    if "data" not in keys:
+        refuse_addresses(recipe, values.get("data"))
     if keys.get("backbone", values.get("backbone")) != values.get("backbone"):
         values.pop("backbone_args", None)  # those of the recipe's own
     values = with_keys_of_method(values, keys)
@@ -36,6 +40,18 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
     if "batch_size" in keys:
         values.pop("fewest_steps", None)  # it would change the batch
     return PretrainConfig(**{"output": f"runs/{run_name(recipe, values, keys)}", **values, **keys})
+
+
+def refuse_addresses(recipe: str, data: Any) -> None:
+    """Raise ValueError for addresses among a recipe's data: it may be someone else's, such as the config.yaml
+    of a run, and only what the user types is fetched."""
+    for source in data if isinstance(data, dict) else [data]:
+        if isinstance(source, str) and is_address(source):
+            shown = printable_name(redacted(source))
+            raise ValueError(
+                f"data: recipe {recipe} names an address, {shown}, and what a file names is not "
+                "fetched; if you want its images, give them yourself (--data)"
+            )
 
 
 def run_name(recipe: str, values: dict[str, Any], keys: dict[str, Any]) -> str:

@@ -14,10 +14,13 @@ import torch
 import yaml
 from PIL import Image
 
+from bincomm.adaptation import configure as configure_adaptation
 from bincomm.backbone_arguments import ARCHITECTURE
 from bincomm.cli import main
 from bincomm.configuration import configure
-from bincomm.data.images import UnusableImageError, open_encoded
+from bincomm.data.images import UnusableImageError, open_encoded, read_file
+from bincomm.data.shards import existing_shards
+from bincomm.data.sources import open_source
 from bincomm.engine.checkpoints import load_checkpoint, save_checkpoint
 from bincomm.evaluation.pretrained import load_pretrained
 from bincomm.files import read_yaml
@@ -57,10 +60,15 @@ ACTING = {
 
 @pytest.fixture
 def no_network(monkeypatch):
-    def refuse(*arguments, **options):
+    connected = []
+
+    def refuse(socket, address):
+        connected.append(address)
         raise AssertionError("something connects to an address")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
+    yield
+    assert not connected  # by what takes the error for that of a network, either
 
 
 @pytest.fixture(autouse=True)
@@ -265,6 +273,55 @@ def test_children_do_not_import_from_the_working_directory(tmp_path):
     )
     assert result.stdout == "5\n", result.stderr
     assert not (tmp_path / "it-ran").exists()
+
+
+# Addresses in files of others
+
+
+ADDRESSES = ("https://127.0.0.1:9/x-{0..3}.tar", "s3://bucket/x.tar", "hf://datasets/user/name")
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_no_address_in_a_configuration_is_fetched(address, exported, tmp_path, capsys):
+    config = configure("digits", backbone="test_resnet", backbone_args={}).as_dict()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({**config, "data": address}))
+    (tmp_path / "run/model.safetensors").write_bytes(exported[0].read_bytes())
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({**config, "data": {address: 1, "digits": 1}}))
+    for recipe in ("run/config.yaml", "mix.yaml"):
+        for command in ("pretrain", "data look", "compare"):
+            output = [] if command == "data look" else ["--output", "new"]
+            assert main([*command.split(), "--recipe", recipe, *output]) == 2
+            error = capsys.readouterr().err
+            assert f"names an address, {address}, and what a file names is not fetched" in error
+        with pytest.raises(ValueError, match="what a file names is not fetched"):
+            configure_adaptation("run", recipe)
+        assert not (tmp_path / "new").exists()
+    # What reads a run does not take the data from there.
+    assert configure_adaptation("run").data == "digits"
+    assert main(["evaluate", "run"]) == 2
+    assert "expected at least one of data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+def test_no_address_in_a_list_or_in_codes_is_fetched(address, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{address}/a.png\n")
+    with pytest.raises(ValueError, match="lists files that do not exist"):
+        open_source("list.txt")
+    with pytest.raises(ValueError, match="lists files that do not exist|do not lie in"):
+        open_source("list.txt@/")
+    with pytest.raises(ValueError, match="there is no shard"):
+        existing_shards([address])
+    with pytest.raises(OSError):
+        read_file(f"{address}/a.png")
+
+
+def test_shards_name_nothing_that_is_fetched(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        member = tarfile.TarInfo("https://127.0.0.1:9/a.png")
+        member.type, member.linkname = tarfile.SYMTYPE, "https://127.0.0.1:9/b.png"
+        tar.addfile(member)
+    assert len(open_source("x.tar").images.read(0)) == 0
 
 
 TITLE = "\x1b]0;title\x07"  # sets the title of a terminal's window

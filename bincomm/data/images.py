@@ -5,7 +5,7 @@ import os
 import stat
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -108,15 +108,28 @@ def read_file(path: str, offset: int = 0, size: int | None = None) -> np.ndarray
         if not stat.S_ISREG(status.st_mode):
             raise OSError(0, "not a regular file")
         size = status.st_size if size is None else size
-        if size > LARGEST_FILE:
-            raise OSError(0, f"{size} bytes, more than {LARGEST_FILE}, the most that are read")
-        begin = os.pread(descriptor, 32, offset) if size > LARGE_FILE else ARRAY
-        if not (begin.startswith(ARRAY) or _accepted(begin)):
-            raise OSError(0, f"{size} bytes that do not begin as an image")
+        check_large(size, lambda count: os.pread(descriptor, count, offset))
         if offset:
             file.seek(offset)
         data = np.empty(size, np.uint8)
         return data[: file.readinto(data.data)]
+
+
+def check_large(size: int, begin: Callable[[int], bytes]) -> None:
+    """Check the size of an encoded image before it is read, and of a large one its first bytes.
+
+    Args:
+        size: bytes.
+        begin: returns as many of them as it is given.
+
+    Raises:
+        OSError: it is larger than any image, or large and none.
+    """
+    if size > LARGEST_FILE:
+        raise OSError(0, f"{size} bytes, more than {LARGEST_FILE}, the most that are read")
+    first = begin(32) if size > LARGE_FILE else ARRAY
+    if not (first.startswith(ARRAY) or _accepted(first)):
+        raise OSError(0, f"{size} bytes that do not begin as an image")
 
 
 def open_encoded(data: np.ndarray | bytes) -> Image.Image:

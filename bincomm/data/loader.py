@@ -17,6 +17,7 @@ from bincomm.data.dali import Pipeline, device_number, find_undecodable, run_pip
 from bincomm.data.images import UnusableImageError
 from bincomm.data.multicrop import DRAWS, by_crop, draw_crops, training_pipeline
 from bincomm.data.order import SUBSTITUTES, Order
+from bincomm.data.remote import UnreachableError
 from bincomm.data.sources import Mix, Source
 from bincomm.data.values import load_input
 from bincomm.logs import printable_name
@@ -122,6 +123,7 @@ class Loader:
 
         Raises:
             TooManyUnusableError: the share of unusable images is above `max_unusable`.
+            UnreachableError: an image that is stored elsewhere cannot be read; another call tries again.
         """
         while True:
             if self._pipeline is None:
@@ -129,7 +131,7 @@ class Loader:
             try:
                 groups = run_pipeline(self._pipeline, self.device)
                 break
-            except TooManyUnusableError:
+            except (TooManyUnusableError, UnreachableError):
                 self._reset()
                 raise
             except RuntimeError as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bincomm.data.images import LARGEST_FILE
+from bincomm.data.remote import RemoteFile, RemoteReader, map_files
 from bincomm.data.shards import existing_shards
 from bincomm.logs import printable_name
 
@@ -239,11 +240,10 @@ def open_parquet(paths: Iterable[str]) -> tuple[ParquetImages, list[str], list[s
         ImportError: without pyarrow.
     """
     paths = existing_shards(paths)
-    files, words = list[ParquetFile](), list[str]()
-    for path in paths:
-        file, labels = _look_at(path, files[0] if files else None)
-        files.append(file)
-        words += labels
+    looked_at = [_look_at(path, None) for path in paths[:1]]
+    looked_at += map_files(lambda path: _look_at(path, looked_at[0][0]), paths[1:])
+    files = [file for file, _ in looked_at]
+    words = [word for _, labels in looked_at for word in labels]
     if not words:
         raise ValueError(f"data: no rows in {', '.join(map(printable_name, paths[:3])) or 'no shards'}")
     groups = RowGroups(files)
@@ -265,7 +265,7 @@ def _look_at(path: str, first: ParquetFile | None) -> tuple[ParquetFile, list[st
         raise ImportError("Parquet files as data need pyarrow") from error
     try:
         with _open(path) as file:
-            size = os.path.getsize(path)
+            size = file.size()
             reader = Reader(file)
             metadata, schema = reader.metadata, reader.schema_arrow
             columns = _columns(path, schema)
@@ -425,9 +425,11 @@ def _notes(groups: RowGroups) -> list[str]:
 
 
 def _open(path: str) -> Any:
-    """A local file for pyarrow, which would take a name like s3://x for an address."""
+    """A file for pyarrow, which would take a name like s3://x for an address and fetch it."""
     import pyarrow as pa
 
+    if isinstance(path, RemoteFile):
+        return pa.PythonFile(RemoteReader(path), "r")
     return pa.OSFile(os.fsencode(path))
 
 

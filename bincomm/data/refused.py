@@ -4,7 +4,6 @@ import os
 import re
 
 ACCEPTED = "expected a folder of images, tar or Parquet shards, a .txt file of paths"
-ADDRESS = re.compile(r"[A-Za-z][\w+.-]+://")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # What is not read, by how its name ends, and how to get there.
 ADVICE = {
@@ -26,10 +25,6 @@ ADVICE = {
 
 def describe(data: str) -> str:
     """What this is instead of a source, and what to do."""
-    if ADDRESS.match(data):
-        return (
-            f"{data!r} is an address; nothing is fetched from there: copy the files here, and give the folder"
-        )
     exists = os.path.exists(os.path.expanduser(data))
     does_not_exist = "" if exists else " does not exist, and"
     for endings, advice in ADVICE.items():
@@ -39,8 +34,7 @@ def describe(data: str) -> str:
         return f"{data!r} is no folder, text file of paths, tar or Parquet file"
     if HUB_NAME.fullmatch(data):
         return (
-            f"{data!r} does not exist here; a set of this name on a hub must be downloaded, for example by "
-            f"`hf download --repo-type dataset {data} --local-dir FOLDER`; give FOLDER if it holds "
-            "Parquet files or images"
+            f"{data!r} does not exist here; give hf://datasets/{data} for a set of Parquet files on the hub, "
+            f"or download it, `hf download --repo-type dataset {data} --local-dir FOLDER`, and give FOLDER"
         )
     return f"{data!r} does not exist"

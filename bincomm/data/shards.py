@@ -1,6 +1,7 @@
 """Tar shards in WebDataset's layout: indexed once, then any image is read by its offset and size."""
 
 import hashlib
+import io
 import os
 import re
 import subprocess
@@ -9,12 +10,13 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from bincomm.data.cache import cache_folder, read_cached, write_cached
-from bincomm.data.images import ARRAYS, EXTENSIONS, read_file
+from bincomm.data.images import ARRAYS, EXTENSIONS, check_large, read_file
+from bincomm.data.remote import RemoteFile, RemoteReader, map_files
 from bincomm.logs import printable_name
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT = f"7 {EXTENSIONS}"  # of an index; one of another format is ignored
 PARALLEL = 4  # number of shards without an index from which starting several processes pays off
+READ_AHEAD = 1 << 23  # bytes, of a shard that is stored elsewhere; looking for its members reads most of it
 MAX_PADDING = 1 << 16  # bytes that a tar file may have after its end mark; writers fill up blocks of 10 KiB
 # Types of what describes the next member, or all that follow.
 DESCRIPTIONS = {
@@ -62,9 +65,14 @@ class Shards:
 
     def read(self, index: int) -> np.ndarray:
         """The encoded image, (bytes,) uint8; OSError if it cannot be read."""
-        # Opened for every image: a shard that was removed is noticed, and no limit on open files is reached.
-        size = int(self.size[index])
-        data = read_file(self.shards[self.shard[index]], int(self.offset[index]), size)
+        path, offset, size = self.shards[self.shard[index]], int(self.offset[index]), int(self.size[index])
+        if isinstance(path, RemoteFile):
+            check_large(size, lambda count: path.read(offset, count).tobytes())
+            data = path.read(offset, size)
+        else:
+            # Opened for every image: a shard that was removed is noticed, and no limit on open files is
+            # reached.
+            data = read_file(path, offset, size)
         if len(data) < size:
             raise OSError(0, "the shard ends before the image does")
         return data
@@ -77,15 +85,24 @@ class Shards:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that `data-{000..127}.tar` stands for, with leading zeros as there."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    """The names that `data-{000..127}.tar` stands for, with leading zeros as there; `{train,val}` and
+    `{000..099,200}` are lists."""
+    match = re.search(r"\{([^{},]+(?:,[^{},]+)+|\d+\.\.\d+)\}", pattern)
     if match is None:
         return [pattern]
+    words = [word for part in match[1].split(",") for word in _range(part)]
+    names = [f"{pattern[: match.start()]}{word}{pattern[match.end() :]}" for word in words]
+    return [expanded for name in names for expanded in expand_braces(name)]
+
+
+def _range(part: str) -> list[str]:
+    """The numbers of a range such as 000..127, else the part itself."""
+    match = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+    if match is None:
+        return [part]
     first, last = match.groups()
     width = len(first) if first.startswith("0") else 0
-    numbers = range(int(first), int(last) + 1)
-    names = [f"{pattern[: match.start()]}{number:0{width}}{pattern[match.end() :]}" for number in numbers]
-    return [expanded for name in names for expanded in expand_braces(name)]
+    return [f"{number:0{width}}" for number in range(int(first), int(last) + 1)]
 
 
 def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
@@ -98,10 +115,11 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
         ValueError: a shard does not exist, cannot be read or is no tar file; there is no image in any.
     """
     paths = existing_shards(paths)
-    unknown = [path for path in paths if not os.path.exists(_index_path(path))]
+    local = [path for path in paths if not isinstance(path, RemoteFile)]
+    unknown = [path for path in local if not os.path.exists(_index_path(path))]
     if len(unknown) >= PARALLEL:
         _index_in_parallel(unknown)
-    indices = [_index(path) for path in paths]
+    indices = map_files(_index, paths)
     rows = [row for _, shard_rows in indices for row in shard_rows]
     if not rows:
         names = ", ".join(map(printable_name, paths[:3]))
@@ -114,13 +132,13 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
 
 
 def existing_shards(paths: Iterable[str]) -> list[str]:
-    """The absolute paths of files.
+    """The absolute paths of files; those of `RemoteFile` stay as they are.
 
     Raises:
         ValueError: there is no file at one of them.
     """
-    paths = [os.path.abspath(path) for path in paths]
-    missing = [path for path in paths if not os.path.isfile(path)]
+    paths = [path if isinstance(path, RemoteFile) else os.path.abspath(path) for path in paths]
+    missing = [path for path in paths if not isinstance(path, RemoteFile) and not os.path.isfile(path)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"data: there is no shard {printable_name(missing[0])}{more}")
@@ -129,8 +147,11 @@ def existing_shards(paths: Iterable[str]) -> list[str]:
 
 def _index_path(path: str) -> Path:
     """The path of a shard's index, which is different for each file and for each state of it."""
-    status = os.stat(path)
-    key = f"{FORMAT} {path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+    if isinstance(path, RemoteFile):
+        key = f"{FORMAT} {path.key}"
+    else:
+        status = os.stat(path)
+        key = f"{FORMAT} {path} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
     return cache_folder("indices") / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.tsv"
 
 
@@ -191,7 +212,7 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
     contents = Contents([], [], {}, {}, {})
     note = ""
     try:
-        with tarfile.open(path, "r:", tarinfo=Header) as tar:
+        with _open(path) as file, tarfile.open(path, "r:", fileobj=file, tarinfo=Header) as tar:
             try:
                 while member := tar.next():
                     if not member.offset < tar.offset < END:
@@ -234,15 +255,23 @@ def _read_tar(path: str) -> tuple[str, list[list[str]]]:
 
 def _beyond(path: str, end: int) -> str:
     """A note on what a tar file holds from its end mark on, which should be at this byte; "" if nothing."""
-    with open(path, "rb") as file:
+    with _open(path) as file:
+        size = file.seek(0, os.SEEK_END)
         file.seek(end)
         mark = file.read(512)
-    rest = os.path.getsize(path) - end
+    rest = size - end
     if len(mark) < 512 or any(mark):
         return f"is cut off or damaged at byte {end}: {max(0, rest)} bytes from there on were not read"
     if rest > MAX_PADDING:
         return f"holds {rest} bytes beyond its end, which were not read"
     return ""
+
+
+def _open(path: str) -> IO[bytes]:
+    """A shard, to be read from its beginning to its end."""
+    if isinstance(path, RemoteFile):
+        return io.BufferedReader(RemoteReader(path), READ_AHEAD)
+    return open(path, "rb")
 
 
 class Header(tarfile.TarInfo):

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
+from bincomm.data.addresses import check_address, is_address
 from bincomm.data.digits import digits
 from bincomm.data.images import ARRAYS, EXTENSIONS, Images, SelectableImages
 from bincomm.data.listing import Files, list_images
 from bincomm.data.parquet import ParquetImages, open_parquet
 from bincomm.data.parts import KINDS, Parts, held_out_kind, part_folders, parts_of_names, parts_of_shards
-from bincomm.data.refused import ACCEPTED, ADDRESS, describe
+from bincomm.data.refused import ACCEPTED, describe
+from bincomm.data.remote import UnreachableError, find_shards
 from bincomm.data.shards import Shards, expand_braces, open_shards
 from bincomm.data.standard import SETS, open_standard
 from bincomm.files import expand_home
@@ -104,6 +106,8 @@ def open_source(data: str | Mapping[str, float], split: str | None = None) -> So
               these are shards, and if it holds .npy files, these are the images;
             - tar shards in WebDataset's layout, as a path with braces or wildcards: data-{000..127}.tar;
             - Parquet files in the layout of Hugging Face datasets, in the same way: train-*.parquet;
+            - the address of such shards, or of a folder of them: s3://, gs://, https://, http:// (of shards
+              alone), or a data set of Parquet files on the hub, hf://datasets/USER/NAME;
             - a .txt file with one path per line, relative to the file and below its folder, or below FOLDER
               in list.txt@FOLDER; blank lines and lines starting with # are ignored;
             - a standard set by its name (`bincomm.data.standard.SETS`), downloaded once;
@@ -122,6 +126,8 @@ def open_source(data: str | Mapping[str, float], split: str | None = None) -> So
         ValueError: the data does not exist, has no images, has no such part or two of one kind, or a listed
             file is missing or lies elsewhere; the message names it.
         ImportError: Parquet files without pyarrow.
+
+        Images of addresses also raise `bincomm.data.remote.UnreachableError` when they are read.
     """
     if isinstance(data, str):
         return _open_one(data, split)
@@ -197,6 +203,8 @@ def why_no_evaluation(data: str | Mapping[str, float], source: Source) -> str:
 def _open_one(data: str, split: str | None) -> Source:
     if data in SETS:
         return _standard(data, split)
+    if is_address(data):
+        return _open_remote(data, split)
     path = digits() if data == "digits" else expand_home(data)
     if path.is_dir() and data:
         return _open_parts(path, split)
@@ -204,9 +212,8 @@ def _open_one(data: str, split: str | None) -> Source:
         if path.exists():  # whatever characters of patterns are in its name
             return _open_shards([str(path)], split)
         names = expand_braces(str(path))
-        if not ADDRESS.match(data):
-            found = [file for name in names for file in (sorted(glob.glob(name)) or [name])]
-            return _open_shards(found, split)
+        found = [file for name in names for file in (sorted(glob.glob(name)) or [name])]
+        return _open_shards(found, split)
     near = did_you_mean(data, SETS)
     text, _, root = data.rpartition("@")
     if path.suffix.lower() == ".txt" and path.is_file():
@@ -216,6 +223,17 @@ def _open_one(data: str, split: str | None) -> Source:
         path = expand_home(text)
         return _open_list(path, path.parent / expand_home(root or "/"), split)
     raise ValueError(f"data: {describe(data)}; {ACCEPTED}, digits, or one of {', '.join(SETS)}{near}")
+
+
+def _open_remote(data: str, split: str | None) -> Source:
+    """The images of shards that are stored elsewhere."""
+    check_address(data)  # before it is shown
+    try:
+        shards, notes = find_shards(expand_braces(data), SHARDS)
+        source = _open_shards(shards, split)
+    except UnreachableError as error:
+        raise ValueError(f"data: {error}") from None
+    return replace(source, notes=(*source.notes, *notes))
 
 
 def _standard(name: str, split: str | None) -> Source:

@@ -13,6 +13,7 @@ from torch import nn
 from bincomm.building import create_networks, create_objective, hash_seed
 from bincomm.config import PretrainConfig
 from bincomm.data.loader import Loader, TooManyUnusableError
+from bincomm.data.remote import UnreachableError
 from bincomm.data.sources import Source
 from bincomm.distributed.ranks import FirstRankError, Ranks
 from bincomm.distributed.sharding import load_sharded, load_sharded_optimizer, shard
@@ -130,11 +131,12 @@ class Job:
         """The crops of step `step`, which counts from 0; see `Batches.next`.
 
         Raises:
-            TooManyUnusableError: too many images cannot be used; the run is saved, if it is on one rank.
+            TooManyUnusableError, UnreachableError: images cannot be used or reached; the run is saved, if it
+                is on one rank.
         """
         try:
             return self.batches.next(peek)
-        except TooManyUnusableError:
+        except (TooManyUnusableError, UnreachableError):
             if step and self.ranks.world == 1:
                 self.state.save(step)
                 self.checkpoints.wait()

@@ -236,8 +236,6 @@ def test_what_is_wrong_is_named(tmp_path):
             open_source(f"{tmp_path}/{name}.parquet")
     with pytest.raises(ValueError, match=r"data: there is no shard .*1\.parquet and 1 more"):
         open_source(f"{tmp_path}/{{1..2}}.parquet")
-    with pytest.raises(ValueError, match=r"data: 's3://bucket/x-\{0..9\}.parquet' is an address"):
-        open_source("s3://bucket/x-{0..9}.parquet")
     with pytest.raises(ValueError, match=r"data: no rows in .*none\.parquet"):
         open_source(labeled(tmp_path / "none.parquet", []))
     with pytest.raises(ValueError, match="data: no images .* in no shards"):

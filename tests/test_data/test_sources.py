@@ -206,16 +206,13 @@ def test_names_in_errors_are_one_line_without_control_characters(tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ("s3://bucket/x", "is an address; nothing is fetched from there"),
-        ("s3://bucket/x-{000..127}.tar", "is an address; nothing is fetched from there"),
-        ("https://host/x.zip", "is an address; nothing is fetched from there"),
         ("x.zip", "does not exist, and is an archive: unpack it"),
         ("there.ZIP", "there.ZIP' is an archive: unpack it"),
         ("x.tar.gz", "is a compressed tar file: unpack it"),
         ("x.npz", "is a file of arrays: .*PIL.Image.fromarray"),
         ("x.arrow", "is a table"),
         ("x.jpg", "is one image: give its folder"),
-        ("user/name", "a set of this name on a hub must be downloaded.*hf download"),
+        ("user/name", "give hf://datasets/user/name for .*hf download"),
         ("cifar11", "does not exist; .*did you mean cifar10?"),
     ],
 )
