@@ -29,6 +29,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 import bincomm
+from bincomm.data.addresses import check_address, is_address
 from tests.pages import LANGUAGES, PAGES, ROOT, anchors, blocks, commands, inline_code, links
 from tests.scenes import write_scenes
 from tests.test_architecture import LAYERS
@@ -153,7 +154,7 @@ def test_every_command_has_a_rule():
 def test_commands_run(text, workspace):
     rule = find_rule(COMMANDS[text][1])
     assert rule is not None, f"{COMMANDS[text][0]}: tests/test_docs.py has no rule for {text}"
-    rule([os.path.expanduser(word) for word in COMMANDS[text][1]])
+    rule(with_data_here([os.path.expanduser(word) for word in COMMANDS[text][1]]))
 
 
 @pytest.mark.slow
@@ -229,6 +230,15 @@ def replace(words: list[str], **values: str) -> list[str]:
             del words[at : at + 2]
         words += [f"--{option}", value]
     return words
+
+
+def with_data_here(words: list[str]) -> list[str]:
+    """A command with shards here in place of those of an address, which must be one that is taken."""
+    data = value_of("--data", words)
+    if data is None or not is_address(data):
+        return words
+    check_address(data)
+    return replace(words, data="photos" if data.startswith("hf://") else "shards")
 
 
 def small(words: list[str]) -> list[str]:
