@@ -18,7 +18,11 @@ from functools import partial
 from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+if TYPE_CHECKING:
+    import pytest
 
 
 class Server:
@@ -83,6 +87,13 @@ def store() -> Iterator[str]:
             process.kill()
 
 
+def hub_at(address: str, monkeypatch: "pytest.MonkeyPatch") -> None:
+    """What HF_ENDPOINT does when huggingface_hub is imported."""
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else headers wait for the client to confirm
@@ -110,11 +121,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(int(status), b"no")
         if to := self.faults.get("to"):
             return self.send(302, b"", Location=to + self.path)
-        if match := re.fullmatch(r"/api/datasets/(\w+/\w+)(/revision/[^/]+)?", path):
+        if match := re.fullmatch(r"/api/datasets/(\w+/\w+)(/revision/.+)?", path):
             return self.hub_about(match[1])
-        if match := re.fullmatch(r"/api/datasets/(\w+/\w+)/tree/([^/]+|refs/convert/parquet)(/.*)?", path):
-            return self.hub_tree(match[1], (match[3] or "").strip("/"))
-        if match := re.fullmatch(r"/datasets/(\w+/\w+)/resolve/([^/]+|refs/convert/parquet)/(.+)", path):
+        if match := re.fullmatch(r"/api/datasets/(\w+/\w+)/tree/(refs/convert/parquet|[^/]+)(/.*)?", path):
+            return self.hub_tree(match[1], (match[3] or "").strip("/"), "recursive=true" in url.query.lower())
+        if match := re.fullmatch(r"/datasets/(\w+/\w+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", path):
             return self.send(302, b"", Location=f"/{match[1]}/{quote(match[3])}?Signature=secret")
         if match := re.fullmatch(r"/storage/v1/b/(\w+)/o", path):
             return self.store_list(match[1], parse_qs(url.query).get("prefix", [""])[0])
@@ -162,15 +173,17 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(404, b"{}", **{"X-Error-Code": "RepoNotFound"})
         return self.send_json({"id": name, "sha": "0" * 40, "siblings": [], "private": False, "tags": []})
 
-    def hub_tree(self, name: str, inside: str) -> None:
+    def hub_tree(self, name: str, inside: str, recursive: bool) -> None:
         root = self.folder / name
         entries = []
-        for path in self.below(root / inside):
-            oid = sha1(path.read_bytes()).hexdigest()
-            size = path.stat().st_size
-            entries.append({"type": "file", "path": str(path.relative_to(root)), "size": size, "oid": oid})
+        for path in sorted((root / inside).rglob("*") if recursive else (root / inside).iterdir()):
+            entry = {"path": str(path.relative_to(root)), "size": 0, "oid": "0", "type": "directory"}
+            if path.is_file():
+                content = path.read_bytes()
+                entry |= {"size": len(content), "oid": sha1(content).hexdigest(), "type": "file"}
+            entries.append(entry)
         if "tree" in self.faults:
-            entries.append({**entries[0], "path": self.faults["tree"]})
+            entries.append({**entries[-1], "path": self.faults["tree"]})
         return self.send_json(entries)
 
     def store_item(self, bucket: str, path: Path) -> dict[str, str]:

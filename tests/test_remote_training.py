@@ -16,8 +16,7 @@ from bincomm.data.sources import open_source
 from bincomm.engine.records import Records
 from bincomm.engine.signals import Interrupted
 from bincomm.pretraining import pretrain
-from tests.servers import serving, store
-from tests.test_data.test_remote import hub_at
+from tests.servers import hub_at, serving, store
 from tests.tiny_run import OPTIONS
 
 pytest.importorskip("s3fs", reason="needs bincomm[remote]")

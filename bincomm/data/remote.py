@@ -280,7 +280,7 @@ def _ask(address: str, request: Callable[[Any], Result]) -> Result:
         ValueError: a package is missing.
     """
     file_system, answered = _file_system(address), _client(os.getpid()).answered
-    place = "/".join(address.split("/", 3)[:3])
+    place, shown = "/".join(address.split("/", 3)[:3]), printable_name(address)
     begin = time.monotonic()
     failed = 0
     while True:
@@ -296,9 +296,9 @@ def _ask(address: str, request: Callable[[Any], Result]) -> Result:
             # Without the error itself, whose text may hold a signature.
             seconds = time.monotonic() - begin
             times = f" (after {failed} attempts in {seconds:.0f} s)" if failed > 1 else ""
-            raise UnreachableError(f"{address}: {reason}{times}") from None
+            raise UnreachableError(f"{shown}: {reason}{times}") from None
         level = logging.INFO if failed >= REPORTED else logging.DEBUG
-        logger.log(level, "%s: %s; another attempt follows", address, reason, extra={"every_rank": True})
+        logger.log(level, "%s: %s; another attempt follows", shown, reason, extra={"every_rank": True})
         time.sleep(waits[failed - 1])
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import os
 import re
 import subprocess
@@ -21,6 +22,8 @@ from bincomm.logs import printable_name
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
 
 FORMAT = f"7 {EXTENSIONS}"  # of an index; one of another format is ignored
 PARALLEL = 4  # number of shards without an index from which starting several processes pays off
@@ -119,6 +122,10 @@ def open_shards(paths: Iterable[str]) -> tuple[Shards, list[str], list[str]]:
     unknown = [path for path in local if not os.path.exists(_index_path(path))]
     if len(unknown) >= PARALLEL:
         _index_in_parallel(unknown)
+    new = [path for path in paths if isinstance(path, RemoteFile) and not os.path.exists(_index_path(path))]
+    if new:
+        gib = sum(path.size for path in new) / 2**30
+        logger.info("reading %d shards (%.3g GiB) once, for an index of their images", len(new), gib)
     indices = map_files(_index, paths)
     rows = [row for _, shard_rows in indices for row in shard_rows]
     if not rows:

@@ -18,7 +18,7 @@ from bincomm.data.blocks import BLOCK, BlockCache
 from bincomm.data.images import UnusableImageError, read
 from bincomm.data.remote import UnreachableError
 from bincomm.data.sources import evaluation_sources, open_source
-from tests.servers import serving, store
+from tests.servers import hub_at, serving, store
 
 pytest.importorskip("s3fs", reason="needs bincomm[remote]")
 pytest.importorskip("gcsfs", reason="needs bincomm[remote]")
@@ -101,13 +101,6 @@ def same(source, expected):
     assert source.images.read(0).flags.writeable  # as DALI wants it
 
 
-def hub_at(address, monkeypatch):
-    """What HF_ENDPOINT does when huggingface_hub is imported."""
-    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
 KEPT, NOT_KEPT = "1", "0"
 
 
@@ -136,6 +129,13 @@ def test_images_are_those_of_local_shards(kind, gib, data, server, request, monk
     ):
         same(ours, theirs)
     same(open_source(address, "test"), open_source(f"{data}/user/name/data", "test"))
+    if kind == "hf":  # a revision, also one with a slash, and a configuration
+        for address in (
+            "user/name@main/data",
+            "user/name@refs%2Fconvert%2Fparquet",
+            "user/name/data/t*.parquet",
+        ):
+            same(open_source(f"hf://datasets/{address}"), expected)
     assert bool(source.notes) == (gib == NOT_KEPT)
 
 
