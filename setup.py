@@ -156,6 +156,7 @@ def extension() -> tuple[list[Extension], type[build_ext]]:
         ("BINCOMM_TORCH_VERSION", text(torch.__version__)),
     ]
     flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+    flags.append("-g0")  # Python's own flags have -g: half of the binary, with paths of the building machine
     options: dict[str, Any] = {
         "sources": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp")),
         "depends": sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.*h")),
