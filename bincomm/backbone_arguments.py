@@ -9,6 +9,8 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 # Arguments of timm's constructors that numbers express, or names that timm looks up in its own tables.
@@ -74,6 +76,16 @@ def check_backbone_name(name: Any, argument: str) -> None:
     """
     if not is_plain_name(name):
         raise ValueError(f"{argument}: expected the name of a timm model, such as resnet18, got {name!r}")
+
+
+def backbone_names() -> list[str]:
+    """Names of timm's models, by alphabet; none without timm. They are read from its source, because
+    importing it takes seconds."""
+    timm = find_spec("timm")
+    if timm is None or timm.origin is None:
+        return []
+    sources = (path.read_text() for path in Path(timm.origin).parent.glob("models/*.py"))
+    return sorted(name for text in sources for name in re.findall(r"^@register_model\ndef (\w+)", text, re.M))
 
 
 def check_backbone_arguments(arguments: Any) -> None:

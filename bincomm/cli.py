@@ -18,15 +18,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from bincomm import __version__, logs
+from bincomm.backbone_arguments import backbone_names
 from bincomm.commands.arguments import HelpFormatter, add_verbosity
 from bincomm.configuration import configure
 from bincomm.interruption import interruptible
 from bincomm.logs import did_you_mean, printable_name, tell
 from bincomm.memory import check_limit, is_out_of_memory
-from bincomm.parsing import explain, key_parser, options_of, parse_options
+from bincomm.parsing import KEYS, choices, explain, key_parser, options_of, parse_options
+from bincomm.recipes import recipe_names
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser as KeyParser
 
 logger = logging.getLogger("bincomm.cli")  # also where this is __main__
 
@@ -144,6 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
         # That of a notebook whose shell runs this. Matplotlib refuses one that this environment lacks, and
         # commands draw into files only.
         del os.environ["MPLBACKEND"]
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     call = Call()
     # Several processes have a launcher that ends them, and may wait for each other where no handler runs.
     with interruptible() if ranks() == 1 else nullcontext():
@@ -184,8 +191,9 @@ def run(call: Call, arguments: list[str]) -> int:
         raise ValueError(f"{name}: expected one process; start it without torchrun")
     if call.command.extra:
         check_limit()
-    module = importlib.import_module(f"bincomm.commands.{name.replace(' ', '_')}")
-    options = call.options = parse(call, module, arguments[words:])
+    module, parser, given = module_of(name), create_parser(name), arguments[words:]
+    options = parser.parse_args(given) if isinstance(parser, CommandParser) else parse_options(parser, given)
+    call.options = options
     level = logging.WARNING if options.quiet else logging.DEBUG if options.verbose else logging.INFO
     with logs.showing(level):
         try:
@@ -207,22 +215,61 @@ def expand_argument(argument: str) -> str:
     return os.path.expanduser(argument) if argument.startswith("~/") else argument
 
 
-def parse(call: Call, module: ModuleType, arguments: list[str]) -> argparse.Namespace:
-    """A command's options; for a command with the keys of a run see `bincomm.parsing.parse_options`."""
+def module_of(name: str) -> ModuleType:
+    """The module that carries out a command."""
+    return importlib.import_module(f"bincomm.commands.{name.replace(' ', '_')}")
+
+
+def create_parser(name: str) -> "CommandParser | KeyParser":
+    """The parser of a command's options; for a command with the keys of a run see
+    `bincomm.parsing.parse_options`."""
+    module = module_of(name)
     about: dict[str, Any] = {
-        "prog": f"bincomm {call.name}",
+        "prog": f"bincomm {name}",
         "description": " ".join(str(module.__doc__).split()),
         "formatter_class": HelpFormatter,
     }
-    if call.command.takes_run_keys:
-        with_keys = key_parser(usage=f"bincomm {call.name} [OPTIONS]", **about)
-        add_verbosity(with_keys)
-        module.add_arguments(with_keys)
-        return parse_options(with_keys, arguments)
-    parser = CommandParser(allow_abbrev=False, **about)
+    parser: CommandParser | KeyParser
+    if COMMANDS[name].takes_run_keys:
+        parser = key_parser(usage=f"bincomm {name} [OPTIONS]", **about)
+    else:
+        parser = CommandParser(allow_abbrev=False, **about)
     add_verbosity(parser)
     module.add_arguments(parser)
-    return parser.parse_args(arguments)
+    return parser
+
+
+def complete() -> NoReturn:
+    """Answer a shell that completes a command line, by the protocol of argcomplete: the line is in COMP_LINE,
+    the answer goes to file descriptor 8. Where there is none, the shell offers files."""
+    import argcomplete
+
+    line, start = os.environ["COMP_LINE"], int(os.environ["_ARGCOMPLETE"])  # the words that call bincomm
+    words = argcomplete.split_line(line, int(os.environ["COMP_POINT"]))[3][start:]  # before the cursor's
+    group = "data " if words[:1] == ["data"] else ""
+    count = 2 if group else 1
+    if (name := " ".join(words[:count])) in COMMANDS:
+        os.environ["_ARGCOMPLETE"] = str(start + count)
+        parser = create_parser(name)
+        for action in parser._actions:
+            if action.dest in (*KEYS, "recipe"):
+                action.completer = lambda key=action.dest, **_: values_of(key)  # type: ignore[attr-defined]
+        if not isinstance(parser, CommandParser):
+            parser.parse_args([])  # jsonargparse calls argcomplete itself
+    else:
+        os.environ["_ARGCOMPLETE"] = str(start + count - 1)
+        parser = CommandParser()
+        commands = parser.add_subparsers()
+        for each, summary in summaries(group).items():
+            commands.add_parser(each, help=summary)
+    argcomplete.autocomplete(parser)
+    sys.exit(1)  # not reached: autocomplete ends the process
+
+
+def values_of(key: str) -> list[str]:
+    """Values that a shell offers for a key, or for --recipe."""
+    names = {"recipe": recipe_names, "backbone": backbone_names}
+    return names[key]() if key in names else choices(key)
 
 
 def configuration(module: ModuleType, options: argparse.Namespace) -> Any:
@@ -232,17 +279,22 @@ def configuration(module: ModuleType, options: argparse.Namespace) -> Any:
     return configure(options.recipe, **options.keys)
 
 
-def usage(group: str = "") -> str:
-    """The list of all commands, or of those of a group."""
+def summaries(group: str = "") -> dict[str, str]:
+    """The commands, or those of a group, and what each does."""
     lines = {name: command.summary for name, command in COMMANDS.items() if name.startswith(group)}
     if not group:
         lines = {name: summary for name, summary in lines.items() if not name.startswith("data ")}
         lines["data"] = "draw crops, list unusable images, measure means, write tar shards"
         lines["doctor"] = lines.pop("doctor")  # at the end
+    return {name.removeprefix(group): summary for name, summary in lines.items()}
+
+
+def usage(group: str = "") -> str:
+    """The list of all commands, or of those of a group."""
     return "\n".join(
         [
             f"usage: bincomm {group}COMMAND [OPTIONS]\n",
-            *(f"  {name.removeprefix(group):10} {summary}" for name, summary in lines.items()),
+            *(f"  {name:10} {summary}" for name, summary in summaries(group).items()),
             f"\n`bincomm {group}COMMAND --help` lists a command's options.",
         ]
     )

@@ -24,6 +24,7 @@ PACKAGES = {
     "timm": "backbones; without it there is no training",
     "nvidia.dali": "the data pipeline; without it there is no training",
     "jsonargparse": "the command line and recipes; without it there is no training",
+    "argcomplete": "completion of commands by the shell; nothing else needs it",
     "safetensors": "export of backbones; without it there is no training",
     "sklearn": "the digits, the data of the first run",
     "matplotlib": "curves and plots; without it there is no training",

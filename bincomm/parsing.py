@@ -211,6 +211,19 @@ def kind(hint: Any) -> str:
     return "a mapping"
 
 
+def choices(key: str) -> list[str]:
+    """The words that a key takes, none for one that takes any, or numbers alone."""
+    hints = [typing.get_type_hints(PretrainConfig)[key]]
+    words = ["true", "false"] if bool in hints else []
+    while hints:
+        hint = hints.pop()
+        if typing.get_origin(hint) is Literal:
+            words += map(str, typing.get_args(hint))
+        elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+            hints += typing.get_args(hint)
+    return words
+
+
 def example(key: str, options: Iterable[str]) -> str:
     """A value that a key may have, as an option where there are options."""
     value = in_json(EXAMPLES.get(key, KEYS[key]))

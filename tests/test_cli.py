@@ -14,6 +14,7 @@ import bincomm
 from bincomm import cli
 from bincomm.configuration import configure
 from bincomm.data.cache import cache_folder
+from bincomm.recipes import recipe_names
 
 
 def test_doctor_tells_what_runs_where(capsys):
@@ -356,3 +357,60 @@ print(*(cli.main(arguments.split()) for arguments in (
     assert [line.partition("pip install ")[2] for line in lines] == [
         "'bincomm[train]'", "'bincomm[train]'", "'bincomm[eval]'", "'bincomm[eval]'"
     ]  # fmt: skip
+
+
+@pytest.fixture
+def completions():
+    """A function that returns what a shell may go on with at the end of a line, by argcomplete's protocol."""
+    pytest.importorskip("argcomplete")
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("torch", "numpy")))  # not imported: a shell waits for the answer
+from bincomm.cli import main
+main()
+"""
+    command = ["bash", "-c", '"$@" 8>&1 1>/dev/null 9>/dev/null', "bash", sys.executable, "-c", code]
+
+    def complete(line):
+        position = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1"}
+        result = subprocess.run(command, env=os.environ | position, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        return result.stdout.split("\v")
+
+    return complete
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("bincomm pre", ["pretrain "]),
+        ("bincomm data ", ["-h", "--help", "look", "verify", "shard"]),
+        ("bincomm data look --shee", ["--sheet "]),
+        ("bincomm pretrain --dr", ["--dry_run", "--drop_path"]),
+        ("bincomm compare --recipe cifar", ["cifar10", "cifar10_cpu"]),
+        ("bincomm pretrain --seed 1 --recipe=dig", ["--recipe=digits "]),
+        ("bincomm pretrain --precision ", ["auto", "bf16", "fp32"]),
+        ("bincomm pretrain --fsdp ", ["true", "false"]),
+        ("bincomm adapt --lr a", ["auto "]),
+        ("bincomm evaluate runs/x --device c", ["cpu", "cuda"]),
+        ("bincomm doctor --j", ["--json "]),
+        ("bincomm pretrain --epochs ", [""]),
+        ("bincomm pretrian --e", [""]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_values(completions, line, expected):
+    assert completions(line) == expected
+
+
+@pytest.mark.slow
+def test_a_shell_offers_every_command_recipe_and_backbone(completions):
+    """timm's names are read from its source, in place of an import that takes seconds."""
+    import timm
+
+    names = {name.split()[0] for name in cli.COMMANDS}
+    assert set(completions("bincomm ")) == names | {"-h", "--help"}
+    assert completions("bincomm pretrain --recipe ") == recipe_names()
+    assert completions("bincomm pretrain --backbone ") == sorted(timm.list_models())
+    assert completions("bincomm evaluate --backbone resnetv2_18") == ["resnetv2_18", "resnetv2_18d"]

@@ -374,6 +374,21 @@ def example(words: list[str]) -> None:
     assert output.getvalue()
 
 
+def completion(words: list[str]) -> None:
+    """It makes bash complete a command, here that of this checkout."""
+    pytest.importorskip("argcomplete")
+    script = f"""
+        eval "{words[1]}"
+        bincomm() {{ "{sys.executable}" -m bincomm.cli; }}
+        COMP_LINE="bincomm pre" COMP_POINT=11 COMP_TYPE=9
+        _python_argcomplete bincomm
+        echo "${{COMPREPLY[@]}}"
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    assert run(["bash", "-c", script], env=environment).split() == ["pretrain"]
+
+
 RULES: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     **{("bincomm", name): lambda words, rule=rule: rule(words[1:]) for name, rule in SUBCOMMANDS.items()},
     ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun"): lambda words: torchrun(words[1:]),
@@ -381,6 +396,7 @@ RULES: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("make",): make,
     ("pip",): pip,
     (".venv/bin/python", "-m", "pytest"): pytest_of_venv,
+    ("eval", "$(register-python-argcomplete bincomm)"): completion,
     ("python", "examples/minimal.py"): example,
 }
 
