@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: setup pretrain check test test-long test-fuzz lint types bench bench-codes bench-data bench-defaults bench-domains \
-  bench-factors bench-learning bench-small-step bench-step gpu gpu-tables gpu-bench-data clean
+  bench-factors bench-learning bench-small-step bench-step gpu gpu-tables gpu-bench-data wheel clean
 .DELETE_ON_ERROR:
 
 # One at a time: a second one waits, and then finds it done.
@@ -59,6 +59,13 @@ types: setup
 bench: setup
 	@mkdir -p build
 	$(call measure,$(BIN)/python,cpu)
+
+# Source distribution and wheel in dist/. The wheel is tried in new environments, with the oldest torch that it allows and
+# with the newest, which takes gigabytes of downloads.
+wheel: setup
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python tests/check_wheel.py dist/*.whl
 
 # For a machine with a GPU whose `python3` already has torch, triton and nvcc; nothing is installed there. In under ten
 # minutes: correctness and the key figures. STAGES=tests,step chooses; ARGS=--dry rehearses without a GPU.

@@ -1,6 +1,7 @@
 """The bare install: torch alone."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 import bincomm
 from bincomm.ops import reference
+from bincomm.ops.library import _C
 
 ROOT = Path(__file__).parent.parent
 HEAVY = (
@@ -182,6 +185,31 @@ def test_cuda_code_is_in_the_extension_when_nvcc_was_found():
 
     assert hasattr(_C, "device_code")
     assert "9.0" in facts["cuda_architectures"]
+
+
+def test_the_extension_needs_of_torch_what_is_stable_since_the_oldest_that_is_allowed():
+    pytest.importorskip("torch_abi_audit")
+    from check_wheel import audit
+
+    if _C is None:
+        pytest.skip("bincomm._C is not built")
+    (torch_requirement,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    audit(Path(_C.__file__), Version(torch_requirement))
+    with pytest.raises(SystemExit, match=r"expected symbols of torch 2\.9, got 2\.11\.0"):
+        audit(Path(_C.__file__), Version("2.9"))
+    with pytest.raises(SystemExit, match="expected torch's stable ABI alone, got torch-unstable"):
+        audit(Path(torch.__file__).parent / "lib" / "libtorch_python.so", Version("2.9"))
+
+
+def test_a_wheel_is_tried_by_what_works_here():
+    """In an environment that has as little as the new one, which takes minutes to make."""
+    from check_wheel import SMOKE
+
+    if _C is None:
+        pytest.skip("bincomm._C is not built")
+    process = python(f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r}))\n{SMOKE}")
+    assert process.returncode == 0, process.stderr
+    assert "operations as defined" in process.stdout
 
 
 def test_the_triton_kernels_are_part_of_a_checkout_a_wheel_and_a_source_distribution(tmp_path):
