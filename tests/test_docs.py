@@ -389,10 +389,32 @@ def completion(words: list[str]) -> None:
     assert run(["bash", "-c", script], env=environment).split() == ["pretrain"]
 
 
+def sbatch(words: list[str]) -> None:
+    """The script is there (tests/test_launching.py runs it), and the run that it starts."""
+    assert (ROOT / words[1]).exists()
+    train(["pretrain", *words[2:]])
+
+
+def kubectl(words: list[str]) -> None:
+    """The manifest is there; tests/test_launching.py looks into it."""
+    assert (ROOT / words[-1]).exists()
+
+
+def docker(words: list[str]) -> None:
+    """What the image is built from is there; a run in it is one here, with the folder that is mounted."""
+    assert (ROOT / "Dockerfile").exists()
+    if words[1] == "run":
+        command = words[words.index("bincomm") + 1 :]
+        train(replace(command, data=os.path.expanduser("~/pictures")))
+
+
 RULES: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     **{("bincomm", name): lambda words, rule=rule: rule(words[1:]) for name, rule in SUBCOMMANDS.items()},
     ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "torchrun"): lambda words: torchrun(words[1:]),
     ("torchrun",): torchrun,
+    ("sbatch",): sbatch,
+    ("kubectl", "apply", "-f"): kubectl,
+    ("docker",): docker,
     ("make",): make,
     ("pip",): pip,
     (".venv/bin/python", "-m", "pytest"): pytest_of_venv,
