@@ -354,11 +354,23 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
   };
   const auto all = [](int, int) { return true; };
   // W of all rows is, in the rows of the tile k, -R_j^T where j < k, and W of this tile where j = k.
-  const auto store_factor = [&](int k, int j, const float* tile) {
-    const int64_t row = blockIdx.x / kBlocks * p.part + k * kTile;
-    float* const to = p.to + row * p.part + j * kTile + lane;
-#pragma unroll 8
-    for (int r = 0; r < kTile; ++r) to[r * p.part] = j <= k ? -tile[element(r, lane)] : 0.0f;
+  // All warps store some rows of each tile.
+  const auto store_factor = [&](int k) {
+    for (int i = deal.p; i < tiles; i += kSide) {
+#pragma unroll 1
+      for (int j = deal.q; j <= i; j += kSide) {
+        if (i != k && j != k) continue;
+        const float* const tile = j == k ? r_of(row_panel, i, k) : r_of(column_panel, j, k);
+        const int column = i + j - k;
+        const int64_t row = blockIdx.x / kBlocks * p.part + k * kTile;
+        float* const to = p.to + row * p.part + column * kTile + lane;
+#pragma unroll
+        for (int turn = 0; turn < kTile / kWarps; ++turn) {
+          const int r = warp + turn * kWarps;
+          to[r * p.part] = column <= k ? -tile[element(r, lane)] : 0.0f;
+        }
+      }
+    }
   };
 
   for_tiles(0, all, [&](int i, int j) {
@@ -396,17 +408,18 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
     }
 
     // R_i^T = W A_ki.
-    const auto in_panel = [&](int i, int j) { return (i == k) != (j == k); };
-    for_tiles(0, in_panel, [&](int i, int j) {
-      Product product;
-      if (j == k) {
-        product.add<true, true>(minus_w(k), slot(i, k), lane);
-      } else {
-        product.add<true, false>(minus_w(k), slot(k, j), lane);
-      }
-      __syncwarp();  // one block alone overwrites A_ik with R_i
-      product.store<false>(j == k ? r_of(row_panel, i, k) : r_of(column_panel, j, k), -1.0f, lane);
-    });
+    for_tiles(
+        0, [&](int i, int j) { return (i == k) != (j == k); },
+        [&](int i, int j) {
+          Product product;
+          if (j == k) {
+            product.add<true, true>(minus_w(k), slot(i, k), lane);
+          } else {
+            product.add<true, false>(minus_w(k), slot(k, j), lane);
+          }
+          __syncwarp();  // one block alone overwrites A_ik with R_i
+          product.store<false>(j == k ? r_of(row_panel, i, k) : r_of(column_panel, j, k), -1.0f, lane);
+        });
     if (kSide > 1) {
       cluster_barrier();
       // From the block that computed it: R_i with i > k in the row panel of the block of (i, k), with i < k in the
@@ -426,14 +439,8 @@ __device__ __forceinline__ void sweep(const SweepArguments& p) {
       fetch(row_panel, deal.p);
       if (deal.p != deal.q) fetch(column_panel, deal.q);
     }
-    if constexpr (kPart) {
-      __syncwarp();  // each warp stores what it computed
-      for_tiles(0, in_panel, [&](int i, int j) {
-        store_factor(k, j == k ? i : j, j == k ? r_of(row_panel, i, k) : r_of(column_panel, j, k));
-      });
-      if (owns(k, k) && warp == kWarps - 1) store_factor(k, k, minus_w(k));
-    }
     __syncthreads();
+    if constexpr (kPart) store_factor(k);
 
     // The next block to be factored is updated first, so that its factorization runs in parallel with other updates.
     const bool ahead = k + 1 < tiles && owns(k + 1, k + 1);

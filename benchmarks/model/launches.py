@@ -223,8 +223,8 @@ def norms_path(code: list[sass.Instruction], bits: int) -> list[sass.Instruction
 
 
 def sweep_row(name: str, functions: "Functions", views: int, side: int) -> Row:
-    """Of the inversion, or of a part of a larger matrix: a cluster of blocks for each matrix, a multiprocessor
-    for each block."""
+    """Of the inversion, or of a part of a larger matrix: a cluster of blocks for each matrix, and a
+    multiprocessor for each block."""
     along, swept = 2, min(side, PART)
     code, registers = functions["sweep", along, int(side > PART)]
     parts = sweep_cycles(code, -(-swept // TILE), along)

@@ -50,7 +50,13 @@ def _cycles(code: Code, tiles: int, side: int) -> dict[str, float]:
     passing = latency(warp_path(updates, update, {0: 0, 1: 1}))
     # What one warp does alone: the next tile of the diagonal, while others update theirs.
     first_factor = latency(warp_path(opening, (last_barrier(opening, steps[0]), steps[0]), {}))
-    before_others = last_barrier(updates, ahead[0]), around(updates, update)[0] - 1
+    begin = last_barrier(updates, ahead[0])
+    whole = innermost_loops(closing, "STG", 16)
+    if not whole:  # a part, of which W is stored first, two rows of each tile by a warp
+        stored = innermost_loops(updates, "STG", 2)[0]
+        store_rows = warp_path(updates, stored, {0: 1})
+        begin = around(updates, stored)[1] + 1
+    before_others = begin, around(updates, update)[0] - 1
     factor = latency(warp_path(updates, before_others, {0: QUARTERS}))
 
     owned = Counter((i % side, j % side) for i in range(tiles) for j in range(i + 1))
@@ -58,14 +64,11 @@ def _cycles(code: Code, tiles: int, side: int) -> dict[str, float]:
     update_all = shared_out(update_tile, most, PAIRED) + most * passing
     cycles: defaultdict[str, float] = defaultdict(float)
     cycles["load and store"] = shared_out(load_tile, most)
-    if whole := innermost_loops(closing, "STG", 16):
+    rest = last
+    if whole:
         store = around(closing, whole[0])
         cycles["load and store"] += shared_out(warp_path(closing, store, {0: FILLS, 1: 1}), most)
         rest = around(closing, store)[1] + 1
-    else:
-        # Of a part, W is stored while its panels are there.
-        store = around(updates, innermost_loops(updates, "STG", 8)[0])
-        store_tile, rest = warp_path(updates, store, {0: FILLS, 1: 1}), last
     cycles["load and store"] += latency(warp_path(closing, (rest, end), {0: tiles // 4, 1: 0}))
     cycles["factor"] = first_factor
     cycles["barriers"] = tiles * 2 * (CLUSTER_BARRIER + BARRIER) + CLUSTER_BARRIER
@@ -83,7 +86,7 @@ def _cycles(code: Code, tiles: int, side: int) -> dict[str, float]:
         made = max(Counter(makers.values()).values())
         cycles["panels"] += shared_out(panel_tile, made, PAIRED)
         if not whole:
-            cycles["load and store"] += shared_out(store_tile, made)
+            cycles["load and store"] += made * latency(store_rows)
         one_by_one = received * latency(one_load(within(updates, fetch)))
         cycles["fetch"] += max(one_by_one, max(sent, received) * TILE_BYTES / REMOTE_BYTES)
         if k + 1 < tiles and factor > update_all:

@@ -162,7 +162,7 @@ FAULTS = {  # what is planted: the text it replaces, the n-th time it occurs, an
     "no barrier before the panels are read": ("__syncthreads();", 4, ";"),
     "no barrier of the cluster": ("cluster_barrier();", 2, ";"),
     "no barrier of a warp": ("__syncwarp();  // one block alone overwrites R_i", 1, ";"),
-    "no barrier before a block's tiles are multiplied": ("__syncthreads();  // all four", 1, ";  //"),
+    "no barrier before a block's tiles are multiplied": ("__syncthreads();  // all four are filled", 1, ";"),
     "a write past shared memory": ("pivots[lane] = own;", 1, "pivots[lane + 1] = own;"),
     "a write past the inverse": ("if (row < p.n && column < p.n) {", 1, "if (row <= p.n && column < p.n) {"),
 }

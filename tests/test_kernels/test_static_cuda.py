@@ -25,8 +25,8 @@ ARCHITECTURES = [
     a for a in (80, 90, 100, 120) if f"{a // 10}.{a % 10}" in EXTENSION.get("cuda_architectures", "")
 ]
 KERNEL = r"7bincomm\d+(coding_rate_\w+?|clip_\w+?)_kernel"  # in a mangled name
-# Registers of a thread, and how often the kernel is compiled: for cluster sizes and parts, or types, sides of G,
-# what a block computes, and whether the gradient is added.
+# Registers of a thread, and how often the kernel is compiled: for cluster sizes and parts, or types, sides of
+# G, what a block computes, and whether the gradient is added.
 BUDGETS = {
     "coding_rate_sweep": (128, 4),  # 512 threads
     "coding_rate_panel": (168, 1),  # 128 threads, so three blocks per SM
