@@ -386,7 +386,7 @@ main()
     ("line", "expected"),
     [
         ("bincomm pre", ["pretrain "]),
-        ("bincomm data ", ["-h", "--help", "look", "verify", "shard"]),
+        ("bincomm data ", ["-h", "--help", "look", "verify", "stats", "shard"]),
         ("bincomm data look --shee", ["--sheet "]),
         ("bincomm pretrain --dr", ["--dry_run", "--drop_path"]),
         ("bincomm compare --recipe cifar", ["cifar10", "cifar10_cpu"]),

@@ -175,7 +175,7 @@ def test_good_metadata_is_taken(exported):
     )
     assert read_metadata(path) == {
         "backbone": "test_resnet", "backbone_args": {"layers": [1, 1]}, "mean": [0, 0.5, 1],
-        "std": [1, 1, 1], "global_size": 48, "eval_crop": 0.9,
+        "std": [1, 1, 1], "global_size": 48, "eval_crop": 0.9, "channels": 3,
     }  # fmt: skip
 
 
