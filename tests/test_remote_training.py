@@ -46,7 +46,7 @@ def data(few_digits, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _new_client(monkeypatch, tmp_path):
     monkeypatch.setenv("BINCOMM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "WAITS", (0.01,) * 4)
+    monkeypatch.setattr(remote, "WAITS", (0.01,) * 7)
     remote._client.cache_clear()
 
 
@@ -86,7 +86,7 @@ def stopped_and_resumed(data, output):
     pretrain(configure(**arguments(data, output)))
 
 
-@pytest.mark.parametrize("faults", [{"drop": 5, "fail": 7}, {"slow": 0.005}])
+@pytest.mark.parametrize("faults", [{"drop": 9, "fail": 13}, {"slow": 0.005}])
 def test_on_a_web_server(faults, data, local, tmp_path, monkeypatch):
     monkeypatch.setenv("BINCOMM_CACHE_GIB", "0")
     with serving(data, **faults) as server:
@@ -146,7 +146,7 @@ def test_a_server_that_dies_leaves_a_run_that_can_be_resumed(data, local, tmp_pa
     error = capsys.readouterr().err
     address = urllib.parse.urlsplit(server.address).netloc
     assert f"error: http://{address}/train/data-0000" in error
-    assert "after 5 attempts" in error
+    assert "after 8 attempts" in error
     assert not (tmp_path / "run/result.json").exists()
     assert not (tmp_path / "run/unusable.txt").exists()
     with serving(data, port=port):
