@@ -178,6 +178,7 @@ def test_resets_are_made_in_short_runs_too(images, tmp_path):
     assert [config.reset_every for config in made] == [2, 0, 0]
 
 
+@pytest.mark.long
 def test_methods_are_tuned_and_compared_once(bench, images, tmp_path):
     few = (f"d={images}", "--seeds", "2", "--methods", "bits, reset", "DINO", "--rates", "0.001", "0.01")
     status, records, page, _ = bench(learning, *few)

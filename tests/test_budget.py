@@ -271,7 +271,7 @@ def test_ranks_take_the_steps_of_rank_0(tmp_path):
     assert "step 30/30" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_methods_that_are_compared_get_the_same_steps(few_digits, tmp_path, monkeypatch):
     clock = Clock(monkeypatch, seconds=0.5)
     monkeypatch.setattr("bincomm.pretraining.plot_curves", lambda *_: None)

@@ -115,7 +115,7 @@ def alone(tmp_path_factory):
     [
         ({}, ""),
         ({"fsdp": True}, ""),
-        ({"fsdp": True, "compile": "on"}, WITHOUT_INDUCTOR),
+        pytest.param({"fsdp": True, "compile": "on"}, WITHOUT_INDUCTOR, marks=pytest.mark.long),
         pytest.param({"fsdp": True, "compile": "on"}, "", marks=pytest.mark.long),
         ({"accumulate": 2, "checkpoint_activations": True}, ""),
     ],
@@ -157,6 +157,7 @@ def test_a_checkpoint_of_two_ranks_with_split_parameters_goes_on_on_one(alone, t
     assert curve(tmp_path / "run") == [pytest.approx(values, rel=1e-4) for values in curve(alone)]
 
 
+@pytest.mark.long
 def test_a_rank_that_is_killed_ends_the_job_which_goes_on_later(alone, tmp_path):
     process = launch(tmp_path / "run", max_steps=2000, save_every=50, log_every=50)
     for line in process.stdout:

@@ -127,7 +127,12 @@ def test_every_gradient_is_clipped_by_itself(minimal):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backbone", "clip", "held"), [("test_vit", 1e9, 15), ("resnetv2_18", 1e9, 15), ("resnetv2_18", 1, 5)]
+    ("backbone", "clip", "held"),
+    [
+        pytest.param("test_vit", 1e9, 15, marks=pytest.mark.long),
+        ("resnetv2_18", 1e9, 15),
+        ("resnetv2_18", 1, 5),
+    ],
 )
 def test_its_run_is_the_engines(minimal, tmp_path, monkeypatch, capsys, backbone, clip, held):
     """From equal weights: the losses of all 15 steps, over two resets of the head, the last weights, k-NN.

@@ -512,7 +512,7 @@ def test_a_vit_of_timm_is_evaluated(tmp_path, monkeypatch):
     assert 0 < result["f"] <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_alone_and_on_two_ranks(tmp_path, capsys, monkeypatch):
     """Three sequences, of which one rank tracks two, and images, half of whose features a rank computes."""
     config = configure("digits", backbone="test_resnet", backbone_args={})
