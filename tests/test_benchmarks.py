@@ -135,6 +135,7 @@ def test_a_failed_cell_is_told(bench, broken, monkeypatch):
     assert "failed: digits: K 32. --retry" in printed
 
 
+@pytest.mark.long
 def test_what_failed_is_measured_again_on_request(bench, monkeypatch):
     chosen = ("digits=digits", "--only", "K 32$")
     with monkeypatch.context() as patch:
@@ -211,6 +212,7 @@ def test_a_method_waits_for_its_search(bench, images):
     assert "DINO: left out, its learning rate has not been searched for" in printed
 
 
+@pytest.mark.long
 def test_a_domain_with_and_without_another_one(bench, images):
     arguments = (f"one={images}", f"two={images}", "--steps", "4", "--seeds", "2")
     status, records, page, _ = bench(domains, *arguments)

@@ -256,7 +256,7 @@ budget.time = Time()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_take_the_steps_of_rank_0(tmp_path):
     """By its clock the three steps that are measured, the fewest, take six seconds."""
     words = [word for word in arguments(tmp_path / "run", log_every=10) if "max_steps" not in word]

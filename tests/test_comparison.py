@@ -133,6 +133,7 @@ def test_raw_pixels_are_measured_as_features(compared):
     assert "map_codes" not in pixels
 
 
+@pytest.mark.long
 def test_a_method_that_fails_costs_the_others_nothing(compared, tmp_path, monkeypatch, capsys):
     """The table names it, and also has what an earlier comparison finished."""
     assert cli.main(arguments(tmp_path / "run", methods="bits-fixed")) == 0
@@ -304,6 +305,7 @@ def test_a_job_of_several_ranks_is_refused(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_run_whose_last_checkpoint_is_gone_is_named(compared, tmp_path, capsys):
     output = tmp_path / "run"
     options = {"methods": "bits-fixed", "log_every": 6, "save_every": 6}
@@ -352,6 +354,7 @@ def test_prototypes_for_a_number_of_images(images, prototypes):
     assert prototypes_for(images) == prototypes
 
 
+@pytest.mark.long
 def test_prototypes_that_are_given_are_taken(tmp_path):
     assert cli.main(arguments(tmp_path / "run", methods="dino", prototypes=65536, max_steps=1)) == 0
     assert json.loads((tmp_path / "run" / "table.json").read_text())["config"]["prototypes"] == 65536

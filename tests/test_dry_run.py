@@ -26,6 +26,7 @@ def test_it_tells_what_a_run_would_take_and_writes_nothing(tmp_path):
     assert 0.5 < measured / forecast.checkpoint_bytes < 2  # the loader's state is in it, too
 
 
+@pytest.mark.long
 def test_a_run_that_is_there_is_told(tmp_path):
     config = configure(**OPTIONS, output=str(tmp_path / "x"))
     pretrain(config)

@@ -215,7 +215,7 @@ def save_images(folder, classes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["digits", "folder"])
+@pytest.mark.parametrize("data", ["digits", pytest.param("folder", marks=pytest.mark.long)])
 def test_it_runs_as_a_script(tmp_path, data):
     arguments = ["--epochs=1", "--batch_size=512"]
     if data == "folder":
