@@ -31,7 +31,7 @@ pretrain: setup
 # Inductor takes long to find out which vector units the processor has: here it uses none.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TORCHINDUCTOR_VEC_ISA_OK=0 $(BIN)/python -m pytest
 
-# In under a minute: what every change should pass before it is committed.
+# What every change should pass before it is committed.
 check: lint types
 	$(PYTEST) -n 2 --dist worksteal -q -m "not slow and not kernels and not gpu and not long" $(ARGS)
 
