@@ -13,7 +13,7 @@ from bincomm.data.images import decoding_error
 
 try:
     from nvidia.dali import fn, pipeline_def
-    from nvidia.dali.pipeline import Pipeline
+    from nvidia.dali.pipeline import Pipeline, do_not_convert
     from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 except ImportError as error:
     raise ImportError("the data pipeline needs NVIDIA DALI: pip install 'bincomm[train]'") from error
@@ -25,11 +25,13 @@ RGB = Crops()
 Feed = Callable[[], tuple[list[np.ndarray], list[np.ndarray]]]
 
 
+@do_not_convert
 def layouts(crops: Crops) -> list[str] | None:
     """Of an external source of images and numbers: values have one, encoded images have none."""
     return None if crops.rgb else ["HWC", ""]
 
 
+@do_not_convert
 def decode(images: Any, gpu: bool, crops: Crops = RGB) -> Any:
     """Encoded images as RGB, which like torchvision it does not rotate by their EXIF orientation; others are
     values already."""
@@ -39,12 +41,14 @@ def decode(images: Any, gpu: bool, crops: Crops = RGB) -> Any:
     return fn.decoders.image(images, device=device, output_type=DALIImageType.RGB, adjust_orientation=False)
 
 
+@do_not_convert
 def resize(images: Any, **arguments: Any) -> Any:
     """Resized as by Pillow and torchvision, bicubic and antialiased."""
     # Without antialias=True shrinking skips pixels and is off by 4 gray levels from both.
     return fn.resize(images, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True, **arguments)
 
 
+@do_not_convert
 def normalize(images: Any, crops: Crops, **arguments: Any) -> Any:
     """Minus the recipe's mean, over its deviation; fp32 and CHW unless the arguments say otherwise."""
     scale = 255 if crops.rgb else 1

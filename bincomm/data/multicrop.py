@@ -16,6 +16,7 @@ from bincomm.data.dali import (
     Feed,
     Pipeline,
     decode,
+    do_not_convert,
     fn,
     layouts,
     normalize,
@@ -181,6 +182,8 @@ def training_pipeline(
     (n, L, s, s, C).
     """
 
+    # DALI rewrites the source of a graph with conditions and of what it calls, but for what is marked
+    # `do_not_convert`, as all without a condition is: rewriting takes longer than building.
     @pipeline_def(enable_conditionals=True)
     def graph() -> tuple:
         # Not copied: who feeds the graph keeps the images until they have been used.
@@ -209,6 +212,7 @@ def training_pipeline(
     return graph(batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=2)
 
 
+@do_not_convert
 def _blurs(crops: Crops) -> list[float]:
     return [crops.blur[0], crops.blur[1]] + [crops.blur[2]] * crops.local_crops
 
@@ -226,6 +230,23 @@ def _turn(image: Any, numbers: Any, crops: Crops, size: int) -> Any:
 
 def _augment(image: Any, numbers: Any, crops: Crops, blur: float, solarize: float) -> Any:
     """Jitter, gray, blur, solarize and posterize one crop; what the recipe never does is left out."""
+    image = _change_colors(image, numbers, crops)
+    if blur:  # noqa: SIM102
+        if numbers[BLUR] > 0:
+            image = fn.gaussian_blur(image, sigma=numbers[SIGMA])
+    if solarize:  # noqa: SIM102
+        if numbers[SOLARIZE] > 0:
+            image = _solarize(image, crops)
+    if crops.posterize:  # noqa: SIM102
+        if numbers[POSTERIZE] > 0:
+            kept = fn.cast(numbers[POSTERIZE], dtype=DALIDataType.UINT8)  # the bits, as a mask
+            image = image & _beside(image, kept)
+    return image
+
+
+@do_not_convert
+def _change_colors(image: Any, numbers: Any, crops: Crops) -> Any:
+    """Jitter, and gray, which is jitter without saturation."""
     if any(crops.jitter[:2]) and crops.jitter_p and crops.channels != 3:
         # Contrast is around each channel's own mean: a gray of several bands means nothing.
         center = fn.reductions.mean(image, axes=[0, 1], keep_dims=True)
@@ -240,26 +261,23 @@ def _augment(image: Any, numbers: Any, crops: Crops, blur: float, solarize: floa
         )
     if (any(crops.jitter[2:]) and crops.jitter_p) or crops.gray:
         image = fn.color_twist(image, saturation=numbers[SATURATION], hue=numbers[HUE])
-    if blur:  # noqa: SIM102
-        if numbers[BLUR] > 0:
-            image = fn.gaussian_blur(image, sigma=numbers[SIGMA])
-    if solarize:  # noqa: SIM102
-        if numbers[SOLARIZE] > 0:
-            middle, highest = (128, 255) if crops.rgb else (0.5, 1.0)
-            dark = fn.cast(image < middle, dtype=DALIDataType.UINT8)
-            image = image * dark + (highest - image) * (1 - dark)
-            image = fn.cast(image, dtype=DALIDataType.UINT8 if crops.rgb else DALIDataType.FLOAT)
-    if crops.posterize:  # noqa: SIM102
-        if numbers[POSTERIZE] > 0:
-            kept = fn.cast(numbers[POSTERIZE], dtype=DALIDataType.UINT8)  # the bits, as a mask
-            image = image & _beside(image, kept)
     return image
 
 
+@do_not_convert
+def _solarize(image: Any, crops: Crops) -> Any:
+    middle, highest = (128, 255) if crops.rgb else (0.5, 1.0)
+    dark = fn.cast(image < middle, dtype=DALIDataType.UINT8)
+    image = image * dark + (highest - image) * (1 - dark)
+    return fn.cast(image, dtype=DALIDataType.UINT8 if crops.rgb else DALIDataType.FLOAT)
+
+
+@do_not_convert
 def _beside(image: Any, value: Any) -> Any:
     """A value on the image's device."""
     return value.gpu() if image.device == "gpu" else value
 
 
+@do_not_convert
 def _on_cpu(value: Any) -> Any:
     return value.cpu() if value.device == "gpu" else value

@@ -27,6 +27,11 @@ def curves_section(config: PretrainConfig, records: list[dict[str, float]]) -> s
 
 def _panel(panel: Panel, points: list[dict[str, float]]) -> str:
     def draw(axes: Axes) -> None:
+        # Constrained layout takes as long as drawing, and the margins of all panels are alike.
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.set_layout_engine("none")
+        figure.subplots_adjust(0.17, 0.19, 0.97, 0.89)
         draw_metrics(axes, panel, points)
         if len(panel.keys) > 1:
             add_legend(axes)

@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import hypergeom
 from torch import Tensor
 
 from bincomm.evaluation.labeled import RESOLUTION, check_alike, check_labeled, unit
@@ -211,6 +210,8 @@ def _average_precision_at(distances: np.ndarray, relevant: np.ndarray, k: int, h
     How many relevant items of the tie at the k-th place are among the k has the hypergeometric distribution;
     given their number, their places there are as in a tie of no others.
     """
+    from scipy.stats import hypergeom  # importing it takes a second, and every run imports this file
+
     if k < len(distances):
         near = distances <= np.partition(distances, k - 1)[k - 1]
         distances, relevant = distances[near], relevant[near]
