@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def pytest_xdist_make_scheduler(config, log):
             return nodeid if Path(file).name in SPREAD else file
 
     return Scheduler(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures of modules, which start runs
+def pytest_runtest_setup(item):
+    """Runs are quick ones; what only tests operations needs none."""
+    if "bincomm.pretraining" in sys.modules:
+        import quick_runs  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 FORKS = multiprocessing.get_context("forkserver")
 # Imports alone: a thread or a device opened before the fork would be missing after it.
-FORKS.set_forkserver_preload(["bincomm.commands.pretrain", "bincomm.pretraining"])
+FORKS.set_forkserver_preload(["bincomm.commands.pretrain", "quick_runs"])
 
 COMMAND = "import sys; from bincomm.cli import main; sys.exit(main())"  # as `python -m bincomm.cli`
 

@@ -44,14 +44,6 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_curves():
-    """Drawing a run's curves takes longer than such a run; it is tested with pretraining."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bincomm.pretraining.plot_curves", lambda *_: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A finished run, whose running statistics and weights are no longer those it began with."""

@@ -35,8 +35,6 @@ def images(every_nth_digit):
 @pytest.fixture(autouse=True)
 def _empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Drawing a run's curves takes longer than such a run; it is tested with pretraining.
-    monkeypatch.setattr("bincomm.pretraining.plot_curves", lambda *_: None)
 
 
 @pytest.fixture

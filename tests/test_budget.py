@@ -274,7 +274,6 @@ def test_ranks_take_the_steps_of_rank_0(tmp_path):
 @pytest.mark.long
 def test_methods_that_are_compared_get_the_same_steps(few_digits, tmp_path, monkeypatch):
     clock = Clock(monkeypatch, seconds=0.5)
-    monkeypatch.setattr("bincomm.pretraining.plot_curves", lambda *_: None)
     keys = {key: value for key, value in COMPARED.items() if key != "max_steps"}
     config = configure_comparison(**keys, data=few_digits, output=tmp_path, minutes=0.2)
     table = compare(config, ["bits-reset", "simdino"])

@@ -50,8 +50,6 @@ OPTIONS = {
 def data(few_digits):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(OPTIONS, "data", few_digits)
-        # Drawing a run's curves takes longer than such a run; it is tested with pretraining.
-        patch.setattr("bincomm.pretraining.plot_curves", lambda *_: None)
         yield
 
 

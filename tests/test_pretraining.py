@@ -18,6 +18,7 @@ import timm
 import torch
 from forked import COMMAND, ForkedProcess
 from PIL import Image
+from quick_runs import pages
 
 from bincomm import cli
 from bincomm.building import create_networks
@@ -90,7 +91,8 @@ def start(output, **options):
 def finished(tmp_path_factory):
     """One uninterrupted run, its directory and its result."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    return output, pretrain(configuration(output))
+    with pages():
+        return output, pretrain(configuration(output))
 
 
 def newest(run):
@@ -198,7 +200,9 @@ def test_killed_at_random_moments_and_resumed(tmp_path, times):
 
 
 def test_ctrl_c_saves_and_resumes(finished, tmp_path):
-    process = start(tmp_path / "run", save_every=1000)
+    program = "import quick_runs; quick_runs.put_back_pages()\n" + COMMAND
+    words = ["pretrain", *arguments(tmp_path / "run", save_every=1000)]
+    process = ForkedProcess(program, words, os.environ)
     for line in process.stdout:
         if line.startswith("step "):
             break
@@ -208,7 +212,8 @@ def test_ctrl_c_saves_and_resumes(finished, tmp_path):
     assert "SIGINT: saved in" in text
     assert newest(tmp_path / "run")["step"] > 0
     assert "The run was interrupted." in (tmp_path / "run" / "report.html").read_text()
-    pretrain(configuration(tmp_path / "run", save_every=1000))
+    with pages():
+        pretrain(configuration(tmp_path / "run", save_every=1000))
     same_end(finished[0], tmp_path / "run")
     assert "The run was interrupted." not in (tmp_path / "run" / "report.html").read_text()
 

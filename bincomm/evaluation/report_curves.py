@@ -30,8 +30,8 @@ def _panel(panel: Panel, points: list[dict[str, float]]) -> str:
         # Constrained layout takes as long as drawing, and the margins of all panels are alike.
         figure = axes.get_figure(root=True)
         assert figure is not None
-        figure.set_layout_engine("none")
-        figure.subplots_adjust(0.17, 0.19, 0.97, 0.89)
+        figure.set_layout_engine(None)
+        figure.subplots_adjust(0.19, 0.19, 0.94, 0.89)
         draw_metrics(axes, panel, points)
         if len(panel.keys) > 1:
             add_legend(axes)

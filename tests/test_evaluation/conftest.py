@@ -7,10 +7,13 @@ from tiny_run import OPTIONS
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """A finished run with two checkpoints, steps 10 and 20; only to be read."""
+    from quick_runs import pages
+
     from bincomm.pretraining import pretrain
 
     output = tmp_path_factory.mktemp("runs") / "run"
-    pretrain(configuration(output=output))
+    with pages():
+        pretrain(configuration(output=output))
     return output
 
 

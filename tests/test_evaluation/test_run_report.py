@@ -8,6 +8,7 @@ import pytest
 import torch
 from browser import Page, look_at, needs_browser
 from PIL import Image
+from quick_runs import pages
 
 from bincomm.building import create_networks
 from bincomm.data.sources import evaluation_sources, open_source
@@ -199,6 +200,7 @@ def test_no_image_is_its_own_neighbor_and_a_mix_is_searched(configuration, tmp_p
 @pytest.mark.slow
 def test_a_run_ends_well_even_if_the_page_cannot_be_written(configuration, tmp_path, messages):
     (tmp_path / "run" / "report.html").mkdir(parents=True)
-    result = pretrain(configuration(output=tmp_path / "run", max_steps=2))
+    with pages():
+        result = pretrain(configuration(output=tmp_path / "run", max_steps=2))
     assert stored(tmp_path / "run") == result
     assert any(message.startswith("no report.html in") for message in messages())
