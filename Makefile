@@ -16,12 +16,26 @@ ARGS ?=
 setup:
 	@$(if $(shell command -v flock),flock pyproject.toml )$(MAKE) --no-print-directory $(VENV)/ready
 
+# What the extra "all" brings, but for bincomm itself.
+define requirements
+from setuptools.compat.py310 import tomllib
+with open("pyproject.toml", "rb") as file:
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+print(*(each for extra in extras.values() for each in extra if not each.startswith("bincomm[")), sep="\n")
+endef
+export requirements
+
+# The extension compiles while packages are unpacked, which one processor does. Python compiles what it imports of them.
 # The stamp is written last, so an interrupted set-up is taken up again; without pip the environment is made anew.
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch 'setuptools>=70.1' ninja pybind11
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[all]"
+	$(BIN)/python -m pip install --quiet --no-compile torch numpy 'setuptools>=70.1' ninja pybind11
+	@mkdir -p build
+	@$(BIN)/python -c "$$requirements" > build/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --requirement build/requirements.txt & packages=$$!; \
+	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .; project=$$?; \
+	  wait $$packages && exit $$project
 	@touch $@
 
 pretrain: setup
