@@ -1,6 +1,6 @@
 """Runs that leave out report.html and curves.png, which take as long as all else that a tiny run does.
 
-So are all that tests start in a process that has imported this module, or is forked from one. Tests of what is
+That holds in a process that has imported this module, and in those forked from it. Tests of what is
 left out begin their runs in `with pages():`.
 """
 

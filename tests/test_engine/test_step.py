@@ -184,8 +184,8 @@ def test_after_too_many_in_a_row_the_student_moves_no_more():
     assert Guard.LIMIT == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("crops", ["global", pytest.param("global and local", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("crops", ["global", "global and local"])
 def test_compiled_or_not_it_is_the_same_step(crops):
     """A second size of crops compiles everything once more, which takes a minute."""
     plain, compiled = create(), create()

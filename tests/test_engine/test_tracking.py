@@ -40,7 +40,7 @@ def interrupt_and_resume(config, run):
     pretrain(config)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_mlflow
 def test_mlflow_has_the_metrics_and_the_configuration_of_one_run(tmp_path):
     from mlflow import MlflowClient
