@@ -58,7 +58,7 @@ class CollapseMonitor:
     def _messages(self, metrics: dict[str, float], share: float) -> dict[str, str]:
         if self.frozen:
             stronger = (
-                "They are those of a frozen teacher, which sees little difference between these images: "
+                "The bits are those of a frozen teacher, which sees little difference between these images: "
                 "choose other --teacher weights, or crops that show more (a larger global_scale or size)."
             )
         elif self.beta is None:
@@ -80,17 +80,17 @@ class CollapseMonitor:
         )
         if self.frozen:
             weaker = (
-                "If this does not change, what the teacher sees cannot be told from another crop: begin again "
-                "with milder crops (a larger global_scale, no gray, solarize and blur, less jitter), or with "
-                "a higher lr or more epochs, and another --output."
+                "If this does not change, what the teacher sees cannot be told from another crop: begin "
+                "again with milder crops (a larger global_scale, no gray, solarize and blur, less jitter), "
+                "or with a higher lr or more epochs, and another --output."
             )
         elif isinstance(self.beta, float | int):
             weaker = f"beta may be too large (now {self.beta:g}); auto finds it. {weaker}"
         flat = stronger
         if self.frozen:
             flat = (
-                "A student cannot predict messages that way: if this does not change, begin again with another "
-                "lr (auto fits it to the run), and another --output."
+                "A student cannot predict messages that way: if this does not change, begin again with "
+                "another lr (auto fits it to the run), and another --output."
             )
         return {
             "dead": f"{metrics['dead_bits']:.0%} of the bits are dead (nearly always the same). {stronger}",

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+from bincomm.building import trained_part
 from bincomm.config import PretrainConfig
 from bincomm.engine.collapse import create_monitor
 from bincomm.engine.schedules import Schedule
@@ -13,8 +14,10 @@ FEW_STEPS = 300  # the recipes for CPUs make a run of minutes no shorter, see `f
 LITTLE = 0.02  # of the bits: below, next to nothing is transmitted, as in `CollapseMonitor`
 MILDER = (
     "milder crops (a larger global_scale, less of jitter, gray, blur and solarize; `bincomm data look` shows "
-    "them), --augment for images that are no photographs, and lr and momentum auto"
+    "them), --augment for images that are no photographs, and"
 )
+# What a run is to leave open besides, by the network that it is for; see `bincomm.building.trained_part`.
+AUTO = {"teacher": "lr and momentum auto", "student": "lr auto"}
 
 
 class Finding(NamedTuple):
@@ -73,7 +76,8 @@ def _of_channel(config: PretrainConfig, records: list[dict[str, float]]) -> list
                 False,
                 f"Next to nothing is transmitted: {heard:.1f} of {config.bits} bits of a message reach the "
                 "student.",
-                f"What helps where two crops have too little in common: {MILDER}.",
+                "What helps where two crops have too little in common: "
+                f"{MILDER} {AUTO[trained_part(config)]}.",
             )
         ]
     text = f"{heard:.1f} of {config.bits} bits of a message reach the student, which sees another crop."
@@ -81,7 +85,7 @@ def _of_channel(config: PretrainConfig, records: list[dict[str, float]]) -> list
 
 
 def _of_knn(evaluation: dict[str, Any]) -> list[Finding]:
-    _, figures = trained_figures(evaluation)
+    name, figures = trained_figures(evaluation)
     queries, trained = figures["query_images"], figure(figures, "knn", "20")
     before = figure(evaluation["before_training"], "knn", "20")
     pixels = figure(evaluation["pixels"], "knn", "20")
@@ -102,7 +106,7 @@ def _of_knn(evaluation: dict[str, Any]) -> list[Finding]:
             Finding(
                 False,
                 f"k-NN is {trained:.1%}, no better than before training ({before:.1%}; {by_chance}).",
-                f"A longer run (--epochs); and {MILDER}.",
+                f"A longer run (--epochs); and {MILDER} {AUTO[name]}.",
             )
         ]
     noise = chance_difference(trained, pixels, queries)
