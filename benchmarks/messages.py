@@ -1,4 +1,4 @@
-"""Does a larger network teach more than an average of oneself? python -m benchmarks.messages RESULTS cifar10=FOLDER
+"""Is a larger network a better teacher than oneself? python -m benchmarks.messages RESULTS cifar10=FOLDER
 
 FOLDER has train and test, and in them a folder for each class. Writes RESULTS.json and RESULTS.md: with every
 seed, a larger network is trained, its messages are stored, and a student is trained from them; then another
@@ -161,8 +161,8 @@ def page(records: Records) -> str:
         lines += rows_as_markdown(rows, FIGURES)
     lines += [
         f"\n`{FROM_MESSAGES}` trained for {figures['seconds']:.0f} s, as `{BY_ITSELF}` did, after "
-        f"{figures['teacher_seconds']:.0f} s of the larger network and {figures['encoding_seconds']:.0f} s of "
-        "writing its messages, which any number of students can share."
+        f"{figures['teacher_seconds']:.0f} s of the larger network and {figures['encoding_seconds']:.0f} s "
+        "of writing its messages, which any number of students can share."
         for figures in students
     ]
     return "\n".join([*lines, *failures(records)]) + "\n"
