@@ -20,7 +20,10 @@ class Views(NamedTuple):
 
 
 def load_views(loader: Loader, stored: StoredMessages | None) -> Views:
-    """The next batch of a loader, and the messages that are stored of its crops."""
+    """The next batch of a loader, and the messages that are stored of its crops. Measurements, which may go
+    on beyond the last of these, begin again there."""
+    if stored is not None and loader.step == stored.steps:
+        loader.seek(0)
     crops = loader.next()
     return Views(*crops, None if stored is None else stored.of(loader.step - 1, loader.indices))
 

@@ -33,6 +33,7 @@ MANIFEST = "messages.json"
 LARGEST_MANIFEST = 1 << 20  # bytes
 FORMAT = 1
 PART = 1 << 24  # bytes of a file, at most, unless a single batch has more
+HEADER = 272  # bytes of a file beside its tensors, about
 SAMPLE = 64  # images whose bytes are part of the fingerprint of the data
 LOCAL_KEYS = ("local_size", "local_scale")  # of the crops: those of the global ones do not depend on them
 COUNTS = {"bits": 2**16, "epochs": 10**9, "batch_size": 2**24, "images": 2**31 - 1, "images_a_pass": 2**24}
@@ -66,8 +67,8 @@ class Layout(NamedTuple):
         return -(-self.epoch_steps // self.part_steps)
 
     def epoch_bytes(self) -> int:
-        """Of an epoch's files, without their headers."""
-        return self.epoch_steps * self.batch_size * self.image_bytes
+        """Of an epoch's files, about."""
+        return self.epoch_steps * self.batch_size * self.image_bytes + self.epoch_parts * HEADER
 
     def part_images(self, part: int) -> tuple[int, int]:
         """The slots of an epoch that a part has: the first one, and their number."""
@@ -279,7 +280,8 @@ class StoredMessages:
         assert config.messages is not None
         self.folder, self.device = Path(config.messages), device
         self.layout, self.images = layout_of(config, source), source.images
-        self.manifest, self.epochs = identity(manifest), manifest["epochs"]
+        self.manifest = identity(manifest)
+        self.steps = manifest["epochs"] * self.layout.epoch_steps  # that there are messages for
         self.first, self.batch_size = rank * batch_size, batch_size
         self._place: tuple[int, int] | None = None  # the epoch and part that are in memory
         self._part = torch.empty(0), torch.empty(0)
