@@ -179,6 +179,8 @@ def write_parts(
     ranks: Ranks,
 ) -> None:
     """Write parts, by epoch and number, on this rank alone."""
+    if ranks.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes never change
     manifest = read_manifest(folder)
     loader = create_global_loader(config, source, ranks.device, manifest["images_a_pass"])
     sizes = [layout.part_images(part)[1] for _, part in places]
