@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .PHONY: setup pretrain check test test-long test-fuzz lint types bench bench-codes bench-data bench-defaults bench-domains \
-  bench-factors bench-learning bench-small-step bench-step gpu gpu-tables gpu-bench-data wheel clean
+  bench-factors bench-learning bench-messages bench-small-step bench-step gpu gpu-tables gpu-bench-data wheel clean
 .DELETE_ON_ERROR:
 
 # One at a time: a second one waits, and then finds it done.
@@ -132,6 +132,10 @@ bench-domains: setup
 bench-learning: setup
 	$(has_data)
 	$(BIN)/python -m benchmarks.learning benchmarks/results/learning cifar10="$(DATA)" $(ARGS)
+
+bench-messages: setup
+	$(has_data)
+	$(BIN)/python -m benchmarks.messages benchmarks/results/messages cifar10="$(DATA)" $(ARGS)
 
 bench-step: setup
 	$(BIN)/python -m benchmarks.step benchmarks/results/step-cpu

@@ -28,7 +28,7 @@ from benchmarks.resumable import (
     pairs,
     table,
 )
-from bincomm.building import create_networks, create_trained_teacher
+from bincomm.building import create_networks, create_trained
 from bincomm.comparison import (
     BEFORE,
     COMPARED_PROTOCOLS,
@@ -240,7 +240,7 @@ def teachers(config: PretrainConfig, device: torch.device) -> Iterator[tuple[int
     checkpoints = Checkpoints(Path(config.output) / "checkpoints", config.keep)
     for step in checkpoints.steps():
         weights = load_checkpoint(checkpoints.path(step))["teacher"]
-        yield step, create_trained_teacher(config, weights, device)
+        yield step, create_trained(config, weights, device)
 
 
 def finals(records: Records) -> dict[str, list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ from benchmarks.measuring import in_words, machine
 from bincomm.building import create_networks, create_objective
 from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
+from bincomm.engine.batches import Views
 from bincomm.engine.job import create_step, prepare
 from bincomm.engine.optimizer import create_optimizer
 from bincomm.files import write_json, write_text
@@ -46,7 +47,7 @@ class Contender:
         objective, optimizer = create_objective(self.config), create_optimizer(student)
         step = create_step(self.config, student, teacher, objective, optimizer)
         config, locals_ = self.config, self.config.local_crops
-        self.crops = crops(config, 2, config.global_size), crops(config, locals_, config.local_size)
+        self.crops = Views(crops(config, 2, config.global_size), crops(config, locals_, config.local_size))
         started = time.perf_counter()
         self.step = prepare(step, self.config, self.crops)
         self.run(3)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bincomm.building import create_networks
-from bincomm.config import KEYS_OF_METHODS, PretrainConfig, read_config
+from bincomm.config import KEYS_OF_METHODS, KEYS_OF_MOVING_TEACHERS, PretrainConfig, read_config
 from bincomm.configuration import configure as configure_run
 from bincomm.configuration import without_keys_of_presets
 from bincomm.data.sources import evaluation_sources, open_source
@@ -20,7 +20,7 @@ from bincomm.recipes import read_recipe
 from bincomm.weights import read_metadata
 
 # Keys that are not taken over from the run that the weights come from.
-TARGET_KEYS = ("data", "output", "resume", "init_from", "device", "minutes")
+TARGET_KEYS = ("data", "output", "resume", "init_from", "teacher", "messages", "device", "minutes")
 # Keys that belong to the weights, whatever the recipe says.
 PIXEL_KEYS = ("mean", "std", "channels", "pixel_range")
 WEIGHTS_KEYS = ("backbone", "backbone_args", *PIXEL_KEYS)
@@ -56,6 +56,8 @@ def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> Pretra
         taken = {key: value for key, value in taken.items() if key not in PIXEL_KEYS}
     if keys.get("method", inherited.get("method")) != inherited.get("method"):
         taken = {key: value for key, value in taken.items() if key not in KEYS_OF_METHODS["bits"]}
+    if keys.get("teacher") or keys.get("messages"):
+        taken = {key: value for key, value in taken.items() if key not in KEYS_OF_MOVING_TEACHERS}
     of_run = inherited.get("augment", PretrainConfig.augment)
     augment = keys.get("augment", recipe_keys.get("augment", of_run))
     if augment != of_run:

@@ -1,6 +1,6 @@
 """The commands as Python functions: `bincomm.pretrain`, `bincomm.adapt`, `bincomm.compare`,
-`bincomm.evaluate`, `bincomm.encode` and `bincomm.load_pretrained`, and here also `search`, `report` and
-`export`.
+`bincomm.evaluate`, `bincomm.encode` and `bincomm.load_pretrained`, and here also `messages`, `search`,
+`report` and `export`.
 
 Under torchrun every process calls the same function; all but the first get None.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bincomm.codes.search import Neighbor
     from bincomm.evaluation.pretrained import Pretrained
     from bincomm.exporting import Exported
+    from bincomm.messages import Written
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,33 @@ def adapt(weights: str | Path, data: Data, *, recipe: str = "adapt", **keys: Any
     from bincomm.adaptation import adapt, configure
 
     return adapt(configure(weights, recipe, data=data, **keys))
+
+
+def messages(
+    weights: str | Path | Sequence[str | Path],
+    data: Data = "digits",
+    output: str | Path = "messages",
+    *,
+    recipe: str | None = None,
+    **keys: Any,
+) -> "Written | None":
+    """Write what a frozen teacher says of all global crops of a run, for the key messages of `pretrain`, or
+    the files that an earlier call left.
+
+    Args:
+        weights: the teacher, or several: a run's directory, a .safetensors file that bincomm wrote, or the
+            name of a timm model with pretrained weights.
+        data, recipe, keys: those of the runs to come; see `pretrain`.
+        output: the folder of the messages.
+
+    Raises:
+        Errors are those of `bincomm.messages.configure` and `bincomm.messages.write_messages`.
+    """
+    from bincomm.messages import configure, write_messages
+
+    teachers = [weights] if isinstance(weights, str | Path) else weights
+    paths = [os.fspath(each) for each in teachers]
+    return write_messages(configure(paths, recipe, data=data, output=os.fspath(output), **keys))
 
 
 def compare(

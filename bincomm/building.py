@@ -73,13 +73,17 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
     return student, teacher
 
 
-def create_trained_teacher(
-    config: PretrainConfig, weights: dict[str, Tensor], device: torch.device
-) -> Network:
-    """The teacher of a run with the weights it ended with, on one device."""
-    _, teacher = create_networks(replace(config, fsdp=False, init_from=None), device)
-    teacher.load_state_dict(weights)
-    return teacher
+def create_trained(config: PretrainConfig, weights: dict[str, Tensor], device: torch.device) -> Network:
+    """The network that a run is for with the weights it ended with, on one device, without what is dropped in
+    training."""
+    _, network = create_networks(replace(config, fsdp=False, init_from=None), device)
+    network.load_state_dict(weights)
+    return network
+
+
+def trained_part(config: PretrainConfig) -> str:
+    """The part of a run's checkpoints that has these weights."""
+    return "student" if config.teacher_is_frozen else "teacher"
 
 
 def write_attention_out(*networks: nn.Module) -> None:
@@ -96,7 +100,9 @@ def create_objective(config: PretrainConfig) -> DiscreteCommunication | SimDINO 
         return SimDINO(config.eps_squared, expa_type=config.expa_type)
     if config.method == "dino":
         return DINO(config.prototypes)
-    return DiscreteCommunication(config.beta, config.eps_squared, agreement=config.agreement, tau=config.tau)
+    # A frozen teacher cannot collapse, and a student that did would predict nothing of its messages.
+    beta = 0.0 if config.teacher_is_frozen and config.beta == "auto" else config.beta
+    return DiscreteCommunication(beta, config.eps_squared, agreement=config.agreement, tau=config.tau)
 
 
 def hash_seed(seed: int, number: int) -> int:

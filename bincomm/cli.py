@@ -77,6 +77,12 @@ COMMANDS = {
         "train",
         takes_run_keys=True,
     ),
+    "messages": Command(
+        "write a frozen teacher's messages of all crops of a run, to pretrain from",
+        "train",
+        takes_run_keys=True,
+        on_interrupt="run the same command again to write the files that are missing",
+    ),
     "compare": Command(
         "train several methods with the same budget, and compare them in a table",
         "train",

@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 from bincomm import __version__
-from bincomm.building import create_networks, create_trained_teacher
+from bincomm.building import create_networks, create_trained, trained_part
 from bincomm.config import KEYS_OF_METHODS, PretrainConfig, read_config
 from bincomm.data.sources import Source, evaluation_sources, open_source, why_no_evaluation
 from bincomm.distributed.ranks import join_ranks
@@ -295,7 +295,7 @@ def method_configs(
 
 
 def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
-    """The teacher at the end of a finished run, backbone and head.
+    """The network that a finished run was for, backbone and head.
 
     Raises:
         ValueError: its last checkpoint is missing.
@@ -307,7 +307,7 @@ def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
         raise ValueError(
             f"output: {run} holds no checkpoint of its last step, {last}; remove it to train it again"
         )
-    return create_trained_teacher(config, checkpoint["teacher"], device)
+    return create_trained(config, checkpoint[trained_part(config)], device)
 
 
 def last_transmitted_bits(config: PretrainConfig) -> dict[str, float]:

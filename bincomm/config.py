@@ -43,6 +43,9 @@ KEYS_OF_METHODS: dict[str, dict[str, Any]] = {
     "dino": {"clip": 3.0, "min_lr": 1e-6, "reset_every": 0, "freeze_last_layer": 1},
 }
 
+# Keys that a recipe sets for a teacher that follows the student: they do not hold for one that is frozen.
+KEYS_OF_MOVING_TEACHERS = ("beta", "reset_every", "momentum")
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -61,6 +64,10 @@ class PretrainConfig:
             holds a run; must refuses one that holds none.
         init_from: initial weights of the backbone: a run's directory, a .safetensors file, or the name of a
             timm model with pretrained weights. The head is initialized randomly.
+        teacher: weights of a teacher that does not move, or of several, which share the bits: runs'
+            directories, .safetensors files that bincomm wrote, or names of timm models with pretrained
+            weights. The student is what the run then ends with; beta auto is 0, reset_every auto never.
+        messages: a folder of `bincomm messages`, to be learned in place of those of a teacher in memory.
         method: the objective: the paper's bits, or its baselines SimDINO or DINO, which bring clip, min_lr,
             reset_every and freeze_last_layer of their own.
         agreement: the targets of the method bits: hard, the teacher's bits; soft, sigmoid(logit/tau); or
@@ -151,6 +158,8 @@ class PretrainConfig:
     output: str = "runs/default"
     resume: Literal["auto", "never", "must"] = "auto"
     init_from: str | None = None
+    teacher: tuple[str, ...] = ()
+    messages: str | None = None
     method: Literal["bits", "simdino", "dino"] = "bits"
     agreement: Literal["hard", "soft", "cosine"] = "hard"
     tau: float = 0.1
@@ -221,13 +230,17 @@ class PretrainConfig:
     precision_is_open: ClassVar[bool] = False
 
     def __post_init__(self):
-        for key in ("output", "init_from"):  # ~ in a recipe and from Python, too
+        for key in ("output", "init_from", "messages"):  # ~ in a recipe and from Python, too
             if isinstance(value := getattr(self, key), str):
                 object.__setattr__(self, key, os.path.expanduser(value))
+        teachers = [self.teacher] if isinstance(self.teacher, str) else self.teacher
+        object.__setattr__(self, "teacher", tuple(map(os.path.expanduser, teachers)))
         check_limits(vars(self), LIMITS)
-        for key in ("output", "init_from"):  # empty where a variable of the shell is not set
+        for key in ("output", "init_from", "messages"):  # empty where a variable of the shell is not set
             if getattr(self, key) == "":
                 raise ValueError(f"{key}: expected a path, got an empty string")
+        if self.teacher_is_frozen:
+            self._check_frozen_teacher()
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate: expected a divisor of batch_size = {self.batch_size}, got {self.accumulate}"
@@ -252,6 +265,36 @@ class PretrainConfig:
         if self.precision == "auto":  # last, because it imports torch, which no error needs
             object.__setattr__(self, "precision_is_open", True)
             object.__setattr__(self, "precision", "bf16" if computes_in_bf16(self.device) else "fp32")
+
+    def _check_frozen_teacher(self) -> None:
+        """Raise ValueError for keys that have no meaning where the teacher does not move."""
+        source = "teacher" if self.teacher else "messages"
+        if "" in self.teacher:
+            raise ValueError("teacher: expected a path or a name, got an empty string")
+        if self.teacher and self.messages is not None:
+            raise ValueError(f"messages: expected none beside a teacher, got {self.messages}")
+        if len(self.teacher) > self.bits:
+            raise ValueError(
+                f"teacher: expected at most as many as bits, {self.bits}, got {len(self.teacher)}"
+            )
+        if self.messages is not None and self.minutes is not None and self.max_steps is None:
+            raise ValueError(
+                f"minutes: expected none with messages, which are those of so many epochs, got "
+                f"{self.minutes:g}; give --epochs"
+            )
+        for key, values, why in (
+            ("method", ("bits",), "whose targets are bits"),
+            ("agreement", ("hard",), "whose targets are bits"),
+            ("momentum", ("auto",), "which has no moving average"),
+            ("reset_every", ("auto", 0), "whose code does not change with a new head"),
+        ):
+            if (value := getattr(self, key)) not in values:
+                raise ValueError(f"{key}: expected {values[-1]} with {source}, {why}, got {value}")
+
+    @property
+    def teacher_is_frozen(self) -> bool:
+        """Whether the messages are those of a teacher that does not move, in memory or before the run."""
+        return bool(self.teacher) or self.messages is not None
 
     def steps(self, epoch_steps: int) -> int:
         """Number of steps of the run, from that of an epoch; its minutes must have been settled."""
@@ -284,7 +327,7 @@ class PretrainConfig:
         keys = [key for key in values if key not in INCIDENTAL]
         if self.steps_are_open:
             keys = [key for key in keys if key not in self.open_keys]
-        sources = ("data", "init_from")
+        sources = ("data", "init_from", "teacher", "messages")
         pairs = {key: (other.get(key), values[key]) for key in keys}
         return {
             key: (was, now)
@@ -305,12 +348,14 @@ def computes_in_bf16(device: str) -> bool:
 
 
 def located(source: Any) -> Any:
-    """A source of images or of weights, or a mapping of them, with absolute paths, so that it means the same
+    """A source of images or of weights, or several of them, with absolute paths, so that it means the same
     from any directory. Addresses, and names of standard sets and of timm's models, stay."""
     from bincomm.data.standard import SETS
 
     if isinstance(source, dict):
         return {located(name): weight for name, weight in source.items()}
+    if isinstance(source, tuple | list):
+        return [located(name) for name in source]
     if not isinstance(source, str) or source in {"digits", *SETS} or is_address(source):
         return source
     path = os.path.abspath(expand_home(source))

@@ -2,10 +2,11 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bincomm.config import KEYS_OF_METHODS, PretrainConfig
+from bincomm.config import KEYS_OF_METHODS, KEYS_OF_MOVING_TEACHERS, PretrainConfig
 from bincomm.data.addresses import is_address, redacted
 from bincomm.data.presets import PRESETS
 from bincomm.logs import printable_name
@@ -32,6 +33,8 @@ def configure(recipe: str | None = None, **keys: Any) -> PretrainConfig:
     values = check_keys(read_recipe(recipe), f"recipe {recipe}: ")
     if "data" not in keys:
         refuse_addresses(recipe, values.get("data"))
+    values = with_keys_of_teacher(values, keys)
+    refuse_names_of_weights(recipe, values.get("teacher", ()))
     if keys.get("backbone", values.get("backbone")) != values.get("backbone"):
         values.pop("backbone_args", None)  # those of the recipe's own
     values = with_keys_of_method(values, keys)
@@ -52,6 +55,29 @@ def refuse_addresses(recipe: str, data: Any) -> None:
                 f"data: recipe {recipe} names an address, {shown}, and what a file names is not "
                 "fetched; if you want its images, give them yourself (--data)"
             )
+
+
+def refuse_names_of_weights(recipe: str, teachers: Sequence[str]) -> None:
+    """Raise ValueError for weights among a recipe's teachers that are no file here: timm would fetch them,
+    and only what the user types is fetched."""
+    for weights in teachers:
+        if not os.path.exists(os.path.expanduser(weights)):
+            shown = printable_name(weights)
+            raise ValueError(
+                f"teacher: recipe {recipe} names {shown}, which is no file or folder here, and what a file "
+                f"names is not fetched; if you want it, give it yourself (--teacher {shown})"
+            )
+
+
+def with_keys_of_teacher(values: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values, without those that a frozen teacher that is given, or its messages, replaces."""
+    if not (keys.get("teacher") or keys.get("messages")):
+        return values
+    if not (values.get("teacher") or values.get("messages")):
+        values = {key: value for key, value in values.items() if key not in KEYS_OF_MOVING_TEACHERS}
+    # A batch that is halved would be another one than that of the messages.
+    left_out = {"teacher", "messages", *(["fewest_steps"] if keys.get("messages") else [])}
+    return {key: value for key, value in values.items() if key not in left_out}
 
 
 def run_name(recipe: str, values: dict[str, Any], keys: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ from bincomm.engine.run import (
 )
 from bincomm.engine.tracking import check_tracker
 
-COPIES = 4  # of the parameters in a checkpoint: student, teacher, and the optimizer's two moments
+# Of the parameters in a checkpoint: student and the optimizer's two moments. A moving average is one more.
+COPIES = 3
 
 
 class Forecast(NamedTuple):
@@ -88,7 +89,7 @@ def dry_run(config: PretrainConfig) -> Forecast | None:
             steps * seconds,
             torch.cuda.max_memory_allocated() if on_gpu else of_process,
             torch.cuda.get_device_name() if on_gpu else "CPU",
-            4 * COPIES * sum(p.numel() for p in student.parameters()),
+            4 * (COPIES + (not config.teacher_is_frozen)) * sum(p.numel() for p in student.parameters()),
             shutil.disk_usage(existing).free,
         )
 

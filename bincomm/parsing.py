@@ -33,7 +33,12 @@ DATA_HELP = (
 BACKBONE_ARGS_HELP = (
     'further arguments of timm.create_model that describe the network: {"layers": [1, 1, 1, 1]}'
 )
+TEACHER_HELP = (
+    "weights of a teacher that does not move, or of several, which share the bits: runs' directories, "
+    ".safetensors files that bincomm wrote, or names of timm models with pretrained weights"
+)
 EXAMPLES = {
+    "teacher": ["runs/large"], "messages": "messages/large",
     "max_steps": 1000, "minutes": 10, "init_from": "resnet18", "backbone_args": {"layers": [1, 1, 1, 1]},
     "pixel_range": [0, 65535],
 }  # fmt: skip
@@ -60,7 +65,11 @@ def add_keys(parser: "ArgumentParser", leave_out: Collection[str] = ()) -> None:
         parser.add_argument("--data", type=read_data, default=KEYS["data"], help=DATA_HELP)
     if "backbone_args" not in leave_out:
         parser.add_argument("--backbone_args", type=read_backbone_args, default={}, help=BACKBONE_ARGS_HELP)
-    parser.add_class_arguments(PretrainConfig, skip={"data", "backbone_args", *leave_out})
+    if "teacher" not in leave_out:
+        parser.add_argument(
+            "--teacher", type=str, nargs="+", default=[], metavar="WEIGHTS", help=TEACHER_HELP
+        )
+    parser.add_class_arguments(PretrainConfig, skip={"data", "backbone_args", "teacher", *leave_out})
 
 
 def read_backbone_args(value: Any) -> dict[str, Any]:
@@ -149,6 +158,10 @@ def check_keys(keys: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
         if key not in KEYS:
             raise ValueError(f"{origin}there is no key {key!r}{did_you_mean(str(key), KEYS)}")
     values = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in keys.items()}
+    if "teacher" in values:
+        teachers = values["teacher"]
+        teachers = [teachers] if isinstance(teachers, str) else teachers
+        values["teacher"] = [os.fspath(v) if isinstance(v, os.PathLike) else v for v in teachers or ()]
     try:
         return checking_parser().parse_object(values, defaults=False).as_dict()
     except (argparse.ArgumentError, argparse.ArgumentTypeError) as error:
@@ -203,7 +216,11 @@ def kind(hint: Any) -> str:
     if hint in simple:
         return simple[hint]
     if typing.get_origin(hint) is tuple:
-        return "a list of numbers" if ... in arguments else f"{len(arguments)} numbers"
+        return (
+            f"a list of {'texts' if str in arguments else 'numbers'}"
+            if ... in arguments
+            else (f"{len(arguments)} numbers")
+        )
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bincomm.building import create_trained_teacher
+from bincomm.building import create_trained
 from bincomm.config import PretrainConfig
 from bincomm.data.loader import TooManyUnusableError
 from bincomm.data.sources import Source, evaluation_sources, open_source, why_no_evaluation
@@ -68,22 +68,22 @@ def pretrain(config: PretrainConfig) -> dict[str, Any] | None:
                 elif config.evaluate_every:
                     logger.warning("evaluate_every: no k-NN: %s", why_no_evaluation(config.data, source))
                 try:
-                    teacher = train(config, source, run, ranks, signals, evaluation)
+                    network = train(config, source, run, ranks, signals, evaluation)
                 except Interrupted:
                     if ranks.rank == 0:
                         report_run(run, config, source)
                     raise
                 ranks.leave()  # the rest is rank 0's work, and the others need not wait for it
-                if ranks.rank or teacher is None:
+                if ranks.rank or network is None:
                     return None
-                export_backbone(teacher, config, run)
-                result = evaluate_run(teacher, labeled, config, run, ranks.device)
+                export_backbone(network, config, run)
+                result = evaluate_run(network, labeled, config, run, ranks.device)
                 if labeled is None:
                     result["no_evaluation"] = why_no_evaluation(config.data, source)
                 plot_curves(run, accuracies(result))
                 write_model_card(run, config, len(source.images), result)
                 write_json(run / "result.json", result)  # the run is finished
-                report_run(run, config, source, result, Pretrained.of(teacher, config, ranks.device), labeled)
+                report_run(run, config, source, result, Pretrained.of(network, config, ranks.device), labeled)
                 return result
 
 
@@ -95,7 +95,8 @@ def train(
     signals: Signals,
     evaluation: ProgressEvaluation | None = None,
 ) -> Network | None:
-    """Train, or continue from the newest checkpoint; returns the teacher, to rank 0 at least.
+    """Train, or continue from the newest checkpoint; returns what the run is for, to rank 0 at least: the
+    teacher, which is the moving average, or with a frozen teacher the student.
 
     Raises:
         Interrupted: a signal came; the run is saved.
@@ -116,7 +117,7 @@ def train(
             job.check_finite(step)  # raises, with evidence, after several steps that are not
             job.records.add(step, output, hyperparameters, job.batches.waited)
             if evaluation is not None and job.should_evaluate(step):
-                job.records.add_evaluation(step, partial(evaluation, job.teacher))
+                job.records.add_evaluation(step, partial(evaluation, job.trained))
             stop = job.should_stop()
             if stop or job.should_save(step):
                 job.state.save(step)
@@ -124,7 +125,7 @@ def train(
                 break
         job.end(step)
     if not config.fsdp:
-        return job.teacher
-    weights = gather_tensors(job.teacher.state_dict(), keep=ranks.rank == 0)
-    del job  # the shards of the parameters make room for the complete teacher
-    return create_trained_teacher(config, weights, ranks.device) if ranks.rank == 0 else None
+        return job.trained
+    weights = gather_tensors(job.trained.state_dict(), keep=ranks.rank == 0)
+    del job  # the shards of the parameters make room for the complete network
+    return create_trained(config, weights, ranks.device) if ranks.rank == 0 else None

@@ -13,8 +13,11 @@ from bincomm.building import create_networks, create_objective, write_attention_
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import open_source
 from bincomm.distributed.ranks import join_ranks
-from bincomm.engine.job import create_loader, create_step, prepare
+from bincomm.engine.batches import load_views
+from bincomm.engine.frozen_teacher import FrozenTeacher
+from bincomm.engine.job import create_loader, create_sender, create_step, prepare
 from bincomm.engine.optimizer import create_optimizer
+from bincomm.engine.stored_messages import StoredMessages
 from bincomm.networks import Network
 
 WARM_UP = 3  # steps
@@ -72,11 +75,15 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
             )
     if config.fsdp:
         raise ValueError("fsdp: expected false, for one process has nothing to split, got true")
-    loader = create_loader(config, open_source(config.data), ranks)
-    views = loader.next()
-    # Networks of their own, for what is computed twice to need less memory is not to be counted.
-    flops = count_flops(*create_networks(replace(config, checkpoint_activations=False), device), *views)
-    student, teacher = create_networks(config, device)
+    source = open_source(config.data)
+    loader = create_loader(config, source, ranks)
+    student, follower = create_networks(config, device)
+    sender = create_sender(config, source, follower, ranks)
+    stored, teacher = (sender, None) if isinstance(sender, StoredMessages) else (None, sender)
+    views = load_views(loader, stored)
+    # A network of its own, for what is computed twice to need less memory is not to be counted.
+    counted, other = create_networks(replace(config, checkpoint_activations=False), device)
+    flops = count_flops(counted, other if teacher is follower else teacher, *views[:2])
     objective = create_objective(config).to(device)
     clock = Clock(device)
     step = create_step(config, student, teacher, objective, create_optimizer(student), mark=clock.mark)
@@ -90,7 +97,7 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
         if on_gpu and number == WARM_UP:
             torch.cuda.reset_peak_memory_stats()
         clock.mark("begin")
-        views = loader.next()
+        views = load_views(loader, stored)
         clock.mark("data")
         prepared(*views, lr=0.0, weight_decay=0.0, momentum=1.0)
         step.guard.read()
@@ -115,14 +122,19 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
 
 
 def count_flops(
-    student: Network, teacher: Network, global_views: Tensor, local_views: Tensor | None
+    student: Network,
+    teacher: Network | FrozenTeacher | None,
+    global_views: Tensor,
+    local_views: Tensor | None,
 ) -> float:
     """Floating-point operations of matrix products and convolutions that an image takes."""
-    write_attention_out(student, teacher)  # a fused one is not counted everywhere
+    networks = [student] if teacher is None else [student, teacher]
+    write_attention_out(*networks)  # a fused one is not counted everywhere
     groups = [views[:2].float() for views in (global_views, local_views) if views is not None]
     with FlopCounterMode(display=False) as counter:
-        with torch.no_grad():
-            teacher(groups[0])
+        if teacher is not None:
+            with torch.no_grad():
+                teacher(groups[0])
         student(*groups).sum().backward()
     return counter.get_total_flops() / len(groups[0])
 

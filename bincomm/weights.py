@@ -1,6 +1,7 @@
 """Weights of a backbone: from a run, a .safetensors file or timm, and what they know of themselves."""
 
 import difflib
+import hashlib
 import json
 import logging
 import socket
@@ -98,6 +99,13 @@ def read_weights(source: str, argument: str) -> dict[str, Tensor]:
         except Exception as error:  # of whatever library timm fetches them with
             reason = unreachable or " ".join(str(error).split())
             raise ValueError(f"{argument}: timm has no weights of {source} here: {reason}") from error
+
+
+def hash_weights(digest: "hashlib._Hash", network: nn.Module) -> None:
+    """Add the names, shapes and values of a network's weights and buffers to a checksum."""
+    for name, value in network.state_dict().items():
+        digest.update(f"{name}\0{value.dtype}{list(value.shape)}\0".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ LAYERS = {
     "command line": {"cli"},
     "commands": {"commands"},
     "functions": {"api", "pretrain", "adapt", "compare", "evaluate", "encode"},
-    "tasks": {"adaptation", "comparison", "codes", "exporting", "profiling", "dry_run"},
+    "tasks": {"adaptation", "comparison", "codes", "exporting", "messages", "profiling", "dry_run"},
     "pretraining": {"pretraining"},
     "evaluation": {"evaluation"},
     "engine": {"engine"},

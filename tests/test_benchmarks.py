@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import defaults, domains, learning
+from benchmarks import defaults, domains, learning, messages
 from bincomm.objectives import BetaControl, DiscreteCommunication
 from bincomm.pretraining import Interrupted
 
@@ -223,3 +223,12 @@ def test_a_domain_with_and_without_another_one(bench, images):
         assert f"| {way} " in page
     assert "against the target alone, seed by seed: k-NN" in page
     assert stamps(bench(domains, *arguments)[1]) == stamps(records)
+
+
+def test_a_student_of_messages_is_compared_with_itself(bench, images):
+    status, _, _, printed = bench(messages, f"digits={images}", "--list", "--seeds", "2")
+    assert status == 0
+    names = ["raw pixels", "before training"]
+    for seed in range(2):
+        names += [f"from stored messages, seed {seed}", f"by itself, seed {seed}"]
+    assert printed.splitlines() == names

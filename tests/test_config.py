@@ -341,3 +341,39 @@ def test_sources_mean_the_same_from_any_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "b")
     assert configure("digits", data="images").differences(stored) == {"data": (images, "images")}
     assert configure("digits", data=images).differences(stored) == {}
+
+
+def test_a_frozen_teacher_replaces_what_a_recipe_says_of_a_moving_one(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("beta: 0.1\nreset_every: 10\nmomentum: 0.9\nfewest_steps: 100\nminutes: 5\n")
+    for given in ({"teacher": "runs/a"}, {"teacher": [Path("runs/a")]}):
+        config = configure(str(recipe), **given)
+        assert (config.teacher, config.beta, config.reset_every) == (("runs/a",), "auto", "auto")
+        assert (config.momentum, config.fewest_steps, config.minutes) == ("auto", 100, 5)
+    assert configure(str(recipe), messages="m", epochs=3).fewest_steps == 0
+    with pytest.raises(ValueError, match="^minutes: expected none with messages, .* give --epochs"):
+        configure(str(recipe), messages="m")
+    assert parse(["--recipe", "digits", "--teacher", "a", "~/b"])[0].teacher == ("a", str(Path.home() / "b"))
+    # What is typed holds, and is refused where it means nothing.
+    assert configure(str(recipe), teacher="a", beta=0.05).beta == 0.05
+    for key, value, expected in (
+        ("momentum", 0.99, "auto with teacher, which has no moving average"),
+        ("reset_every", 5, "0 with teacher, whose code"),
+        ("method", "dino", "bits with teacher"),
+        ("agreement", "soft", "hard with teacher"),
+        ("messages", "m", "none beside a teacher"),
+    ):
+        with pytest.raises(ValueError, match=f"^{key}: expected {expected}.*got {value}"):
+            configure(str(recipe), teacher="a", **{key: value})
+    with pytest.raises(ValueError, match="^teacher: expected a list of texts, got"):
+        configure(str(recipe), teacher=[3])
+
+
+def test_teachers_and_messages_mean_the_same_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key, value in (("teacher", ("./a", "resnet18")), ("messages", "./a")):
+        config = PretrainConfig(**{key: value})
+        absolute = PretrainConfig(**{key: located(value)})
+        assert config.differences(absolute.as_dict()) == {}
+        assert str(tmp_path) in str(getattr(absolute, key))
+        assert PretrainConfig().differences(config.as_dict()).keys() == {key}

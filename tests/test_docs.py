@@ -300,6 +300,7 @@ def profile(words: list[str]) -> None:
 SUBCOMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pretrain": train,
     "adapt": train,
+    "messages": train,
     "compare": compare,
     "evaluate": on_drawn_images,
     "encode": encode,
@@ -463,6 +464,9 @@ def prepared(tmp_path_factory):
         write_parquet(Path("photos"))
         main(["encode", RUNS[0], "--data", "pictures", "--output", "codes"])
         main(["data", "shard", "--data", "pictures", "--output", "shards"])
+        main(
+            small(["messages", RUNS[0], "--data", "pictures", "--epochs=10", "--output", "messages/pictures"])
+        )
         yield home
 
 

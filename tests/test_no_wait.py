@@ -4,11 +4,18 @@ The kernels' own tests on a GPU are in tests/test_gpu. Here the PyTorch implemen
 place where a kernel is missing, as where the extension was built without CUDA.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bincomm
+from bincomm.building import create_networks
+from bincomm.config import PretrainConfig
+from bincomm.engine.export import export_backbone
+from bincomm.engine.frozen_teacher import FrozenTeacher
+from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.step import Step
 from bincomm.networks import Head, Network, create_backbone, create_teacher, feature_width
@@ -152,6 +159,31 @@ def test_a_step_with_every_objective(name):
         output = step(*views, lr=1e-3, weight_decay=0.1, momentum=0.9)
     assert output.losses["loss"].isfinite()
     assert len(mode.calls) > 100
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_step_under_a_frozen_teacher(tmp_path, stored):
+    arguments = {"patch_size": 4, "depth": 1}
+    keys = {"backbone": "test_vit", "backbone_args": arguments, "global_size": 16, "bits": 12}
+    config = PretrainConfig(**keys)
+    export_backbone(create_networks(replace(config, hidden=32), torch.device("cpu"))[1], config, tmp_path)
+    teacher = FrozenTeacher(replace(config, teacher=(str(tmp_path),), mean=(0.5,) * 3), torch.device("cpu"))
+    teacher.take([(torch.randn(12, 64), torch.randn(12))])
+    student = Network(create_backbone("test_vit", 16, **arguments)[0], Head(64, 32, 12))
+    parts = None if stored else teacher, DiscreteCommunication(0.0), create_optimizer(student)
+    step = Step(student, *parts, clip=1.0, precision="bf16")
+    views = torch.randn(6, 2, 3, 16, 16), torch.randn(6, 2, 3, 12, 12)
+    messages = torch.zeros(2, 6, 1, dtype=torch.int32) if stored else None
+    window = MetricsWindow(1, DiscreteCommunication.scalars, 12, torch.device("cpu"))
+    before = [p.clone() for p in student.parameters()]
+    with RefuseToWait() as mode:
+        output = step(*views, messages, lr=1e-3, weight_decay=0.1, momentum=1.0)
+    assert output.losses["loss"].isfinite()
+    assert output.teacher.dtype == torch.int32
+    assert ("pack_signs" in mode.calls) != stored
+    assert not all(map(torch.equal, before, student.parameters()))
+    window.add(output)
+    assert 0 < window.report()["bit_accuracy"] < 1
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,21 @@ def test_no_address_in_a_configuration_is_fetched(address, exported, tmp_path, c
     assert "expected at least one of data" in capsys.readouterr().err
 
 
+def test_no_weights_that_a_configuration_names_are_fetched(tmp_path, capsys):
+    """As a teacher; with the name typed as well, they would be."""
+    config = configure("digits", backbone="test_resnet", backbone_args={}).as_dict()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({**config, "teacher": ["resnet18.a1_in1k"]}))
+    for command in (["pretrain"], ["messages", "run", "--output", "new"], ["adapt", "--from", "resnet18"]):
+        assert main([*command, "--recipe", "run/config.yaml", "--data", "digits"]) == 2
+        error = capsys.readouterr().err
+        if command[0] != "messages":  # which replaces it by the weights that are typed
+            assert "teacher: recipe run/config.yaml names resnet18.a1_in1k, which is no file" in error
+    typed = configure("run/config.yaml", teacher="resnet18.a1_in1k")
+    assert typed.teacher == ("resnet18.a1_in1k",)
+    assert configure("run/config.yaml", messages="run").teacher == ()
+
+
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_no_address_in_a_list_or_in_codes_is_fetched(address, tmp_path):
     (tmp_path / "list.txt").write_text(f"{address}/a.png\n")

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ class Loader:
         max_unusable: share of the source's images that may be unusable; each rank counts those it knows of.
         dtype: dtype of the batches, float32, float16 or bfloat16.
         channels_last: store the crops in memory with the channels last.
+        globals_only: make the global crops alone, which are those that they are beside the local ones.
         rank, world: this process among those that share the epochs.
 
     Raises:
@@ -79,6 +81,7 @@ class Loader:
         max_unusable: float = 0.01,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        globals_only: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -90,6 +93,8 @@ class Loader:
         self.max_unusable = max_unusable
         self.dtype = dtype
         self.channels_last = channels_last
+        # Those that are made; all are drawn, because the numbers of one depend on how many there are.
+        self.made = replace(crops, local_crops=0) if globals_only else crops
         self.rank, self.world = rank, world
         parts = source.images.parts if isinstance(source.images, Mix) else [source.images]
         self.order = Order([len(part) for part in parts], source.weights, seed)
@@ -156,6 +161,12 @@ class Loader:
             groups = [group.movedim(-1, 2) for group in groups]
         return groups[0], groups[1] if len(groups) > 1 else None
 
+    def seek(self, step: int) -> None:
+        """Let the next batch be that of a step, which counts from 0."""
+        if step != self.step:
+            self.step = step
+            self._reset()
+
     def all_unusable(self) -> list[tuple[str, str]]:
         """(name, reason) of all unusable images so far, including those of batches in preparation."""
         return [(self.images.name(image), reason) for _, image, reason in self._sorted_rejections()]
@@ -219,7 +230,7 @@ class Loader:
         for _ in range(READ_AHEAD):
             prepare_next()
         return training_pipeline(
-            self.crops,
+            self.made,
             feed,
             batch_size=self.batch_size,
             threads=self.threads,
@@ -249,7 +260,7 @@ class Loader:
             step,
             [image for image, _, _ in loaded],
             [data for _, data, _ in loaded],
-            draw_crops(self.crops, sizes, uniforms),
+            draw_crops(self.crops, sizes, uniforms)[:, : self.made.views],
         )
 
     def _load_or_substitute(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bincomm.engine.frozen_teacher import FrozenTeacher
 from bincomm.engine.step import Step, StepOutput
 from bincomm.networks import Network
 
@@ -26,7 +27,7 @@ class AccumulatedStep(Step):
     def __init__(
         self,
         student: Network,
-        teacher: Network,
+        teacher: Network | FrozenTeacher | None,
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
@@ -41,7 +42,9 @@ class AccumulatedStep(Step):
         super().__init__(student, teacher, objective, optimizer, **options)
         self.microbatches = microbatches
 
-    def gradient(self, global_views: Tensor, local_views: Tensor | None) -> StepOutput:
+    def gradient(
+        self, global_views: Tensor, local_views: Tensor | None, messages: Tensor | None = None
+    ) -> StepOutput:
         """Compute the student's clipped gradient, and judge whether the step is to be skipped.
 
         Raises:
@@ -54,7 +57,10 @@ class AccumulatedStep(Step):
             )
         before = self.buffers.copy()
         parts = split_batch(global_views, local_views, self.microbatches)
-        teacher_logits = self.forward.teacher_logits(*(global_part for global_part, _ in parts))
+        if messages is None:
+            sent = self.forward.teacher_output(*(global_part for global_part, _ in parts))
+        else:
+            sent = messages
         self.mark("teacher")
         draws, outputs = [], []
         with torch.no_grad():
@@ -63,7 +69,7 @@ class AccumulatedStep(Step):
                 outputs.append(self.forward.student_logits(*part))
         logits = torch.cat(outputs, dim=1).requires_grad_()
         self.mark("student")
-        losses = self.objective(logits, teacher_logits)
+        losses = self.objective(logits, sent)
         losses["loss"].backward()
         self.mark("loss")
         assert logits.grad is not None
@@ -73,7 +79,7 @@ class AccumulatedStep(Step):
             with self.forward.without_averaging(number < self.microbatches):  # the last one averages the sum
                 self.forward.student_logits(*part).backward(gradient)
         self.mark("backward")
-        return self.clip_and_judge(losses, logits, teacher_logits, before)
+        return self.clip_and_judge(losses, logits, sent, before)
 
 
 def split_batch(

@@ -13,6 +13,7 @@ import torch
 from bincomm.config import PretrainConfig, read_config
 from bincomm.data.sources import Source
 from bincomm.distributed.ranks import Ranks
+from bincomm.engine.batches import load_views
 from bincomm.engine.job import Job, prepare
 from bincomm.engine.records import in_short
 from bincomm.engine.run import note_config, take_steps
@@ -101,12 +102,12 @@ def measure(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> 
     job = Job(config, source, run, ranks, Signals(run))
     on_gpu, window = ranks.device.type == "cuda", job.records.window
     torch.backends.cudnn.benchmark = on_gpu  # as in the run
-    train_step = prepare(job.eager_step, config, job.loader.next())
+    train_step = prepare(job.eager_step, config, load_views(job.loader, job.stored))
 
     def seconds_per_step(steps: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
-            output = train_step(*job.loader.next(), lr=0.0, weight_decay=0.0, momentum=1.0)
+            output = train_step(*load_views(job.loader, job.stored), lr=0.0, weight_decay=0.0, momentum=1.0)
             job.guard.read()
             window.add(output)
             if window.steps == config.log_every:

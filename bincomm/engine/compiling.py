@@ -10,7 +10,7 @@ from bincomm.engine.step import Step
 
 
 def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | None) -> tuple[bool, str]:
-    """Compile both networks for batches of this shape; returns whether that worked, and in words what came
+    """Compile the networks for batches of this shape; returns whether that worked, and in words what came
     of it. Where torch.compile fails the networks stay as they were.
 
     Raises:
@@ -29,12 +29,14 @@ def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | Non
         devices = [forward.device] if forward.device.type == "cuda" else []
         # Split parameters keep a gradient that is not averaged where zero_grad() does not reach it.
         with torch.random.fork_rng(devices), forward.without_averaging(not forward.sharded):
-            forward.teacher_logits(part[0])
+            if forward.teacher in forward.compilable:
+                forward.teacher_output(part[0])
             if accumulates:  # its first passes keep nothing, which is a graph of its own
                 with torch.no_grad():
                     forward.student_logits(*part)
             forward.student_logits(*part).sum().backward()
-        return True, f"torch.compile: both networks, in {time.perf_counter() - start:.0f} s"
+        which = "both networks" if len(forward.compilable) == 2 else "the student"
+        return True, f"torch.compile: {which}, in {time.perf_counter() - start:.0f} s"
     except Exception as error:  # of any of its compilers; which exception is theirs to choose
         forward.undo_compile()
         reason = describe(error)

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from torch import Tensor
-
 from bincomm.config import PretrainConfig
 from bincomm.data.loader import Loader
 from bincomm.distributed.ranks import Ranks
+from bincomm.engine.batches import Views
 from bincomm.engine.checkpoints import save_checkpoint
 from bincomm.engine.guard import Guard
 from bincomm.engine.state import RunState
@@ -18,7 +17,7 @@ def keep_evidence(
     step: int,
     lr: float,
     state: RunState,
-    batch: tuple[tuple[Tensor, Tensor | None], list[int]],
+    batch: tuple[Views, list[int]],
     loader: Loader,
     ranks: Ranks,
 ) -> str:
@@ -26,13 +25,12 @@ def keep_evidence(
 
     Args:
         lr: the peak learning rate.
-        batch: this rank's crops, and the numbers of the images that they are of.
+        batch: this rank's crops, the messages that are stored of them, and the numbers of their images.
     """
     collected = state.collect(step)
-    (global_views, local_views), images = batch
+    views, images = batch
     sample = {
-        "global_views": global_views.cpu(),
-        "local_views": None if local_views is None else local_views.cpu(),
+        **{name: None if part is None else part.cpu() for name, part in views._asdict().items()},
         "images": [loader.images.name(image) for image in images],
     }
     outcome = f"the state and the batch are in {run}/not_finite*.ckpt"

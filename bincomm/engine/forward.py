@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from bincomm.engine.frozen_teacher import FrozenTeacher
 from bincomm.networks import Network
 
 
@@ -19,16 +20,19 @@ class Forward:
     unless the parameters are split by `bincomm.distributed.sharding.shard`.
 
     Args:
-        student, teacher: equal networks.
+        student: trained.
+        teacher: an equal network, or a frozen one of its own kind; None where its messages are stored.
         precision: of the forward passes, "bf16" or "fp32".
     """
 
-    def __init__(self, student: Network, teacher: Network, precision: str):
+    def __init__(self, student: Network, teacher: Network | FrozenTeacher | None, precision: str):
         self.device = next(student.parameters()).device
         self.autocast = precision == "bf16"
         self.ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.student: nn.Module = student
         self.teacher = teacher
+        # A frozen teacher is not compiled, so that its messages are those that are stored of it.
+        self.compilable = [network for network in (student, teacher) if isinstance(network, Network)]
         self.compiled = False
         self.sharded = isinstance(student, FSDPModule)
         if self.ranks > 1 and not self.sharded:
@@ -38,12 +42,14 @@ class Forward:
                 student, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def teacher_logits(self, *parts: Tensor) -> Tensor:
-        """Global crops (n, 2, 3, S, S), in parts -> the teacher's logits (2, n, K), without a gradient."""
+    def teacher_output(self, *parts: Tensor) -> Tensor:
+        """Global crops (n, 2, 3, S, S), in parts -> the teacher's logits (2, n, K), without a gradient; of a
+        frozen one the message (2, n, ⌈K/32⌉) int32."""
+        assert self.teacher is not None  # else the batch has its messages
         with torch.inference_mode():
-            logits = torch.cat([self._run(self.teacher, views) for views in parts], dim=1)
+            output = torch.cat([self._run(self.teacher, views) for views in parts], dim=1)
         self.reshard_teacher()
-        return logits.clone()  # outside inference mode, because autograd saves it
+        return output.clone()  # outside inference mode, because autograd saves it
 
     def student_logits(self, global_views: Tensor, local_views: Tensor | None) -> Tensor:
         """Crops (n, 2, 3, S, S) and (n, L, 3, s, s) -> the student's logits (2 + L, n, K)."""
@@ -51,14 +57,14 @@ class Forward:
         return self._run(self.student, *views)
 
     def compile(self) -> None:
-        """Let both networks go through torch.compile, for inputs of constant shapes."""
-        for network in (self.student, self.teacher):
+        """Let the networks go through torch.compile, for inputs of constant shapes."""
+        for network in self.compilable:
             network.compile(dynamic=False)
         self.compiled = True
 
     def undo_compile(self) -> None:
-        """Let both networks run as they are."""
-        for network in (self.student, self.teacher):
+        """Let the networks run as they are."""
+        for network in self.compilable:
             network._compiled_call_impl = None
         self.compiled = False
 

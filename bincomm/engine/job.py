@@ -24,6 +24,7 @@ from bincomm.engine.collapse import create_monitor
 from bincomm.engine.compiling import compile_networks
 from bincomm.engine.cuda_graph import CapturedStep
 from bincomm.engine.evidence import keep_evidence
+from bincomm.engine.frozen_teacher import FrozenTeacher, choose_codes
 from bincomm.engine.guard import TOTAL, Guard, TrainingError, Verdict
 from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.optimizer import create_optimizer, freeze_last_layer
@@ -33,6 +34,7 @@ from bincomm.engine.schedules import Schedule
 from bincomm.engine.signals import Interrupted, Signals
 from bincomm.engine.state import LoaderPart, Part, RandomPart, Replicated, RunState, WindowPart
 from bincomm.engine.step import Step
+from bincomm.engine.stored_messages import StoredMessages, check_messages
 from bincomm.engine.unusable import UnusableImages
 from bincomm.networks import Network
 
@@ -56,21 +58,27 @@ class Job:
         self.config, self.source, self.run, self.ranks, self.signals = config, source, run, ranks, signals
         self.loader = create_loader(config, source, ranks)
         # With FSDP the complete networks may not fit on one GPU, so they are built on the CPU.
-        student, teacher = create_networks(config, torch.device("cpu") if config.fsdp else ranks.device)
+        student, follower = create_networks(config, torch.device("cpu") if config.fsdp else ranks.device)
         if ranks.world > 1 and ranks.device.type == "cuda":  # there is no such batch norm for CPUs
-            student, teacher = convert_sync_batchnorm(student), convert_sync_batchnorm(teacher)
+            student, follower = convert_sync_batchnorm(student), convert_sync_batchnorm(follower)
         self.schedule = Schedule(config, self.loader.steps_per_epoch, student.head.features)
         self.steps = self.schedule.steps
         objective = create_objective(config).to(ranks.device)
         if config.fsdp:
-            shard(student, ranks)
-            shard(teacher, ranks)
+            for network in (student,) if config.teacher_is_frozen else (student, follower):
+                shard(network, ranks)
+        self.sender = create_sender(config, source, follower, ranks)
         optimizer = create_optimizer(student)
+        teacher = None if isinstance(self.sender, StoredMessages) else self.sender
         step = create_step(config, student, teacher, objective, optimizer)
-        self.student, self.teacher, self.optimizer = student, teacher, optimizer
+        self.student, self.optimizer = student, optimizer
+        # What the run is for: the average of its students, but under a frozen teacher the student itself.
+        self.trained = student if config.teacher_is_frozen else follower
         self.eager_step, self.guard = step, step.guard
         self.train_step: Step | CapturedStep = step  # what a step of the loop calls
-        self.batches = Batches(self.loader, UnusableImages(self.loader, run, ranks), self.guard.lag + 1)
+        self.stored = self.sender if isinstance(self.sender, StoredMessages) else None
+        unusable = UnusableImages(self.loader, run, ranks)
+        self.batches = Batches(self.loader, unusable, self.guard.lag + 1, self.stored)
         bits = config.bits if objective.outputs_are_bits else None
         window = MetricsWindow(
             config.log_every, objective.scalars, bits, ranks.device, objective.predicts_bits
@@ -79,7 +87,7 @@ class Job:
         self.records = Records(config, run, self.schedule, window, monitor, ranks)
         parts: dict[str, Part] = {
             "student": Replicated(student.state_dict, partial(load_sharded, student)),
-            "teacher": Replicated(teacher.state_dict, partial(load_sharded, teacher)),
+            "teacher": part_of(self.sender),
             "objective": Replicated(objective.state_dict, partial(load_sharded, objective)),
             "optimizer": Replicated(optimizer.state_dict, partial(load_sharded_optimizer, optimizer)),
             "guard": Replicated(self.guard.state_dict, self.guard.load_state_dict),
@@ -98,6 +106,8 @@ class Job:
         if steps_done == 0 and self.ranks.rank:
             # The networks are the same on all ranks, the paths dropped in them are not.
             torch.manual_seed(hash_seed(self.config.seed, -self.ranks.rank))
+        if steps_done == 0 and isinstance(self.sender, FrozenTeacher):
+            choose_codes(self.sender, self.config, self.source, self.ranks)
         self.verdict = Verdict(int(self.guard.counts[TOTAL]), 0, False)
         self.batches.unusable.resume()
         announce(self, steps_done)
@@ -121,7 +131,7 @@ class Job:
     def reset_head(self, step: int) -> None:
         """Re-initialize the head, by the seed and the epoch that begins."""
         seed = (self.config.seed, self.schedule.epoch(step))
-        reset_head(self.student, self.teacher, self.optimizer, seed)
+        reset_head(self.student, self.trained, self.optimizer, seed)
 
     def freeze_last_layer(self, step: int) -> None:
         """Freeze DINO's prototypes in the first epochs, as many as the configuration says."""
@@ -230,10 +240,36 @@ def create_loader(config: PretrainConfig, source: Source, ranks: Ranks) -> Loade
     )
 
 
+def create_sender(
+    config: PretrainConfig, source: Source, follower: Network, ranks: Ranks
+) -> Network | FrozenTeacher | StoredMessages:
+    """What sends the messages: the student's moving average, or one of the two that do not move.
+
+    Raises:
+        ValueError: the weights of a frozen teacher, or the stored messages, do not fit; it names the key.
+    """
+    if config.messages is not None:
+        manifest = ranks.first(lambda: check_messages(config, source))
+        share = config.batch_size // ranks.world
+        return StoredMessages(config, source, manifest, ranks.device, ranks.rank, share)
+    if config.teacher:
+        return ranks.leaders_first(lambda: FrozenTeacher(config, ranks.device))
+    return follower
+
+
+def part_of(sender: Network | FrozenTeacher | StoredMessages) -> Replicated:
+    """What a checkpoint holds of it: of those that do not move by which they are known, and the codes."""
+    if isinstance(sender, StoredMessages):
+        return Replicated(sender.state_dict, sender.load_state_dict)
+    if isinstance(sender, FrozenTeacher):
+        return Replicated(sender.code_state, sender.load_code_state)
+    return Replicated(sender.state_dict, partial(load_sharded, sender))
+
+
 def create_step(
     config: PretrainConfig,
     student: Network,
-    teacher: Network,
+    teacher: Network | FrozenTeacher | None,
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     mark: Callable[[str], None] = lambda part: None,
@@ -254,7 +290,7 @@ def prepare(step: Step, config: PretrainConfig, views: Views) -> Step | Captured
         logger.warning("batch norm's statistics are each rank's own, so results depend on the ranks")
     if config.compile == "on" or (config.compile == "auto" and on_gpu):
         logger.info("torch.compile: compiling; --compile off does without")
-        compiled, text = compile_networks(step, *views)
+        compiled, text = compile_networks(step, *views[:2])
         logger.log(logging.INFO if compiled else logging.WARNING, "%s", text)
     if not config.cuda_graph:
         return step

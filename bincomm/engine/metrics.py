@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bincomm.bits import bit_statistics, transmitted_bits
 from bincomm.engine.step import StepOutput
+from bincomm.ops.messages import unpack_signs
 
 
 class MetricsWindow:
@@ -51,7 +52,10 @@ class MetricsWindow:
         if not len(self.ones):
             return
         used = output.skipped == 0
-        message = output.teacher > 0
+        if output.teacher.dtype == torch.int32:
+            message = unpack_signs(output.teacher, len(self.ones))
+        else:
+            message = output.teacher > 0
         # The other global view's message, as in training. Local views are left out: a student that cannot
         # predict anything from them gets the more frequent values right, which lowers the mean agreement.
         logits = output.student[: len(message)].roll(1, 0)

@@ -71,8 +71,9 @@ def note_config(run: Path, config: PretrainConfig) -> None:
 
 
 def from_anywhere(config: PretrainConfig) -> PretrainConfig:
-    """A configuration whose data and initial weights mean the same from any directory."""
-    return replace(config, data=located(config.data), init_from=located(config.init_from))
+    """A configuration whose data, weights and messages mean the same from any directory."""
+    keys = ("data", "init_from", "teacher", "messages")
+    return replace(config, **{key: located(getattr(config, key)) for key in keys})
 
 
 def keep_run(run: Path, config: PretrainConfig) -> None:

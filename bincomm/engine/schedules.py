@@ -40,6 +40,8 @@ class Schedule:
       width of the features: narrow backbones and short runs need larger steps;
     - resets of the head: every tenth of the run if that is at least `MIN_RESET_STEPS`, else none.
 
+    A frozen teacher has the momentum 1, and no head is reset.
+
     Args:
         epoch_steps: steps of an epoch.
         features: D.
@@ -54,7 +56,9 @@ class Schedule:
             self.warmup = self.steps // 10
         else:
             self.warmup = min(config.warmup_epochs * epoch_steps, self.steps // 4)
-        if config.momentum == "auto":
+        if config.teacher_is_frozen:
+            self.momentum = 1.0
+        elif config.momentum == "auto":
             self.momentum = min(max(1 - 20 / self.steps, 0.9), 0.996)
         else:
             self.momentum = config.momentum
@@ -63,7 +67,9 @@ class Schedule:
             self.peak = 5e-4 * min(max(factor, 1), 8) * math.sqrt(config.batch_size / 256)
         else:
             self.peak = config.lr * config.batch_size / 256
-        if config.reset_every == "auto":
+        if config.teacher_is_frozen:
+            self.reset_every = 0
+        elif config.reset_every == "auto":
             period = math.ceil(self.steps / epoch_steps / 10)
             self.reset_every = period if period * epoch_steps >= self.MIN_RESET_STEPS else 0
         else:
@@ -82,11 +88,11 @@ class Schedule:
         """The values that "auto" may stand for or that a method brings, in words."""
         resets = f"reset every {self.reset_every} epochs" if self.reset_every else "never reset"
         config = self.config
+        teacher = "teacher frozen" if config.teacher_is_frozen else f"teacher's momentum {self.momentum:.3g}"
         frozen = f", last layer frozen for {config.freeze_last_layer} epochs" * bool(config.freeze_last_layer)
         return (
             f"learning rate {self.peak:.2g} after {self.warmup} steps of warm-up, {config.min_lr:.2g} at the "
-            f"end, gradients clipped at {config.clip:g}, teacher's momentum {self.momentum:.3g}, "
-            f"head {resets}{frozen}"
+            f"end, gradients clipped at {config.clip:g}, {teacher}, head {resets}{frozen}"
         )
 
     def epoch(self, step: int) -> int:

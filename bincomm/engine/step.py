@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bincomm.engine.buffers import Buffers
 from bincomm.engine.forward import Forward
+from bincomm.engine.frozen_teacher import FrozenTeacher
 from bincomm.engine.guard import Guard
 from bincomm.engine.optimizer import set_hyperparameters, step_unless
 from bincomm.networks import Network, update_teacher
@@ -20,7 +21,7 @@ class StepOutput(NamedTuple):
     losses: dict[str, Tensor]
     gradient_norm: Tensor  # of all gradients together, before clipping
     student: Tensor  # (V, n, K) logits
-    teacher: Tensor  # (U, n, K) logits
+    teacher: Tensor  # (U, n, K) logits, or the message (U, n, ⌈K/32⌉) int32
     skipped: Tensor  # 0 or 1: whether it was not finite on some rank, and changed nothing
 
 
@@ -31,7 +32,9 @@ class Step:
     ranks alike; see `Guard`. The teacher's moving average is updated as always.
 
     Args:
-        student, teacher: equal networks; the teacher becomes the student's moving average.
+        student: trained.
+        teacher: an equal network, which becomes the student's moving average; a frozen one, which stays as
+            it is; or None where every batch comes with its messages.
         objective: of `bincomm.objectives`.
         optimizer: of the student's parameters, from `create_optimizer`.
         clip: largest norm of a parameter's gradient, 0 = no clipping.
@@ -42,7 +45,7 @@ class Step:
     def __init__(
         self,
         student: Network,
-        teacher: Network,
+        teacher: Network | FrozenTeacher | None,
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
@@ -53,8 +56,11 @@ class Step:
         self.student, self.teacher, self.objective = student, teacher, objective
         self.optimizer, self.clip, self.mark = optimizer, clip, mark
         # Listed once: going through all modules takes longer than reading some of the parameters.
-        self.parameters, self.averages = list(student.parameters()), list(teacher.parameters())
-        self.buffers = Buffers(b for module in (student, teacher, objective) for b in module.buffers())
+        follower = teacher if isinstance(teacher, Network) else None
+        self.parameters = list(student.parameters())
+        self.averages = list(follower.parameters()) if follower is not None else []
+        changed = [module for module in (student, follower, objective) if module is not None]
+        self.buffers = Buffers(b for module in changed for b in module.buffers())
         self.forward = Forward(student, teacher, precision)
         self.guard = Guard(self.forward.device, self.forward.ranks)
 
@@ -62,35 +68,40 @@ class Step:
         self,
         global_views: Tensor,
         local_views: Tensor | None,
+        messages: Tensor | None = None,
         *,
         lr: float,
         weight_decay: float,
         momentum: float,
     ) -> StepOutput:
-        """One step on crops (n, 2, 3, S, S) and (n, L, 3, s, s)."""
-        output = self.gradient(global_views, local_views)
+        """One step on crops (n, 2, 3, S, S) and (n, L, 3, s, s), and the messages (2, n, ⌈K/32⌉) int32 that
+        are stored of the first ones, if there are any."""
+        output = self.gradient(global_views, local_views, messages)
         self.update(output.skipped, lr=lr, weight_decay=weight_decay, momentum=momentum)
         self.optimizer.zero_grad()
         return output
 
-    def gradient(self, global_views: Tensor, local_views: Tensor | None) -> StepOutput:
+    def gradient(
+        self, global_views: Tensor, local_views: Tensor | None, messages: Tensor | None = None
+    ) -> StepOutput:
         """Compute the student's clipped gradient, and judge whether the step is to be skipped."""
         before = self.buffers.copy()
-        teacher_logits = self.forward.teacher_logits(global_views)  # their signs are the message
+        # Logits, whose signs are the message, or the message itself.
+        sent = self.forward.teacher_output(global_views) if messages is None else messages
         self.mark("teacher")
         outputs = self.forward.student_logits(global_views, local_views)
         self.mark("student")
         # Cut here, because an accumulated step takes the loss's gradient at the logits of the whole batch.
         logits = outputs.detach().requires_grad_()
-        losses = self.objective(logits, teacher_logits)
+        losses = self.objective(logits, sent)
         losses["loss"].backward()
         self.mark("loss")
         outputs.backward(logits.grad)
         self.mark("backward")
-        return self.clip_and_judge(losses, logits, teacher_logits, before)
+        return self.clip_and_judge(losses, logits, sent, before)
 
     def clip_and_judge(
-        self, losses: dict[str, Tensor], logits: Tensor, teacher_logits: Tensor, before: list[Tensor]
+        self, losses: dict[str, Tensor], logits: Tensor, sent: Tensor, before: list[Tensor]
     ) -> StepOutput:
         """Clip the gradient, and judge whether everything is finite; if not, restore the buffers."""
         norm = clip_gradients_([p.grad for p in self.parameters if p.grad is not None], self.clip)
@@ -98,13 +109,14 @@ class Step:
         skip = self.guard.judge(losses["loss"], norm)
         self.buffers.restore(before, where=skip)
         self.mark("clip")
-        return StepOutput(losses, norm, logits.detach(), teacher_logits, skip)
+        return StepOutput(losses, norm, logits.detach(), sent, skip)
 
     def update(self, skip: Tensor, *, lr: float, weight_decay: float, momentum: float) -> None:
         """Move the student by AdamW, unless the step is to be skipped, and the teacher after it."""
         set_hyperparameters(self.optimizer, lr, weight_decay)
         step_unless(skip, self.optimizer)
         self.mark("optimizer")
-        update_teacher(self.averages, self.parameters, momentum)
+        if self.averages:
+            update_teacher(self.averages, self.parameters, momentum)
         self.mark("average")
         self.guard.copy_to_host()

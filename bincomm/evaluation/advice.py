@@ -3,17 +3,21 @@
 import math
 from typing import Any, NamedTuple
 
+from bincomm.building import trained_part
 from bincomm.config import PretrainConfig
 from bincomm.engine.collapse import create_monitor
 from bincomm.engine.schedules import Schedule
 from bincomm.evaluation.evaluate import figure
+from bincomm.evaluation.run import trained_figures
 
 FEW_STEPS = 300  # the recipes for CPUs make a run of minutes no shorter, see `fewest_steps`
 LITTLE = 0.02  # of the bits: below, next to nothing is transmitted, as in `CollapseMonitor`
 MILDER = (
     "milder crops (a larger global_scale, less of jitter, gray, blur and solarize; `bincomm data look` shows "
-    "them), --augment for images that are no photographs, and lr and momentum auto"
+    "them), --augment for images that are no photographs, and"
 )
+# What a run is to leave open besides, by the network that it is for; see `bincomm.building.trained_part`.
+AUTO = {"teacher": "lr and momentum auto", "student": "lr auto"}
 
 
 class Finding(NamedTuple):
@@ -72,7 +76,8 @@ def _of_channel(config: PretrainConfig, records: list[dict[str, float]]) -> list
                 False,
                 f"Next to nothing is transmitted: {heard:.1f} of {config.bits} bits of a message reach the "
                 "student.",
-                f"What helps where two crops have too little in common: {MILDER}.",
+                "What helps where two crops have too little in common: "
+                f"{MILDER} {AUTO[trained_part(config)]}.",
             )
         ]
     text = f"{heard:.1f} of {config.bits} bits of a message reach the student, which sees another crop."
@@ -80,19 +85,19 @@ def _of_channel(config: PretrainConfig, records: list[dict[str, float]]) -> list
 
 
 def _of_knn(evaluation: dict[str, Any]) -> list[Finding]:
-    queries = evaluation["teacher"]["query_images"]
-    teacher = figure(evaluation["teacher"], "knn", "20")
+    name, figures = trained_figures(evaluation)
+    queries, trained = figures["query_images"], figure(figures, "knn", "20")
     before = figure(evaluation["before_training"], "knn", "20")
     pixels = figure(evaluation["pixels"], "knn", "20")
-    noise = chance_difference(teacher, before, queries)
+    noise = chance_difference(trained, before, queries)
     by_chance = f"with {queries} queries, {100 * noise:.1f} points can be chance"
-    if teacher > before + noise:
-        findings = [Finding(True, f"k-NN is {teacher:.1%}, and was {before:.1%} before training.")]
-    elif teacher < before - noise:
+    if trained > before + noise:
+        findings = [Finding(True, f"k-NN is {trained:.1%}, and was {before:.1%} before training.")]
+    elif trained < before - noise:
         findings = [
             Finding(
                 False,
-                f"k-NN is {teacher:.1%}, worse than before training ({before:.1%}).",
+                f"k-NN is {trained:.1%}, worse than before training ({before:.1%}).",
                 "A lower lr, or auto: too high a learning rate has this symptom.",
             )
         ]
@@ -100,17 +105,17 @@ def _of_knn(evaluation: dict[str, Any]) -> list[Finding]:
         findings = [
             Finding(
                 False,
-                f"k-NN is {teacher:.1%}, no better than before training ({before:.1%}; {by_chance}).",
-                f"A longer run (--epochs); and {MILDER}.",
+                f"k-NN is {trained:.1%}, no better than before training ({before:.1%}; {by_chance}).",
+                f"A longer run (--epochs); and {MILDER} {AUTO[name]}.",
             )
         ]
-    noise = chance_difference(teacher, pixels, queries)
-    if teacher > pixels + noise:
+    noise = chance_difference(trained, pixels, queries)
+    if trained > pixels + noise:
         findings.append(Finding(True, f"That is more than raw pixels give, {pixels:.1%}."))
     else:
         findings.append(
             Finding(
-                False if teacher < pixels - noise else None,
+                False if trained < pixels - noise else None,
                 f"That is not clearly more than raw pixels give, {pixels:.1%}. Small aligned images, such as "
                 "digits, are easy for them.",
                 "A longer run: on CIFAR-10 short ones ended near raw pixels (42.6 and 40.0 %), one of 50 "

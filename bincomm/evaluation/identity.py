@@ -6,11 +6,11 @@ import os
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from bincomm.data.parquet import ParquetImages
 from bincomm.data.shards import Shards
 from bincomm.data.sources import Mix, Source
+from bincomm.weights import hash_weights
 
 if TYPE_CHECKING:  # codes at rest are read without timm and DALI
     from bincomm.evaluation.pretrained import Pretrained
@@ -20,9 +20,8 @@ def weights_identity(model: "Pretrained") -> str:
     """A name for what a network computes: of its architecture and its weights."""
     digest = hashlib.sha256(repr((model.config.backbone, model.config.backbone_args)).encode())
     for network in (model.backbone, model.head):
-        for name, value in network.state_dict().items() if network is not None else ():
-            digest.update(f"{name}\0{value.dtype}{list(value.shape)}\0".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if network is not None:
+            hash_weights(digest, network)
     return digest.hexdigest()[:32]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bincomm.config import PretrainConfig
-from bincomm.evaluation.run import accuracies
+from bincomm.evaluation.run import accuracies, trained_figures
 from bincomm.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,10 @@ def model_card(config: PretrainConfig, images: int, result: dict[str, Any]) -> s
     facts = {"images": f"{images}, of {sources(config.data)}", "method": config.method}
     if config.init_from is not None:
         facts["initial weights"] = in_markdown(last_part(config.init_from))
+    if config.teacher:
+        facts["frozen teacher"] = ", ".join(in_markdown(last_part(weights)) for weights in config.teacher)
+    if config.messages is not None:
+        facts["messages of a frozen teacher"] = in_markdown(last_part(config.messages))
     if config.backbone_args:
         facts["arguments of the backbone"] = f"`{json.dumps(config.backbone_args)}`"  # names and numbers
     if "step" in metrics:
@@ -122,9 +126,9 @@ def figures(result: dict[str, Any]) -> str:
     evaluation = result["evaluation"]
     if not evaluation:
         return "## Figures\n\nNone: the images had no labels to measure with.\n"
-    teacher = evaluation["teacher"]
+    _, trained = trained_figures(evaluation)
     rows = [(name, f"{share:.2%}") for name, share in accuracies(result)]
-    text = f"{teacher['query_images']} queries in {teacher['gallery_images']} images, at the end of the run"
+    text = f"{trained['query_images']} queries in {trained['gallery_images']} images, at the end of the run"
     if not evaluation["queries_held_out"]:
         text += "; the queries' images, not their labels, were used in training"
     return f"## Figures\n\n{text}.\n\n{table(('k-NN, k = 20', 'accuracy'), rows)}\n"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from bincomm.building import create_networks
+from bincomm.building import create_networks, trained_part
 from bincomm.config import PretrainConfig, read_config
 from bincomm.data.images import Images, eight_bits
 from bincomm.data.listing import Files
@@ -218,13 +218,13 @@ def _from_state(state: Any, weights: str, device: torch.device, preprocessing: d
     if not (isinstance(state, dict) and {"config", "teacher"} <= state.keys()):
         raise ValueError(f"weights: {weights} is no checkpoint of a run")
     config = _config(state["config"], weights)
-    _, teacher = create_networks(config, device)
+    _, network = create_networks(config, device)
     try:
-        teacher.load_state_dict(state["teacher"])
+        network.load_state_dict(state[trained_part(config)])
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"weights: {weights} does not fit the network of its config: {reason}") from error
-    model = Pretrained.of(teacher, replace(config, **preprocessing), device)
+    model = Pretrained.of(network, replace(config, **preprocessing), device)
     if "global_size" in preprocessing:
         feature_width(model.backbone.cpu(), [preprocessing["global_size"]], config.channels)
         model.backbone.to(device)

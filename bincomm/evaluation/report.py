@@ -18,7 +18,7 @@ from bincomm.evaluation.model_card import last_part
 from bincomm.evaluation.neighbors import NEIGHBORS, PICTURE_SIZE, Query, Shown, find_neighbors
 from bincomm.evaluation.pretrained import Pretrained
 from bincomm.evaluation.report_curves import curves_section
-from bincomm.evaluation.run import REPORT_FILE, accuracies
+from bincomm.evaluation.run import REPORT_FILE, accuracies, trained_figures
 from bincomm.files import read_json_lines, write_text
 from bincomm.page.elements import (
     add_legend,
@@ -35,7 +35,13 @@ from bincomm.page.elements import (
 logger = logging.getLogger(__name__)
 
 IMAGES, CROPS = 6, 8  # shown of those trained on, and of the crops of each
-PATHS = ("data", "output", "init_from")  # keys of which the page shows the last part alone
+PATHS = (
+    "data",
+    "output",
+    "init_from",
+    "teacher",
+    "messages",
+)  # keys of which the page shows the last part alone
 
 
 def report_run(run: Path, *parts: Any) -> None:
@@ -111,6 +117,15 @@ def _data(config: PretrainConfig) -> str:
     return ", ".join(name_tag(last_part(name)) for name in names)
 
 
+def _teacher(config: PretrainConfig, records: list[dict[str, float]]) -> str:
+    if config.messages is not None:
+        return f"frozen, its messages stored in {last_part(config.messages)}"
+    if config.teacher:
+        return f"frozen, {', '.join(map(last_part, config.teacher))}"
+    momentum = min((record["momentum"] for record in records), default=1)
+    return f"the student's moving average, of momentum {momentum:.3g} at first"
+
+
 def _findings_section(
     config: PretrainConfig,
     records: list[dict[str, float]],
@@ -158,10 +173,10 @@ def _knn_section(run: Path, result: dict[str, Any]) -> str:
             "show what the features hold alike.</p>",
             "",
         )
-    shares, teacher = accuracies(result), evaluation["teacher"]
+    shares, (_, trained) = accuracies(result), trained_figures(evaluation)
     text = (
-        f"<p>k-NN gives an image the class of those nearest to it: {teacher['query_images']:,} queries in "
-        f"{teacher['gallery_images']:,} images of {teacher['classes']} classes. <b>Good:</b> the backbone is "
+        f"<p>k-NN gives an image the class of those nearest to it: {trained['query_images']:,} queries in "
+        f"{trained['gallery_images']:,} images of {trained['classes']} classes. <b>Good:</b> the backbone is "
         "clearly above the same network before training, and above raw pixels; its codes are near the "
         "backbone. <b>Bad:</b> it is at or below either of them.</p>"
     )
@@ -243,7 +258,7 @@ def _settings_section(
         ["bits of a message", str(config.bits)],
         ["beta", str(config.beta)],
         ["learning rate", f"{max((record['lr'] for record in records), default=0):.3g} at its peak"],
-        ["teacher's momentum", f"{min((record['momentum'] for record in records), default=1):.3g} at first"],
+        ["teacher", _teacher(config, records)],
         ["crops", f"2 of {config.global_size} pixels, {config.local_crops} of {config.local_size}"],
         ["augmentations", config.augment],
         ["precision", config.precision],
@@ -257,6 +272,8 @@ def _settings_section(
     for key in PATHS:
         if isinstance(shown[key], str):
             shown[key] = last_part(shown[key])
+        elif isinstance(shown[key], list):
+            shown[key] = [last_part(path) for path in shown[key]]
         elif isinstance(shown[key], dict):
             shown[key] = {last_part(name): weight for name, weight in shown[key].items()}
     every = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in shown.items()]

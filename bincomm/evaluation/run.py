@@ -10,7 +10,7 @@ import timm
 import torch
 
 from bincomm import __version__
-from bincomm.building import create_networks
+from bincomm.building import create_networks, trained_part
 from bincomm.config import PretrainConfig
 from bincomm.data.sources import Source
 from bincomm.evaluation.evaluate import NoUsableImagesError, evaluate, figure
@@ -23,25 +23,26 @@ REPORT_FILE = "report.html"  # see `bincomm.evaluation.report`
 
 
 def evaluate_run(
-    teacher: Network,
+    network: Network,
     sources: tuple[Source, Source, bool] | None,
     config: PretrainConfig,
     run: Path,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Evaluate the teacher that a run ends with, beside the same network before training and raw pixels.
+    """Evaluate the network that a run ends with, beside the same network before training and raw pixels.
 
     Args:
-        teacher: backbone and head.
+        network: backbone and head.
         sources: gallery, queries, and whether the queries were held out from training; None: no labels.
         config: of the run.
         run: its directory.
-        device: of the teacher.
+        device: of the network.
 
     Returns:
         What result.json holds: "last_metrics", "rate_ceiling" (nats), "versions", "machine", and
         "evaluation": {"teacher", "before_training", "pixels", "queries_held_out"}, the first three as
-        `evaluate` returns them but for the seconds; None where there are no usable images with labels.
+        `evaluate` returns them but for the seconds; None where there are no usable images with labels. With a
+        frozen teacher "student" is in the place of "teacher"; see `trained_figures`.
     """
     metrics = read_json_lines(run / "metrics.jsonl")
     return {
@@ -49,7 +50,7 @@ def evaluate_run(
         "rate_ceiling": rate_bounds(config.batch_size, config.bits, config.eps_squared)[1],
         "versions": {"bincomm": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "machine": {"device": device.type, "python": platform.python_version()},
-        "evaluation": None if sources is None else _evaluate_teacher(teacher, sources, config, device),
+        "evaluation": None if sources is None else _evaluate(network, sources, config, device),
     }
 
 
@@ -67,13 +68,13 @@ def evaluate_reproducibly(
     return result
 
 
-def _evaluate_teacher(
-    teacher: Network, sources: tuple[Source, Source, bool], config: PretrainConfig, device: torch.device
+def _evaluate(
+    network: Network, sources: tuple[Source, Source, bool], config: PretrainConfig, device: torch.device
 ) -> dict[str, Any] | None:
     gallery, queries, held_out = sources
     try:
         trained = evaluate_reproducibly(
-            Pretrained.of(teacher, config, device),
+            Pretrained.of(network, config, device),
             gallery,
             queries,
             ("knn", "knn_codes", "bits"),
@@ -84,7 +85,7 @@ def _evaluate_teacher(
         return None
     _, untrained = create_networks(replace(config, fsdp=False), device)
     return {
-        "teacher": trained,
+        trained_part(config): trained,
         "before_training": evaluate_reproducibly(
             Pretrained.of(untrained, config, device), gallery, queries, ("knn",)
         ),
@@ -93,24 +94,34 @@ def _evaluate_teacher(
     }
 
 
+def trained_figures(evaluation: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Of what result.json holds under "evaluation", the trained network: whether it is the "teacher" or, with
+    a frozen teacher, the "student", and its figures."""
+    name = "student" if "student" in evaluation else "teacher"
+    return name, evaluation[name]
+
+
 def accuracies(result: dict[str, Any]) -> list[tuple[str, float]]:
     """k-NN accuracies, k = 20, with their names, from what result.json holds; none without an evaluation."""
-    evaluation = result["evaluation"] or {}
+    evaluation = result["evaluation"]
+    if not evaluation:
+        return []
+    trained, _ = trained_figures(evaluation)
     parts = (
-        ("teacher's backbone", "teacher", "knn"),
-        ("its codes, Hamming", "teacher", "knn_codes"),
+        (f"{trained}'s backbone", trained, "knn"),
+        ("its codes, Hamming", trained, "knn_codes"),
         ("before training", "before_training", "knn"),
         ("raw pixels", "pixels", "knn"),
     )
-    return [(name, figure(evaluation[part], protocol, "20")) for name, part, protocol in parts if evaluation]
+    return [(name, figure(evaluation[part], protocol, "20")) for name, part, protocol in parts]
 
 
 def summary(result: dict[str, Any], output: str) -> str:
     """What a finished run prints, from what its result.json holds and its directory."""
     metrics, evaluation, lines = result["last_metrics"], result["evaluation"], []
     if evaluation:
-        teacher = evaluation["teacher"]
-        sizes = f"{teacher['query_images']} queries in {teacher['gallery_images']} images"
+        _, figures = trained_figures(evaluation)
+        sizes = f"{figures['query_images']} queries in {figures['gallery_images']} images"
         lines.append(f"\nk-NN accuracy, k=20, {sizes}")
         lines += [f"  {name:20} {share:7.2%}" for name, share in accuracies(result)]
         if not evaluation["queries_held_out"]:

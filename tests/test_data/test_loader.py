@@ -128,6 +128,22 @@ def test_the_seed_determines_everything(images):
     assert not torch.equal(batch[0], loader(images, CROPS, seed=1).next()[0])
 
 
+def test_global_crops_are_the_same_without_the_local_ones(images):
+    batches, alone = loader(images, CROPS), loader(images, CROPS, globals_only=True)
+    for _ in range(3):
+        (global_views, _), (on_their_own, none) = batches.next(), alone.next()
+        assert torch.equal(global_views, on_their_own)
+        assert none is None
+
+
+def test_any_batch_can_be_the_next(images):
+    whole = take(loader(images), 9)
+    batches = loader(images)
+    for step in (7, 8, 2, 3, 0):
+        batches.seek(step)
+        assert equal(batches.next(), whole[step])
+
+
 def test_ranks_share_the_batches_of_one_process(images):
     alone = loader(images, CROPS, batch_size=6)
     shares = [loader(images, CROPS, batch_size=2, rank=rank, world=3) for rank in range(3)]

@@ -105,3 +105,14 @@ def test_a_runs_monitor_knows_its_beta_and_the_range_of_the_rate(method, beta):
     assert (monitor.beta, monitor.bits) == (beta, 64)
     assert monitor.floor == pytest.approx(3.2315, abs=1e-4)  # ½·ln(1 + 64/0.1)
     assert monitor.ceiling == pytest.approx(48.7124, abs=1e-4)  # 16·ln(1 + 64/(32·0.1))
+
+
+@pytest.mark.parametrize("symptom", [DEAD, {"bit_entropy": 0.1}, {"rate": 3.0}, MUTE], ids=str)
+@pytest.mark.parametrize("beta", ["auto", 0.1])
+def test_advice_under_a_frozen_teacher_is_for_its_student(symptom, beta):
+    """Neither a momentum nor a β that is found can help where there are none."""
+    config = PretrainConfig(messages="messages", beta=beta, batch_size=64, bits=16)
+    (warning,) = warnings_of(create_monitor(config), HEALTHY | symptom | {"rate": symptom.get("rate", 20.0)})
+    for word in ("momentum", "beta", "too slow"):
+        assert word not in warning
+    assert any(word in warning for word in ("--teacher", "another lr", "what the teacher sees"))

@@ -161,9 +161,9 @@ def test_however_many_buffers_there_are_they_are_copied_at_once():
         step(*next(batches(1)), **RATES)
         forward = step.forward
         outputs = forward.student_logits(*next(batches(1))).detach().requires_grad_()
-        message = forward.teacher_logits(next(batches(1))[0])
+        message = forward.teacher_output(next(batches(1))[0])
         step.forward.student_logits = lambda *views, outputs=outputs: outputs * 1
-        step.forward.teacher_logits = lambda *views, message=message: message
+        step.forward.teacher_output = lambda *views, message=message: message
         with Calls() as calls:
             output = step.gradient(None, None)
         counts.append(len(calls.names))
