@@ -32,6 +32,7 @@ LAYERS = {
         "memory",
         "page",
         "backbone_arguments",
+        "patches",
     },
     "compiled": {"kernels", "_C"},
 }
