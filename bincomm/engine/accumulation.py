@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bincomm.engine.forward import split_batch
 from bincomm.engine.step import Step, StepOutput
 from bincomm.networks import Network
 
@@ -53,8 +54,9 @@ class AccumulatedStep(Step):
                 f"{len(global_views)}"
             )
         before = self.buffers.copy()
-        parts = split_batch(global_views, local_views, self.microbatches)
-        teacher_logits = self.forward.teacher_logits(*(global_part for global_part, _ in parts))
+        places = self.draw_masks(global_views)
+        parts = split_batch(global_views, local_views, places, self.microbatches)
+        teacher_logits = self.forward.teacher_logits(global_views, places, parts=self.microbatches)
         self.mark("teacher")
         draws, outputs = [], []
         with torch.no_grad():
@@ -74,14 +76,6 @@ class AccumulatedStep(Step):
                 self.forward.student_logits(*part).backward(gradient)
         self.mark("backward")
         return self.clip_and_judge(losses, logits, teacher_logits, before)
-
-
-def split_batch(
-    global_views: Tensor, local_views: Tensor | None, count: int
-) -> list[tuple[Tensor, Tensor | None]]:
-    """A batch as `count` microbatches of equally many images."""
-    local_parts = [None] * count if local_views is None else local_views.chunk(count)
-    return list(zip(global_views.chunk(count), local_parts, strict=True))
 
 
 def has_batch_norm(network: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bincomm.engine.buffers import Buffers
 from bincomm.engine.forward import Forward
 from bincomm.engine.guard import Guard
+from bincomm.engine.masks import Masks
 from bincomm.engine.optimizer import set_hyperparameters, step_unless
 from bincomm.networks import Network, update_teacher
 from bincomm.ops.clip import clip_gradients_
@@ -22,6 +23,8 @@ class StepOutput(NamedTuple):
     student: Tensor  # (V, n, K) logits
     teacher: Tensor  # (U, n, K) logits
     skipped: Tensor  # 0 or 1: whether it was not finite on some rank, and changed nothing
+    # Logits of student and teacher of the masked patches, each (M, n, K), if there are any.
+    patches: tuple[Tensor, Tensor] | None = None
 
 
 class Step:
@@ -36,6 +39,7 @@ class Step:
         optimizer: of the student's parameters, from `create_optimizer`.
         clip: largest norm of a parameter's gradient, 0 = no clipping.
         precision: of the networks' forward passes, "bf16" or "fp32".
+        masks: of patches, where the networks are a `DenseNetwork` each and the objective is for patches, too.
         mark: is called at the end of each part of the step, with its name, to measure the time.
     """
 
@@ -48,13 +52,19 @@ class Step:
         *,
         clip: float,
         precision: str,
+        masks: Masks | None = None,
         mark: Callable[[str], None] = lambda part: None,
     ):
         self.student, self.teacher, self.objective = student, teacher, objective
-        self.optimizer, self.clip, self.mark = optimizer, clip, mark
+        self.optimizer, self.clip, self.masks, self.mark = optimizer, clip, masks, mark
         # Listed once: going through all modules takes longer than reading some of the parameters.
         self.parameters, self.averages = list(student.parameters()), list(teacher.parameters())
-        self.buffers = Buffers(b for module in (student, teacher, objective) for b in module.buffers())
+        named = dict(student.named_parameters())
+        self.averaged = [named[name] for name, _ in teacher.named_parameters()]  # it has no mask token
+        modules: list[nn.Module] = [student, teacher, objective]
+        if masks is not None:
+            modules.append(masks)
+        self.buffers = Buffers(b for module in modules for b in module.buffers())
         self.forward = Forward(student, teacher, precision)
         self.guard = Guard(self.forward.device, self.forward.ranks)
 
@@ -76,9 +86,10 @@ class Step:
     def gradient(self, global_views: Tensor, local_views: Tensor | None) -> StepOutput:
         """Compute the student's clipped gradient, and judge whether the step is to be skipped."""
         before = self.buffers.copy()
-        teacher_logits = self.forward.teacher_logits(global_views)  # their signs are the message
+        places = self.draw_masks(global_views)
+        teacher_logits = self.forward.teacher_logits(global_views, places)  # their signs are the message
         self.mark("teacher")
-        outputs = self.forward.student_logits(global_views, local_views)
+        outputs = self.forward.student_logits(global_views, local_views, places)
         self.mark("student")
         # Cut here, because an accumulated step takes the loss's gradient at the logits of the whole batch.
         logits = outputs.detach().requires_grad_()
@@ -89,6 +100,10 @@ class Step:
         self.mark("backward")
         return self.clip_and_judge(losses, logits, teacher_logits, before)
 
+    def draw_masks(self, global_views: Tensor) -> Tensor | None:
+        """The places of the patches that this step masks, (n, M), if it masks any."""
+        return None if self.masks is None else self.masks(len(global_views))
+
     def clip_and_judge(
         self, losses: dict[str, Tensor], logits: Tensor, teacher_logits: Tensor, before: list[Tensor]
     ) -> StepOutput:
@@ -98,13 +113,18 @@ class Step:
         skip = self.guard.judge(losses["loss"], norm)
         self.buffers.restore(before, where=skip)
         self.mark("clip")
-        return StepOutput(losses, norm, logits.detach(), teacher_logits, skip)
+        logits = logits.detach()
+        if self.masks is None:
+            return StepOutput(losses, norm, logits, teacher_logits, skip)
+        count = self.masks.count
+        patches = logits[-count:], teacher_logits[-count:]
+        return StepOutput(losses, norm, logits[:-count], teacher_logits[:-count], skip, patches)
 
     def update(self, skip: Tensor, *, lr: float, weight_decay: float, momentum: float) -> None:
         """Move the student by AdamW, unless the step is to be skipped, and the teacher after it."""
         set_hyperparameters(self.optimizer, lr, weight_decay)
         step_unless(skip, self.optimizer)
         self.mark("optimizer")
-        update_teacher(self.averages, self.parameters, momentum)
+        update_teacher(self.averages, self.averaged, momentum)
         self.mark("average")
         self.guard.copy_to_host()

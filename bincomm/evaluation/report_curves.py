@@ -28,7 +28,7 @@ def curves_section(config: PretrainConfig, records: list[dict[str, float]]) -> s
 def _panel(panel: Panel, points: list[dict[str, float]]) -> str:
     def draw(axes: Axes) -> None:
         draw_metrics(axes, panel, points)
-        if len(panel.keys) > 1:
+        if len(axes.lines) > 1:
             add_legend(axes)
 
     last = [f"{key} {points[-1][key]:.4g}" for key in panel.keys if key in points[-1]]
