@@ -40,7 +40,7 @@ def find_patches(backbone: nn.Module, size: int, channels: int) -> Patches:
     _, rows, columns, features = found.shape
     if rows * columns < 2:
         raise ValueError(
-            f"backbone: expected several patches or cells of {size} pixels, got {rows * columns} of "
+            f"backbone: expected several patches or cells in crops of {size} pixels, got {rows * columns} of "
             f"{type(backbone).__name__}"
         )
     embedding = 0

@@ -72,7 +72,8 @@ def _explanations(config: PretrainConfig) -> dict[str, tuple[str, str]]:
         "transmitted_bits": (
             "Transmitted bits",
             judged(
-                f"How many of the {config.bits} bits of a message reach the student: the curve to watch.",
+                f"How many of the {config.bits} bits of a message reach the student: the curve to watch."
+                + " Curves named dense_ are of masked patches." * bool(config.dense),
                 "it grows.",
                 "it stays near 0.",
             ),
