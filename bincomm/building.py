@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from bincomm.config import PretrainConfig
+from bincomm.dense import DenseNetwork, find_patches
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone, create_teacher, feature_width
-from bincomm.objectives import DINO, DiscreteCommunication, SimDINO
+from bincomm.objectives import DINO, DenseCommunication, DiscreteCommunication, SimDINO
 from bincomm.weights import load_weights, read_metadata
 
 
@@ -58,6 +59,8 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
             raise ValueError(f"checkpoint_activations: expected false, because {config.backbone} cannot")
         enable(True)
     student = Network(backbone, head)
+    if config.dense:
+        student = create_dense_student(config, backbone, head)
     # Nothing is dropped in the teacher, neither paths nor features, so that its message is deterministic.
     without_dropping = {key: value for key, value in arguments.items() if "drop" not in key}
     teacher_backbone, _ = create_backbone(
@@ -71,6 +74,26 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
         student = student.to(memory_format=torch.channels_last)
         teacher = teacher.to(memory_format=torch.channels_last)
     return student, teacher
+
+
+def create_dense_student(
+    config: PretrainConfig, backbone: nn.Module, head: Head | PrototypeHead
+) -> DenseNetwork:
+    """The student with a second head, for patches.
+
+    Raises:
+        ValueError: the backbone has no patches; the message names the key.
+    """
+    try:
+        patches = find_patches(backbone, config.global_size, config.channels)
+    except ValueError as error:
+        reason = str(error).removeprefix("backbone: ")
+        raise ValueError(
+            f"dense: expected 0, because {config.backbone} has no patches to mask, got {config.dense:g}: "
+            f"{reason}"
+        ) from error
+    patch_head = Head(patches.features, config.hidden, config.bits, config.head_std)
+    return DenseNetwork(backbone, head, patch_head, patches, masks=True)
 
 
 def create_trained(config: PretrainConfig, weights: dict[str, Tensor], device: torch.device) -> Network:
@@ -94,7 +117,9 @@ def write_attention_out(*networks: nn.Module) -> None:
                 setattr(module, "fused_attn", False)  # noqa: B010  (a plain attribute of timm's)
 
 
-def create_objective(config: PretrainConfig) -> DiscreteCommunication | SimDINO | DINO:
+def create_objective(
+    config: PretrainConfig,
+) -> DiscreteCommunication | DenseCommunication | SimDINO | DINO:
     """What the configuration's method trains."""
     if config.method == "simdino":
         return SimDINO(config.eps_squared, expa_type=config.expa_type)
@@ -102,7 +127,8 @@ def create_objective(config: PretrainConfig) -> DiscreteCommunication | SimDINO 
         return DINO(config.prototypes)
     # A frozen teacher cannot collapse, and a student that did would predict nothing of its messages.
     beta = 0.0 if config.teacher_is_frozen and config.beta == "auto" else config.beta
-    return DiscreteCommunication(beta, config.eps_squared, agreement=config.agreement, tau=config.tau)
+    images = DiscreteCommunication(beta, config.eps_squared, agreement=config.agreement, tau=config.tau)
+    return DenseCommunication(images, config.dense) if config.dense else images
 
 
 def hash_seed(seed: int, number: int) -> int:

@@ -27,7 +27,8 @@ LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1), "epochs": (1, 10**9), "fewest_steps": (0, 10**9),
     "max_steps": (1, 10**12), "minutes": (1e-3, 10**7), "batch_size": (1, 2**24), "bits": (1, 2**16),
     "hidden": (1, 2**16), "head_std": (1e-6, 100), "reset_every": (0, 10**9), "beta": (0, 10**6),
-    "eps_squared": (1e-6, 10**6), "lr": (0, 10), "min_lr": (0, 10), "warmup_epochs": (0, 10**9),
+    "eps_squared": (1e-6, 10**6), "dense": (0, 10**3), "lr": (0, 10), "min_lr": (0, 10),
+    "warmup_epochs": (0, 10**9),
     "weight_decay": (0, 10), "weight_decay_end": (0, 10), "clip": (0, 10**9), "drop_path": (0, 1),
     "momentum": (0, 1), "accumulate": (1, 2**24), "eval_crop": (0.01, 1), "threads": (1, 1024),
     "max_unusable": (0, 1), "log_every": (1, 10**6), "save_every": (1, 10**9), "keep": (1, 10**9),
@@ -96,6 +97,8 @@ class PretrainConfig:
             the run, in whole epochs, if that is at least 2000 steps, else never.
         beta: β, weight of the coding rate. auto: found while training, as small as keeps the bits in use.
         eps_squared: ε² of the coding rate.
+        dense: of the method bits: weight of a second loss, by which patches that are masked in the student's
+            global crops predict the bits of the teacher's patches; 0 = off.
         lr: peak learning rate for a batch of 256; scaled in proportion to batch_size. auto: 5e-4 for batches
             of 256, in proportion to √batch_size, and up to eight times as much below 768 features.
         min_lr: learning rate at the end.
@@ -180,6 +183,7 @@ class PretrainConfig:
     reset_every: int | Literal["auto"] = "auto"
     beta: float | Literal["auto"] = "auto"
     eps_squared: float = 0.05
+    dense: float = 0.0
     lr: float | Literal["auto"] = "auto"
     min_lr: float = 5e-5
     warmup_epochs: int | Literal["auto"] = "auto"
@@ -249,6 +253,8 @@ class PretrainConfig:
             self.cuda_graph and self.checkpoint_activations
         ):  # it reads a random state, which a capture must not
             raise ValueError("cuda_graph: expected false with checkpoint_activations, got true")
+        if self.dense and self.method != "bits":
+            raise ValueError(f"dense: expected 0 with method {self.method}, got {self.dense:g}")
         if not self.data:
             raise ValueError(f"data: expected a source of images, got {self.data!r}")
         for source in [self.data] if isinstance(self.data, str) else self.data:
@@ -287,6 +293,7 @@ class PretrainConfig:
             ("agreement", ("hard",), "whose targets are bits"),
             ("momentum", ("auto",), "which has no moving average"),
             ("reset_every", ("auto", 0), "whose code does not change with a new head"),
+            ("dense", (0,), "which sends no bits of patches"),
         ):
             if (value := getattr(self, key)) not in values:
                 raise ValueError(f"{key}: expected {values[-1]} with {source}, {why}, got {value}")

@@ -166,6 +166,16 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = head
 
+    @property
+    def heads(self) -> list[Head | PrototypeHead]:
+        """All heads: what a reset re-initializes."""
+        return [self.head]
+
+    def copy_on(self, backbone: nn.Module) -> "Network":
+        """A copy on another backbone, which takes on the weights of this one: a teacher's beginning."""
+        backbone.load_state_dict(self.backbone.state_dict())
+        return Network(backbone, deepcopy(self.head))
+
     def forward(self, *groups: Tensor) -> Tensor:
         """Groups of equally large views (n, V_g, C, H_g, W_g) -> logits (ΣV_g, n, K) of all, in order.
 
@@ -177,8 +187,7 @@ class Network(nn.Module):
 
 def create_teacher(student: Network, backbone: nn.Module) -> Network:
     """A copy of the student without gradients, on a backbone of its own (that has no stochastic depth)."""
-    backbone.load_state_dict(student.backbone.state_dict())
-    return Network(backbone, deepcopy(student.head)).requires_grad_(False)
+    return student.copy_on(backbone).requires_grad_(False)
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ from bincomm.ops.discrete_communication import (
     weigh_rate,
 )
 from bincomm.ops.messages import check_logits
+from bincomm.ops.sign_bce import sign_bce
 
 AGREEMENTS = ("hard", "soft", "cosine")
 
@@ -153,6 +154,65 @@ class DiscreteCommunication(nn.Module):
         if self.control is not None:
             self.control.follow(scalars[3:])
         return dict(zip(self.scalars, (loss, *scalars[:3]), strict=True))
+
+
+class DenseCommunication(nn.Module):
+    """The paper's objective for images, and beside it the same for patches that the student does not see.
+
+    `L = L_images + w·(agreement_p - β_p·γ·R_p)`: `agreement_p` is `sign_bce` of the student's logits of
+    masked patches against the bits of the teacher's patches at the same places ("iBOT", arXiv 2111.07832, of
+    whose prototypes bits take the place), over all of them. `R_p` is the mean `coding_rate` of SAMPLE masked
+    patches of each image, each over the N images of all ranks: it costs what that of the images' two views
+    does, however many patches there are, and as it is of as many images and bits, γ and the control of β hold
+    for it, too. β_p is `images.beta`, or found by a control of its own where that is "auto".
+
+    Args:
+        images: the objective of the images.
+        weight: w.
+    """
+
+    SAMPLE = 2
+    scalars = (*DiscreteCommunication.scalars, "dense_agreement", "dense_rate", "dense_beta")
+    outputs_are_bits = True
+
+    def __init__(self, images: DiscreteCommunication, weight: float):
+        super().__init__()
+        check_positive("weight", weight)
+        self.images = images
+        self.weight = weight
+        self.control = None if images.control is None else BetaControl()
+        self.predicts_bits = images.predicts_bits
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}"
+
+    def forward(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """Student (V + M, n, K) and teacher (2 + M, n, K) logits, of V and of 2 views and then of M masked
+        patches of each image -> loss, agreement, rate (nats), beta, and the last three of the patches."""
+        patches = len(teacher) - 2
+        if patches < 1 or len(student) < len(teacher):
+            raise ValueError(
+                "student and teacher: expected logits of views and patches, (V + M, n, K) and (2 + M, n, K), "
+                f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            )
+        of_views, of_patches = student.split([len(student) - patches, patches])
+        losses = self.images(of_views, teacher[:2])
+        agreement = sign_bce(of_patches.flatten(0, 1)[None], teacher[2:].flatten(0, 1)[None], pairs="matched")
+        group, sample = all_ranks(), of_patches[: self.SAMPLE]
+        eps_squared = self.images.eps_squared
+        cost, scalars = weigh_rate(
+            agreement,
+            agreement,
+            coding_rate(sample, eps_squared=eps_squared, group=group),
+            sample,
+            beta=float(self.images.beta) if self.control is None else self.control.state,
+            eps_squared=eps_squared,
+            group=group,
+        )
+        if self.control is not None:
+            self.control.follow(scalars[3:])
+        losses["loss"] = losses["loss"] + self.weight * cost
+        return losses | dict(zip(self.scalars[4:], scalars[:3], strict=True))
 
 
 class SimDINO(nn.Module):

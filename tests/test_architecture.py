@@ -21,6 +21,7 @@ LAYERS = {
     "configuration": {"configuration"},
     "parsing": {"parsing"},
     "keys": {"config", "recipes", "weights"},
+    "networks with patches": {"dense"},
     "parts": {"data", "objectives", "networks", "diagnosis"},
     "ground": {
         "distributed",
@@ -32,6 +33,7 @@ LAYERS = {
         "memory",
         "page",
         "backbone_arguments",
+        "patches",
     },
     "compiled": {"kernels", "_C"},
 }

@@ -3,11 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import defaults, domains, learning, messages
+from benchmarks import defaults, dense, domains, learning, messages
+from bincomm.data.sources import open_source
 from bincomm.objectives import BetaControl, DiscreteCommunication
 from bincomm.pretraining import Interrupted
 
@@ -208,6 +210,57 @@ def test_a_method_waits_for_its_search(bench, images):
     assert status == 0
     assert list(records) == ["before training, seed 0"]
     assert "DINO: left out, its learning rate has not been searched for" in printed
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Two classes, a color each, in train and test."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for half, count in (("train", 20), ("test", 6)):
+        for kind, color in (("red", (220, 40, 40)), ("blue", (40, 40, 220))):
+            (folder / half / kind).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (40, 30), color).save(folder / half / kind / f"{number:02}.png")
+    return folder
+
+
+def test_scenes_show_parts_of_images_and_their_masks_say_of_which_class(photographs, tmp_path):
+    source = open_source(str(photographs))
+    for folder in ("one", "other"):
+        dense.write_scenes(tmp_path / folder, {"train": source, "val": source}, (6, 3), 16)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.png"))
+    assert len(files) == 2 * (6 + 3)
+    assert all(
+        (tmp_path / "one" / path).read_bytes() == (tmp_path / "other" / path).read_bytes() for path in files
+    )
+    seen = np.zeros(3, int)
+    for path in (tmp_path / "one" / "train" / "images").iterdir():
+        picture = np.asarray(Image.open(path)).astype(int)
+        mask = np.asarray(Image.open(path.parents[1] / "masks" / path.name))
+        assert mask.shape == picture.shape[:2] == (32, 32)
+        seen += np.bincount(mask.flatten(), minlength=3)
+        is_red = picture[..., 0] > picture[..., 2]
+        for number, kind in enumerate(source.classes, 1):
+            assert (is_red[mask == number] == (kind == "red")).all()
+    assert (seen > 0.05 * seen.sum()).all()
+
+
+@pytest.mark.long
+def test_dense_bits_are_compared_with_none(bench, photographs):
+    arguments = (f"colors={photographs}", "--seeds", "2", "--scenes", "6", "3")
+    status, records, page, _ = bench(dense, *arguments)
+    assert status == 0, page
+    ways = ("before training", "dense 0", "dense 1")
+    assert list(records) == ["raw pixels", *(f"{way}, seed {seed}" for seed in (0, 1) for way in ways)]
+    figures = records["dense 1, seed 1"]["figures"]
+    assert figures["steps"] == records["dense 0, seed 1"]["figures"]["steps"] == 4
+    assert "dense_transmitted_bits" in figures
+    assert "dense_transmitted_bits" not in records["dense 0, seed 1"]["figures"]
+    pixels = records["raw pixels"]["figures"]
+    assert pixels["knn"]["20"] == 1  # colors alone tell these classes apart, but not from the ground
+    assert 0 < pixels["segmentation"]["knn"] < 1
+    assert "`dense 1` against `dense 0`, seed by seed: patches, k-NN mIoU" in page
+    assert stamps(bench(dense, *arguments)[1]) == stamps(records)
 
 
 @pytest.mark.long

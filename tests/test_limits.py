@@ -106,6 +106,8 @@ def test_a_run_computes_with_numbers_at_their_limits(key, end):
     keys = {**SMALL, key: filled(key, number)}
     if key == "jitter" and end == "high":
         keys[key] = (number, number, number, 0.5)
+    if key == "dense" and end == "high":
+        keys["global_size"] = 64  # of several cells
     if key in ("global_scale", "local_scale") and end == "high":
         keys[key] = (0.5, number)
     if key == "pixel_range":

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bincomm.engine.forward import split_batch
 from bincomm.engine.frozen_teacher import FrozenTeacher
 from bincomm.engine.step import Step, StepOutput
 from bincomm.networks import Network
@@ -56,9 +57,10 @@ class AccumulatedStep(Step):
                 f"{len(global_views)}"
             )
         before = self.buffers.copy()
-        parts = split_batch(global_views, local_views, self.microbatches)
+        places = self.draw_masks(global_views)
+        parts = split_batch(global_views, local_views, places, self.microbatches)
         if messages is None:
-            sent = self.forward.teacher_output(*(global_part for global_part, _ in parts))
+            sent = self.forward.teacher_output(global_views, places, parts=self.microbatches)
         else:
             sent = messages
         self.mark("teacher")
@@ -80,14 +82,6 @@ class AccumulatedStep(Step):
                 self.forward.student_logits(*part).backward(gradient)
         self.mark("backward")
         return self.clip_and_judge(losses, logits, sent, before)
-
-
-def split_batch(
-    global_views: Tensor, local_views: Tensor | None, count: int
-) -> list[tuple[Tensor, Tensor | None]]:
-    """A batch as `count` microbatches of equally many images."""
-    local_parts = [None] * count if local_views is None else local_views.chunk(count)
-    return list(zip(global_views.chunk(count), local_parts, strict=True))
 
 
 def has_batch_norm(network: nn.Module) -> bool:

@@ -5,7 +5,8 @@ import time
 import torch
 from torch import Tensor
 
-from bincomm.engine.accumulation import AccumulatedStep, split_batch
+from bincomm.engine.accumulation import AccumulatedStep
+from bincomm.engine.forward import split_batch
 from bincomm.engine.step import Step
 
 
@@ -19,8 +20,8 @@ def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | Non
     forward = step.forward
     accumulates = isinstance(step, AccumulatedStep)
     count = step.microbatches if isinstance(step, AccumulatedStep) else 1
-    part = split_batch(global_views, local_views, count)[0]
     before = step.buffers.copy()
+    part = split_batch(global_views, local_views, step.draw_masks(global_views), count)[0]
     start = time.perf_counter()
     # What earlier runs of this process compiled counts against the limit of graphs of the networks' code.
     torch.compiler.reset()
@@ -30,7 +31,7 @@ def compile_networks(step: Step, global_views: Tensor, local_views: Tensor | Non
         # Split parameters keep a gradient that is not averaged where zero_grad() does not reach it.
         with torch.random.fork_rng(devices), forward.without_averaging(not forward.sharded):
             if forward.teacher in forward.compilable:
-                forward.teacher_output(part[0])
+                forward.teacher_output(part[0], part[2])
             if accumulates:  # its first passes keep nothing, which is a graph of its own
                 with torch.no_grad():
                     forward.student_logits(*part)

@@ -14,16 +14,20 @@ class Panel(NamedTuple):
     """A plot of metrics over the steps."""
 
     title: str
-    keys: tuple[str, ...]  # of a record of metrics.jsonl
+    keys: tuple[str, ...]  # of a record of metrics.jsonl; those of patches are drawn where there are any
     unit: str
 
 
 PANELS = (
     Panel("loss", ("loss",), "nats"),
-    Panel("agreement (ln 2: nothing transmitted)", ("agreement", "agreement_global"), "nats per bit"),
-    Panel("transmitted bits of a message", ("transmitted_bits",), "bits"),
-    Panel("coding rate", ("rate",), "nats"),
-    Panel("weight of the coding rate", ("beta",), ""),
+    Panel(
+        "agreement (ln 2: nothing transmitted)",
+        ("agreement", "agreement_global", "dense_agreement"),
+        "nats per bit",
+    ),
+    Panel("transmitted bits of a message", ("transmitted_bits", "dense_transmitted_bits"), "bits"),
+    Panel("coding rate", ("rate", "dense_rate"), "nats"),
+    Panel("weight of the coding rate", ("beta", "dense_beta"), ""),
     Panel("use of the bits", ("bit_entropy", "bit_entropy_min", "dead_bits"), "bits; share"),
     Panel("bits predicted right", ("bit_accuracy", "bit_majority"), "share of bits"),
     Panel("learning rate", ("lr",), ""),
@@ -38,7 +42,7 @@ def plot_curves(run: Path, accuracies: list[tuple[str, float]]) -> None:
     for axes, panel in zip(plots, PANELS, strict=True):
         draw_metrics(axes, panel, records)
         axes.set(title=panel.title)
-        if len(panel.keys) > 1:
+        if len(axes.lines) > 1:
             axes.legend(fontsize="small")
     progress = read_json_lines(run / "progress.jsonl")
     if progress:
@@ -53,6 +57,8 @@ def draw_metrics(axes: Axes, panel: Panel, records: list[dict[str, float]]) -> N
     """Draw the metrics of a panel, from records of metrics.jsonl."""
     steps = [record["step"] for record in records]
     for key in panel.keys:
+        if key.startswith("dense_") and not any(key in record for record in records):
+            continue
         axes.plot(steps, [record.get(key, math.nan) for record in records], label=key)
     axes.set(xlabel="step", ylabel=panel.unit)
     axes.grid(alpha=0.3)

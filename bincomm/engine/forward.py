@@ -42,19 +42,29 @@ class Forward:
                 student, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
-    def teacher_output(self, *parts: Tensor) -> Tensor:
-        """Global crops (n, 2, 3, S, S), in parts -> the teacher's logits (2, n, K), without a gradient; of a
-        frozen one the message (2, n, ⌈K/32⌉) int32."""
+    def teacher_output(self, global_views: Tensor, places: Tensor | None = None, *, parts: int = 1) -> Tensor:
+        """Global crops (n, 2, 3, S, S) -> the teacher's logits (2, n, K), without a gradient; with the places
+        (n, M) of patches (2 + M, n, K); of a frozen one the message (2, n, ⌈K/32⌉) int32. The images are passed
+        in so many parts."""
         assert self.teacher is not None  # else the batch has its messages
         with torch.inference_mode():
-            output = torch.cat([self._run(self.teacher, views) for views in parts], dim=1)
+            output = torch.cat(
+                [
+                    self._run(self.teacher, views, places=some)
+                    for views, _, some in split_batch(global_views, None, places, parts)
+                ],
+                dim=1,
+            )
         self.reshard_teacher()
         return output.clone()  # outside inference mode, because autograd saves it
 
-    def student_logits(self, global_views: Tensor, local_views: Tensor | None) -> Tensor:
-        """Crops (n, 2, 3, S, S) and (n, L, 3, s, s) -> the student's logits (2 + L, n, K)."""
+    def student_logits(
+        self, global_views: Tensor, local_views: Tensor | None, places: Tensor | None = None
+    ) -> Tensor:
+        """Crops (n, 2, 3, S, S) and (n, L, 3, s, s) -> the student's logits (2 + L, n, K); with the places
+        (n, M) of masked patches (2 + L + M, n, K)."""
         views = [global_views] if local_views is None else [global_views, local_views]
-        return self._run(self.student, *views)
+        return self._run(self.student, *views, places=places)
 
     def compile(self) -> None:
         """Let the networks go through torch.compile, for inputs of constant shapes."""
@@ -88,6 +98,17 @@ class Forward:
         else:
             yield
 
-    def _run(self, network: nn.Module, *views: Tensor) -> Tensor:
+    def _run(self, network: nn.Module, *views: Tensor, places: Tensor | None) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            return network(*views)
+            return network(*views) if places is None else network(*views, places=places)
+
+
+Part = tuple[Tensor, Tensor | None, Tensor | None]  # global and local crops, and places of patches
+
+
+def split_batch(
+    global_views: Tensor, local_views: Tensor | None, places: Tensor | None, count: int
+) -> list[Part]:
+    """A batch as `count` parts of equally many images."""
+    others = ([None] * count if some is None else some.chunk(count) for some in (local_views, places))
+    return list(zip(global_views.chunk(count), *others, strict=True))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -15,6 +16,7 @@ from bincomm.config import PretrainConfig
 from bincomm.data.loader import Loader, TooManyUnusableError
 from bincomm.data.remote import UnreachableError
 from bincomm.data.sources import Source
+from bincomm.dense import DenseNetwork
 from bincomm.distributed.ranks import FirstRankError, Ranks
 from bincomm.distributed.sharding import load_sharded, load_sharded_optimizer, shard
 from bincomm.engine.accumulation import AccumulatedStep, has_batch_norm
@@ -26,6 +28,7 @@ from bincomm.engine.cuda_graph import CapturedStep
 from bincomm.engine.evidence import keep_evidence
 from bincomm.engine.frozen_teacher import FrozenTeacher, choose_codes
 from bincomm.engine.guard import TOTAL, Guard, TrainingError, Verdict
+from bincomm.engine.masks import Masks
 from bincomm.engine.metrics import MetricsWindow
 from bincomm.engine.optimizer import create_optimizer, freeze_last_layer
 from bincomm.engine.records import Records
@@ -70,7 +73,7 @@ class Job:
         self.sender = create_sender(config, source, follower, ranks)
         optimizer = create_optimizer(student)
         teacher = None if isinstance(self.sender, StoredMessages) else self.sender
-        step = create_step(config, student, teacher, objective, optimizer)
+        step = create_step(config, student, teacher, objective, optimizer, rank=ranks.rank)
         self.student, self.optimizer = student, optimizer
         # What the run is for: the average of its students, but under a frozen teacher the student itself.
         self.trained = student if config.teacher_is_frozen else follower
@@ -81,7 +84,12 @@ class Job:
         self.batches = Batches(self.loader, unusable, self.guard.lag + 1, self.stored)
         bits = config.bits if objective.outputs_are_bits else None
         window = MetricsWindow(
-            config.log_every, objective.scalars, bits, ranks.device, objective.predicts_bits
+            config.log_every,
+            objective.scalars,
+            bits,
+            ranks.device,
+            objective.predicts_bits,
+            patches=step.masks is not None,
         )
         monitor = create_monitor(config)
         self.records = Records(config, run, self.schedule, window, monitor, ranks)
@@ -96,6 +104,8 @@ class Job:
             "window": WindowPart(window),
             "random": RandomPart(config.seed),
         }
+        if step.masks is not None:
+            parts["masks"] = Replicated(step.masks.state_dict, step.masks.load_state_dict)
         self.checkpoints = Checkpoints(run / "checkpoints", config.keep)
         self.state = RunState(config, parts, self.checkpoints, ranks)
         self.verdict = Verdict(0, 0, False)  # of the guard, on the last step it has read
@@ -273,14 +283,23 @@ def create_step(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     mark: Callable[[str], None] = lambda part: None,
+    rank: int = 0,
 ) -> Step:
     """The step that the configuration asks for."""
     networks = (student, teacher, objective, optimizer)
+    masks = None
+    if isinstance(student, DenseNetwork):
+        masks = Masks(config.seed, student.patches.rows, student.patches.columns, rank)
+        masks = masks.to(next(student.parameters()).device)
+    options: dict[str, Any] = {
+        "clip": config.clip,
+        "precision": config.precision,
+        "masks": masks,
+        "mark": mark,
+    }
     if config.accumulate == 1:
-        return Step(*networks, clip=config.clip, precision=config.precision, mark=mark)
-    return AccumulatedStep(
-        *networks, microbatches=config.accumulate, clip=config.clip, precision=config.precision, mark=mark
-    )
+        return Step(*networks, **options)
+    return AccumulatedStep(*networks, microbatches=config.accumulate, **options)
 
 
 def prepare(step: Step, config: PretrainConfig, views: Views) -> Step | CapturedStep:

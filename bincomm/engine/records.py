@@ -31,6 +31,7 @@ LINE = {  # formats of the progress line
     "rate": "rate {:.1f}",
     "beta": "beta {:.2g}",
     "transmitted_bits": "hears {:.1f} of {bits} bits",
+    "dense_transmitted_bits": "patches {:.1f}",
     "bit_entropy": "entropy {:.2f}",
     "dead_bits": "dead {:.0%}",
     "images_per_second": "{:.0f} img/s",

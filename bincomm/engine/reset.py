@@ -10,8 +10,11 @@ from bincomm.networks import Network
 def reset_head(
     student: Network, teacher: Network, optimizer: torch.optim.Optimizer, seed: tuple[int, int]
 ) -> None:
-    """Re-initialize the head, equally for student and teacher, and clear the optimizer's state of it."""
+    """Re-initialize the heads, equally for student and teacher, and clear the optimizer's state of them."""
     # Drawn on the CPU, from the same seed on every rank.
-    for head in (student.head, teacher.head):
-        head.reset(torch.Generator().manual_seed(hash_seed(*seed)))
-    clear_state(optimizer, student.head)
+    for network in (student, teacher):
+        generator = torch.Generator().manual_seed(hash_seed(*seed))
+        for head in network.heads:
+            head.reset(generator)
+    for head in student.heads:
+        clear_state(optimizer, head)

@@ -10,6 +10,7 @@ from bincomm.engine.buffers import Buffers
 from bincomm.engine.forward import Forward
 from bincomm.engine.frozen_teacher import FrozenTeacher
 from bincomm.engine.guard import Guard
+from bincomm.engine.masks import Masks
 from bincomm.engine.optimizer import set_hyperparameters, step_unless
 from bincomm.networks import Network, update_teacher
 from bincomm.ops.clip import clip_gradients_
@@ -23,6 +24,8 @@ class StepOutput(NamedTuple):
     student: Tensor  # (V, n, K) logits
     teacher: Tensor  # (U, n, K) logits, or the message (U, n, ⌈K/32⌉) int32
     skipped: Tensor  # 0 or 1: whether it was not finite on some rank, and changed nothing
+    # Logits of student and teacher of the masked patches, each (M, n, K), if there are any.
+    patches: tuple[Tensor, Tensor] | None = None
 
 
 class Step:
@@ -39,6 +42,7 @@ class Step:
         optimizer: of the student's parameters, from `create_optimizer`.
         clip: largest norm of a parameter's gradient, 0 = no clipping.
         precision: of the networks' forward passes, "bf16" or "fp32".
+        masks: of patches, where the networks are a `DenseNetwork` each and the objective is for patches, too.
         mark: is called at the end of each part of the step, with its name, to measure the time.
     """
 
@@ -51,15 +55,20 @@ class Step:
         *,
         clip: float,
         precision: str,
+        masks: Masks | None = None,
         mark: Callable[[str], None] = lambda part: None,
     ):
         self.student, self.teacher, self.objective = student, teacher, objective
-        self.optimizer, self.clip, self.mark = optimizer, clip, mark
+        self.optimizer, self.clip, self.masks, self.mark = optimizer, clip, masks, mark
         # Listed once: going through all modules takes longer than reading some of the parameters.
         follower = teacher if isinstance(teacher, Network) else None
         self.parameters = list(student.parameters())
-        self.averages = list(follower.parameters()) if follower is not None else []
-        changed = [module for module in (student, follower, objective) if module is not None]
+        self.averages, self.averaged = [], []
+        if follower is not None:
+            self.averages = list(follower.parameters())
+            named = dict(student.named_parameters())
+            self.averaged = [named[name] for name, _ in follower.named_parameters()]  # it has no mask token
+        changed = [module for module in (student, follower, objective, masks) if module is not None]
         self.buffers = Buffers(b for module in changed for b in module.buffers())
         self.forward = Forward(student, teacher, precision)
         self.guard = Guard(self.forward.device, self.forward.ranks)
@@ -86,10 +95,11 @@ class Step:
     ) -> StepOutput:
         """Compute the student's clipped gradient, and judge whether the step is to be skipped."""
         before = self.buffers.copy()
+        places = self.draw_masks(global_views)
         # Logits, whose signs are the message, or the message itself.
-        sent = self.forward.teacher_output(global_views) if messages is None else messages
+        sent = self.forward.teacher_output(global_views, places) if messages is None else messages
         self.mark("teacher")
-        outputs = self.forward.student_logits(global_views, local_views)
+        outputs = self.forward.student_logits(global_views, local_views, places)
         self.mark("student")
         # Cut here, because an accumulated step takes the loss's gradient at the logits of the whole batch.
         logits = outputs.detach().requires_grad_()
@@ -100,6 +110,10 @@ class Step:
         self.mark("backward")
         return self.clip_and_judge(losses, logits, sent, before)
 
+    def draw_masks(self, global_views: Tensor) -> Tensor | None:
+        """The places of the patches that this step masks, (n, M), if it masks any."""
+        return None if self.masks is None else self.masks(len(global_views))
+
     def clip_and_judge(
         self, losses: dict[str, Tensor], logits: Tensor, sent: Tensor, before: list[Tensor]
     ) -> StepOutput:
@@ -109,7 +123,12 @@ class Step:
         skip = self.guard.judge(losses["loss"], norm)
         self.buffers.restore(before, where=skip)
         self.mark("clip")
-        return StepOutput(losses, norm, logits.detach(), sent, skip)
+        logits = logits.detach()
+        if self.masks is None:
+            return StepOutput(losses, norm, logits, sent, skip)
+        count = self.masks.count
+        patches = logits[-count:], sent[-count:]
+        return StepOutput(losses, norm, logits[:-count], sent[:-count], skip, patches)
 
     def update(self, skip: Tensor, *, lr: float, weight_decay: float, momentum: float) -> None:
         """Move the student by AdamW, unless the step is to be skipped, and the teacher after it."""
@@ -117,6 +136,6 @@ class Step:
         step_unless(skip, self.optimizer)
         self.mark("optimizer")
         if self.averages:
-            update_teacher(self.averages, self.parameters, momentum)
+            update_teacher(self.averages, self.averaged, momentum)
         self.mark("average")
         self.guard.copy_to_host()

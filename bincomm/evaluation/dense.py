@@ -18,6 +18,7 @@ from bincomm.evaluation.linear import HELD_OUT, LEARNING_RATES, Descent, cross_e
 from bincomm.evaluation.pretrained import Pretrained, check_rgb
 from bincomm.files import write_file
 from bincomm.logs import printable_name, progress_bar
+from bincomm.patches import patch_map, stride_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +36,9 @@ Predict = Callable[[Tensor], Tensor]
 def patch_features(backbone: nn.Module, images: Tensor) -> Tensor:
     """A feature for every patch of images: (n, 3, H, W) -> (n, h, w, D), h = ⌈H/s⌉, w = ⌈W/s⌉ for stride s.
 
-    Of a ViT the patch tokens of the last layer after the final norm; class and register tokens are left out.
-    Where timm puts that norm behind the pooling (`fc_norm`, of models that average their tokens), it is
-    applied to each token. Of a conv net the map before pooling. Images whose sides are no multiples of the
-    stride are continued to the right and below by their last pixels.
+    They are those of `bincomm.patches.patch_map`, of a ViT the patch tokens of the last layer after the final
+    norm. Images whose sides are no multiples of the stride are continued to the right and below by their last
+    pixels.
 
     Args:
         backbone: a timm model, in evaluation mode.
@@ -62,39 +62,7 @@ def patch_features(backbone: nn.Module, images: Tensor) -> Tensor:
     except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
         size = f"{images.shape[-2]}×{images.shape[-1]}"
         raise ValueError(f"backbone: {name} cannot take images of {size} pixels: {error}") from error
-    if isinstance(features, Tensor) and features.dim() == 4:
-        channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
-        # A net of unpadded convolutions has a smaller map, which is then taken to cover the image.
-        return features if channels_last else features.permute(0, 2, 3, 1)
-    if isinstance(features, Tensor) and features.dim() == 3:
-        tokens = features[:, getattr(backbone, "num_prefix_tokens", 0) :]
-        if tokens.shape[1] == rows * columns:
-            norm = getattr(backbone, "fc_norm", None)
-            tokens = tokens if norm is None else norm(tokens)
-            return tokens.unflatten(1, (rows, columns))
-    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-    raise ValueError(
-        f"backbone: expected of {name} a map (n, D, h, w) or tokens of {rows}×{columns} patches, got {shape}"
-    )
-
-
-def stride_of(backbone: nn.Module) -> int:
-    """Pixels a side of the image that belong to one feature of a timm model.
-
-    Raises:
-        ValueError: it does not say, or has no feature maps.
-    """
-    feature_info: Any = getattr(backbone, "feature_info", None)
-    try:
-        stride = int(feature_info[-1]["reduction"])
-    except (AttributeError, IndexError, KeyError, TypeError):
-        stride = 0
-    if stride < 1 or not hasattr(backbone, "forward_features"):
-        raise ValueError(
-            "backbone: expected a timm model with patch tokens or feature maps, got "
-            f"{type(backbone).__name__}"
-        )
-    return stride
+    return patch_map(backbone, features, (rows, columns))
 
 
 def evaluate_segmentation(

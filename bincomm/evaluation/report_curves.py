@@ -33,7 +33,7 @@ def _panel(panel: Panel, points: list[dict[str, float]]) -> str:
         figure.set_layout_engine(None)
         figure.subplots_adjust(0.19, 0.19, 0.94, 0.89)
         draw_metrics(axes, panel, points)
-        if len(panel.keys) > 1:
+        if len(axes.lines) > 1:
             add_legend(axes)
 
     last = [f"{key} {points[-1][key]:.4g}" for key in panel.keys if key in points[-1]]
@@ -77,7 +77,8 @@ def _explanations(config: PretrainConfig) -> dict[str, tuple[str, str]]:
         "transmitted_bits": (
             "Transmitted bits",
             judged(
-                f"How many of the {config.bits} bits of a message reach the student: the curve to watch.",
+                f"How many of the {config.bits} bits of a message reach the student: the curve to watch."
+                + " Curves named dense_ are of masked patches." * bool(config.dense),
                 "it grows.",
                 "it stays near 0.",
             ),

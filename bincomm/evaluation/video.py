@@ -25,13 +25,13 @@ from bincomm.evaluation.dense import (
     open_png,
     patch_features,
     preprocess,
-    stride_of,
     write_mask,
 )
 from bincomm.evaluation.layouts import Pair, file_error, plain_name, read_list, refusal
 from bincomm.evaluation.pretrained import Pretrained, check_rgb
 from bincomm.files import expand_home
 from bincomm.logs import progress_bar
+from bincomm.patches import stride_of
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from bincomm.dense import DenseNetwork, find_patches
 from bincomm.engine.accumulation import AccumulatedStep
 from bincomm.engine.compiling import compile_networks
 from bincomm.engine.cuda_graph import CapturedStep
+from bincomm.engine.masks import Masks
 from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.step import Step
 from bincomm.networks import Head, Network, create_backbone, create_teacher, feature_width
-from bincomm.objectives import DINO, DiscreteCommunication, SimDINO
+from bincomm.objectives import DINO, DenseCommunication, DiscreteCommunication, SimDINO
 
 RATES = {"lr": 0.001, "weight_decay": 0.1, "momentum": 0.9}
 ARGUMENTS = {"patch_size": 4, "depth": 2, "qkv_bias": False}
@@ -18,14 +20,25 @@ ARGUMENTS = {"patch_size": 4, "depth": 2, "qkv_bias": False}
 def create(objective=None, precision="fp32", accumulate=1):
     torch.manual_seed(0)
     backbone, _ = create_backbone("test_vit", 16, **ARGUMENTS)
-    student = Network(backbone, Head(feature_width(backbone, [16]), 64, 32))
+    width, masks = feature_width(backbone, [16]), None
+    student = Network(backbone, Head(width, 64, 32))
+    if isinstance(objective, DenseCommunication):
+        patches = find_patches(backbone, 16, 3)
+        student = DenseNetwork(backbone, student.head, Head(width, 64, 32), patches, masks=True)
+        masks = Masks(0, patches.rows, patches.columns).cuda()
     teacher = create_teacher(student, create_backbone("test_vit", 16, **ARGUMENTS)[0]).cuda()
     student = student.cuda()
     objective = (objective or DiscreteCommunication()).cuda()
     networks = (student, teacher, objective, create_optimizer(student))
+    options = {"clip": 1.0, "precision": precision, "masks": masks}
     if accumulate > 1:
-        return AccumulatedStep(*networks, microbatches=accumulate, clip=1.0, precision=precision)
-    return Step(*networks, clip=1.0, precision=precision)
+        return AccumulatedStep(*networks, microbatches=accumulate, **options)
+    return Step(*networks, **options)
+
+
+def dense():
+    """The objective of images and of masked patches."""
+    return DenseCommunication(DiscreteCommunication(), 1.0)
 
 
 def batches(count, n=16):
@@ -38,7 +51,7 @@ def batches(count, n=16):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("objective", [DiscreteCommunication, SimDINO, lambda: DINO(32)])
+@pytest.mark.parametrize("objective", [DiscreteCommunication, dense, SimDINO, lambda: DINO(32)])
 def test_a_step_does_not_wait_for_the_device(objective, precision):
     step = create(objective(), precision)
     first, *rest = batches(4)
@@ -52,9 +65,10 @@ def test_a_step_does_not_wait_for_the_device(objective, precision):
     assert step.guard.read() == (0, 0, False)
 
 
+@pytest.mark.parametrize("objective", [DiscreteCommunication, dense])
 @pytest.mark.parametrize("form", ["compile", "capture", "accumulate"])
-def test_faster_and_smaller_forms_are_the_same_step(form):
-    plain, other = create(), create(accumulate=2 if form == "accumulate" else 1)
+def test_faster_and_smaller_forms_are_the_same_step(form, objective):
+    plain, other = create(objective()), create(objective(), accumulate=2 if form == "accumulate" else 1)
     first = next(batches(1))
     if form == "compile":
         assert compile_networks(other, *first)[0]
