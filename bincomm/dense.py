@@ -107,7 +107,8 @@ class DenseNetwork(Network):
             masked = seen.scatter(1, places, True).view(len(images), rows, columns)
             if self.mask_token is None:
                 images = hide(images, masked)
-            self._masked = masked
+            else:
+                self._masked = masked
         backbone = _as_timm(self.backbone)
         maps = backbone.forward_features(images)
         self._masked = None
