@@ -44,8 +44,8 @@ class Forward:
 
     def teacher_output(self, global_views: Tensor, places: Tensor | None = None, *, parts: int = 1) -> Tensor:
         """Global crops (n, 2, 3, S, S) -> the teacher's logits (2, n, K), without a gradient; with the places
-        (n, M) of patches (2 + M, n, K); of a frozen one the message (2, n, ⌈K/32⌉) int32. The images are passed
-        in so many parts."""
+        (n, M) of patches (2 + M, n, K); of a frozen one the message (2, n, ⌈K/32⌉) int32. The images are
+        passed in so many parts."""
         assert self.teacher is not None  # else the batch has its messages
         with torch.inference_mode():
             output = torch.cat(

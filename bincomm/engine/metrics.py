@@ -37,9 +37,10 @@ class BitCounts:
         return {name: getattr(self, name) for name in self.NAMES}
 
     def add(self, teacher: Tensor, logits: Tensor, used: Tensor) -> None:
-        """Add (V, n, K) logits, or a message (V, n, ⌈K/32⌉) int32, and the logits that predict its bits, if the
-        step was `used`, a bool."""
-        message = unpack_signs(teacher, len(self.ones)) if teacher.dtype == torch.int32 else teacher > 0
+        """Add (V, n, K) logits, or a message (V, n, ⌈K/32⌉) int32, and the logits that predict its bits, if
+        the step was `used`, a bool."""
+        packed = teacher.dtype == torch.int32
+        message = unpack_signs(teacher, len(self.ones)) if packed else teacher > 0
         self.messages += used * message.shape[0] * message.shape[1]
         self.ones += used * message.sum((0, 1))
         self.correct += used * (message == (logits > 0)).sum()
