@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -155,6 +156,15 @@ class Loader:
         if self.channels_last:
             groups = [group.movedim(-1, 2) for group in groups]
         return groups[0], groups[1] if len(groups) > 1 else None
+
+    def resize(self, global_size: int, local_size: int) -> bool:
+        """Make crops of these sides, in pixels, from the next batch on: the same windows of the same images,
+        with the same augmentations. Returns whether they are others than before."""
+        if (global_size, local_size) == (self.crops.global_size, self.crops.local_size):
+            return False
+        self.crops = replace(self.crops, global_size=global_size, local_size=local_size)
+        self._reset()
+        return True
 
     def all_unusable(self) -> list[tuple[str, str]]:
         """(name, reason) of all unusable images so far, including those of batches in preparation."""

@@ -29,6 +29,7 @@ class CapturedStep:
                 f"{ranks} × {device.type} and accumulate = {count}"
             )
         self.step = step
+        step.optimizer.zero_grad()  # else gradients keep the memory of a graph that was captured before
         self.static_views = [None if v is None else v.clone() for v in (global_views, local_views)]
         global_copy, local_copy = self.static_views
         assert global_copy is not None
