@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import defaults, domains, learning
+from benchmarks import curriculum, defaults, domains, learning
 from bincomm.objectives import BetaControl, DiscreteCommunication
 from bincomm.pretraining import Interrupted
 
@@ -210,6 +210,21 @@ def test_a_method_waits_for_its_search(bench, images):
     assert status == 0
     assert list(records) == ["before training, seed 0"]
     assert "DINO: left out, its learning rate has not been searched for" in printed
+
+
+def test_low_resolution_first_against_none_of_it(bench, images):
+    arguments = (f"d={images}", "--seeds", "1", "--only", "conv", "--set", "low_resolution_sizes=[8, 8]")
+    status, records, page, printed = bench(curriculum, *arguments)
+    assert status == 0
+    assert list(records) == ["conv net, none, seed 0", "conv net, the first 70%, seed 0"]
+    full, low = (record["figures"] for record in records.values())
+    assert (low["steps"], low["sizes"], low["queries"]) == (4, [[8, 8], [16, 12]], 36)
+    assert (full["untrained"], full["pixels"]) == (low["untrained"], low["pixels"])
+    assert "| conv net | the first 70% | 1 | 4 |" in page
+    points = 100 * (low["knn"] - full["knn"])
+    assert f"- conv net, the first 70%: k-NN {points:+.1f} points, seed by seed" in page
+    assert len(printed.splitlines()) == 2
+    assert stamps(bench(curriculum, *arguments)[1]) == stamps(records)
 
 
 @pytest.mark.long
