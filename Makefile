@@ -8,8 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: setup pretrain check test test-long test-fuzz lint types bench bench-codes bench-data bench-defaults bench-dense \
-  bench-domains bench-factors bench-learning bench-messages bench-small-step bench-step gpu gpu-tables gpu-bench-data wheel clean
+.PHONY: setup pretrain check test test-long test-fuzz lint types bench bench-codes bench-curriculum bench-data bench-defaults \
+  bench-dense bench-domains bench-factors bench-learning bench-messages bench-small-step bench-step gpu gpu-tables \
+  gpu-bench-data wheel clean
 .DELETE_ON_ERROR:
 
 # One at a time: a second one waits, and then finds it done.
@@ -124,6 +125,10 @@ bench-defaults: setup
 	$(has_data)
 	$(BIN)/python -m benchmarks.defaults benchmarks/results/defaults digits=digits cifar10="$(DATA)/cifar10" \
 	  photo="$(DATA)/photo" sketch="$(DATA)/sketch" photographs="$(DATA)/photographs" $(ARGS)
+
+bench-curriculum: setup
+	$(has_data)
+	$(BIN)/python -m benchmarks.curriculum benchmarks/results/curriculum cifar10="$(DATA)" $(ARGS)
 
 bench-dense: setup
 	$(has_data)

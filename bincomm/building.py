@@ -35,6 +35,9 @@ def create_networks(config: PretrainConfig, device: torch.device) -> tuple[Netwo
         raise
     sizes = [config.global_size] + [config.local_size] * (config.local_crops > 0)
     width = feature_width(backbone, sizes, config.channels)
+    if config.low_resolution:
+        low_sizes = list(config.low_sizes[: len(sizes)])
+        feature_width(backbone, low_sizes, config.channels, "low_resolution_sizes")
     if config.method == "dino":
         head: Head | PrototypeHead = PrototypeHead(
             width, config.hidden, config.bits, config.prototypes, config.head_std

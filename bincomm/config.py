@@ -32,7 +32,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "weight_decay": (0, 10), "weight_decay_end": (0, 10), "clip": (0, 10**9), "drop_path": (0, 1),
     "momentum": (0, 1), "accumulate": (1, 2**24), "eval_crop": (0.01, 1), "threads": (1, 1024),
     "max_unusable": (0, 1), "log_every": (1, 10**6), "save_every": (1, 10**9), "keep": (1, 10**9),
-    "evaluate_every": (0, 10**9),
+    "evaluate_every": (0, 10**9), "low_resolution": (0, 0.99), "low_resolution_sizes": (1, 4096),
 }  # fmt: skip
 WEIGHTS = (1e-6, 10**6)  # of sources in a mix
 
@@ -123,6 +123,10 @@ class PretrainConfig:
         local_crops: number of local crops, which the student alone sees.
         local_size: side of the local crops, pixels.
         local_scale: range of the area of a local crop.
+        low_resolution: share of the run's steps, the first ones, whose crops have smaller sides, which takes
+            less time; 0 = none.
+        low_resolution_sizes: sides of the global and the local crops in these steps, pixels; null: half of
+            global_size and of local_size.
         augment: preset of augmentations for a domain of images. It sets keys of augmentations and crops, in
             place of the recipe's values; keys that are given still win. photos: the recipe's own.
         flip: probability of a horizontal flip.
@@ -203,6 +207,8 @@ class PretrainConfig:
     local_crops: int = Crops.local_crops
     local_size: int = Crops.local_size
     local_scale: tuple[float, float] = Crops.local_scale
+    low_resolution: float = 0.0
+    low_resolution_sizes: tuple[int, int] | None = None
     augment: Literal["photos", "overhead", "microscopy", "documents", "plants", "digits"] = "photos"
     flip: float = Crops.flip
     flip_vertical: float = Crops.flip_vertical
@@ -268,6 +274,8 @@ class PretrainConfig:
         for key, value in without_colors(self).items():
             object.__setattr__(self, key, value)
         self.crops  # noqa: B018  (its own checks)
+        if self.low_resolution:
+            check_low_sizes(self)
         if self.precision == "auto":  # last, because it imports torch, which no error needs
             object.__setattr__(self, "precision_is_open", True)
             object.__setattr__(self, "precision", "bf16" if computes_in_bf16(self.device) else "fp32")
@@ -287,6 +295,11 @@ class PretrainConfig:
             raise ValueError(
                 f"minutes: expected none with messages, which are those of so many epochs, got "
                 f"{self.minutes:g}; give --epochs"
+            )
+        if self.messages is not None and self.low_resolution:
+            raise ValueError(
+                "low_resolution: expected 0 with messages, which are those of crops of one resolution, got "
+                f"{self.low_resolution:g}"
             )
         for key, values, why in (
             ("method", ("bits",), "whose targets are bits"),
@@ -311,6 +324,11 @@ class PretrainConfig:
     def crops(self) -> Crops:
         """The part of the configuration that describes the crops."""
         return Crops(**{f.name: getattr(self, f.name) for f in fields(Crops)})
+
+    @property
+    def low_sizes(self) -> tuple[int, int]:
+        """Sides of the global and the local crops in the steps that `low_resolution` is the share of."""
+        return self.low_resolution_sizes or (self.global_size // 2, self.local_size // 2)
 
     @property
     def steps_are_open(self) -> bool:
@@ -341,6 +359,16 @@ class PretrainConfig:
             for key, (was, now) in pairs.items()
             if was != now and not (key in sources and located(was) == located(now))
         }
+
+
+def check_low_sizes(config: PretrainConfig) -> None:
+    """Raise ValueError where crops of low resolution would not be smaller than the others."""
+    sizes, full = config.low_sizes, (config.global_size, config.local_size)
+    if not (1 <= sizes[0] < full[0] and 1 <= sizes[1] <= full[1]):
+        raise ValueError(
+            f"low_resolution_sizes: expected less than global_size = {full[0]} and at most local_size = "
+            f"{full[1]}, got {list(sizes)}"
+        )
 
 
 def computes_in_bf16(device: str) -> bool:

@@ -15,6 +15,7 @@ from bincomm.data.sources import evaluation_sources, open_source, why_no_evaluat
 from bincomm.distributed.ranks import join_ranks
 from bincomm.engine.budget import choose_steps, measure
 from bincomm.engine.records import duration, in_short
+from bincomm.engine.resolution import Resolution
 from bincomm.engine.run import (
     dump_config,
     has_begun,
@@ -99,11 +100,13 @@ def describe(forecast: Forecast) -> str:
     config = forecast.config
     per_second = forecast.steps * config.batch_size / forecast.seconds
     disk = config.keep * forecast.checkpoint_bytes
+    resolution = Resolution(config, forecast.steps)
     lines = [
         f"{config.output} {forecast.state}; nothing was written",
         f"{forecast.images} images; at the end {forecast.evaluation}",
         f"{forecast.steps} steps of {config.batch_size}, about {duration(forecast.seconds)}, at "
         f"{in_short(per_second)} images/s on {forecast.device}",
+        *([resolution.describe()] if resolution.low_steps else []),
         f"{size(forecast.memory_bytes)} of memory, about {size(disk)} of disk for {config.keep} checkpoints, "
         f"of {size(forecast.free_bytes)} that are free",
     ]

@@ -60,11 +60,13 @@ def create_backbone(
 
 
 @torch.no_grad()
-def feature_width(backbone: nn.Module, sizes: list[int], channels: int = 3) -> int:
+def feature_width(
+    backbone: nn.Module, sizes: list[int], channels: int = 3, argument: str = "backbone"
+) -> int:
     """D, found by showing the backbone one image of every size, in pixels a side; it is left as it was.
 
     Raises:
-        ValueError: it cannot take an image of some size.
+        ValueError: it cannot take an image of some size; the message begins with `argument`.
     """
     training, width = backbone.training, 0
     backbone.eval()
@@ -74,7 +76,7 @@ def feature_width(backbone: nn.Module, sizes: list[int], channels: int = 3) -> i
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()) or "its parts do not fit this size"
             raise ValueError(
-                f"backbone: {type(backbone).__name__} cannot take crops of {size} pixels: {reason}"
+                f"{argument}: {type(backbone).__name__} cannot take crops of {size} pixels: {reason}"
             ) from error
     backbone.train(training)
     return width

@@ -40,7 +40,7 @@ TEACHER_HELP = (
 EXAMPLES = {
     "teacher": ["runs/large"], "messages": "messages/large",
     "max_steps": 1000, "minutes": 10, "init_from": "resnet18", "backbone_args": {"layers": [1, 1, 1, 1]},
-    "pixel_range": [0, 65535],
+    "pixel_range": [0, 65535], "low_resolution_sizes": [112, 48],
 }  # fmt: skip
 LIST_EXAMPLE = "--blur='[1, 0.1, 0.5]'"
 

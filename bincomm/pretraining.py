@@ -106,6 +106,7 @@ def train(
     step = job.resume()
     with signals.deferred(), job.running(step):
         while step < job.steps:
+            job.set_resolution(step)
             if job.schedule.resets_head(step):
                 job.reset_head(step)
             job.freeze_last_layer(step)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import defaults, dense, domains, learning, messages
+from benchmarks import curriculum, defaults, dense, domains, learning, messages
 from bincomm.data.sources import open_source
 from bincomm.objectives import BetaControl, DiscreteCommunication
 from bincomm.pretraining import Interrupted
@@ -261,6 +261,21 @@ def test_dense_bits_are_compared_with_none(bench, photographs):
     assert 0 < pixels["segmentation"]["knn"] < 1
     assert "`dense 1` against `dense 0`, seed by seed: patches, k-NN mIoU" in page
     assert stamps(bench(dense, *arguments)[1]) == stamps(records)
+
+
+def test_low_resolution_first_against_none_of_it(bench, images):
+    arguments = (f"d={images}", "--seeds", "1", "--only", "conv", "--set", "low_resolution_sizes=[8, 8]")
+    status, records, page, printed = bench(curriculum, *arguments)
+    assert status == 0
+    assert list(records) == ["conv net, none, seed 0", "conv net, the first 70%, seed 0"]
+    full, low = (record["figures"] for record in records.values())
+    assert (low["steps"], low["sizes"], low["queries"]) == (4, [[8, 8], [16, 12]], 36)
+    assert (full["untrained"], full["pixels"]) == (low["untrained"], low["pixels"])
+    assert "| conv net | the first 70% | 1 | 4 |" in page
+    points = 100 * (low["knn"] - full["knn"])
+    assert f"- conv net, the first 70%: k-NN {points:+.1f} points, seed by seed" in page
+    assert len(printed.splitlines()) == 2
+    assert stamps(bench(curriculum, *arguments)[1]) == stamps(records)
 
 
 @pytest.mark.long

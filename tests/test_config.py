@@ -353,6 +353,8 @@ def test_a_frozen_teacher_replaces_what_a_recipe_says_of_a_moving_one(tmp_path):
     assert configure(str(recipe), messages="m", epochs=3).fewest_steps == 0
     with pytest.raises(ValueError, match="^minutes: expected none with messages, .* give --epochs"):
         configure(str(recipe), messages="m")
+    with pytest.raises(ValueError, match="^low_resolution: expected 0 with messages, .*, got 0.5"):
+        configure(str(recipe), messages="m", epochs=3, low_resolution=0.5)
     with pytest.raises(ValueError, match="^dense: expected 0 with teacher, which sends no bits of patches"):
         configure(str(recipe), teacher="a", dense=1)
     assert parse(["--recipe", "digits", "--teacher", "a", "~/b"])[0].teacher == ("a", str(Path.home() / "b"))

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
+from quick_runs import pages
 from ranks import run_on_ranks
 from tiny_run import OPTIONS
 
@@ -385,7 +386,8 @@ def test_a_run_with_dense_bits_is_resumed_exactly(few_digits, tmp_path, monkeypa
         patch.setattr(Records, "add", interrupted)
         with pytest.raises(Interrupted):
             pretrain(configure(**keys, output=tmp_path / "run"))
-    pretrain(configure(**keys, output=tmp_path / "run"))
+    with pages():
+        pretrain(configure(**keys, output=tmp_path / "run"))
     for name in ("metrics.jsonl", "model.safetensors", "result.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     records = read_json_lines(tmp_path / "run" / "metrics.jsonl")

@@ -16,6 +16,7 @@ from bincomm.configuration import configure
 from bincomm.engine.checkpoints import load_checkpoint
 from bincomm.files import read_json_lines
 from bincomm.pretraining import pretrain
+from bincomm.recipes import read_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +51,10 @@ OPTIONS = {
     "save_every": 5,
     "threads": 1,
 }
+
+
+# As few images at a time as where crops are large: here two on each rank.
+IN_PARTS = read_recipe("high_resolution")["accumulate"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,7 +129,7 @@ def alone(tmp_path_factory):
         ({"fsdp": True}, ""),
         pytest.param({"fsdp": True, "compile": "on"}, WITHOUT_INDUCTOR, marks=pytest.mark.long),
         pytest.param({"fsdp": True, "compile": "on"}, "", marks=pytest.mark.long),
-        ({"accumulate": 2, "checkpoint_activations": True}, ""),
+        ({"accumulate": IN_PARTS, "checkpoint_activations": True}, ""),
     ],
     ids=["", "split", "split and compiled in part", "split and compiled", "accumulated"],
 )

@@ -46,7 +46,8 @@ NUMBERS = [field.name for field in fields(PretrainConfig) if kinds(HINTS[field.n
 
 def filled(key, number):
     """A value of a key with this number in it, in every place of a tuple."""
-    counts = {"mean": 3, "std": 3, "pixel_range": 2}  # of any length, or of a key that may be None
+    # Of any length, or of a key that may be None.
+    counts = {"mean": 3, "std": 3, "pixel_range": 2, "low_resolution_sizes": 2}
     hint = HINTS[key]
     is_tuple = key in counts or typing.get_origin(hint) is tuple
     return (number,) * counts.get(key, len(typing.get_args(hint))) if is_tuple else number
@@ -120,7 +121,7 @@ def test_a_run_computes_with_numbers_at_their_limits(key, end):
         keys["agreement"] = "soft"
     if key == "prototypes":
         keys["method"] = "dino"
-    if key in ("global_size", "local_size"):
+    if key in ("global_size", "local_size", "low_resolution"):
         keys["backbone"] = "test_resnet"  # takes an image of one pixel
     if key in ("batch_size", "bits") and end == "low":
         keys[key] = 2  # a run refuses one, whose rate is constant; what is trained may be evaluated

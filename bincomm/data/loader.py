@@ -167,6 +167,15 @@ class Loader:
             self.step = step
             self._reset()
 
+    def resize(self, global_size: int, local_size: int) -> bool:
+        """Make crops of these sides, in pixels, from the next batch on: the same windows of the same images,
+        with the same augmentations. Returns whether they are others than before."""
+        if (global_size, local_size) == (self.crops.global_size, self.crops.local_size):
+            return False
+        self.crops = replace(self.crops, global_size=global_size, local_size=local_size)
+        self._reset()
+        return True
+
     def all_unusable(self) -> list[tuple[str, str]]:
         """(name, reason) of all unusable images so far, including those of batches in preparation."""
         return [(self.images.name(image), reason) for _, image, reason in self._sorted_rejections()]

@@ -94,14 +94,32 @@ def smaller_batch(config: PretrainConfig, fitting: int, world: int) -> int:
 
 
 def measure(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> tuple[float, int]:
-    """Seconds of a training step, by rank 0's clock, and the number of steps of an epoch.
+    """Seconds of a training step, by rank 0's clock, and the number of steps of an epoch. Where the first
+    steps have a lower resolution, steps of both are measured, and the seconds are their mean over the run.
 
     The steps are real ones of a job of their own, of which nothing is kept: the run that follows creates its
     networks from the seed and begins with the first batch, as if nothing had been measured.
     """
     job = Job(config, source, run, ranks, Signals(run))
-    on_gpu, window = ranks.device.type == "cuda", job.records.window
-    torch.backends.cudnn.benchmark = on_gpu  # as in the run
+    torch.backends.cudnn.benchmark = ranks.device.type == "cuda"  # as in the run
+    share, epoch_steps = config.low_resolution, job.loader.steps_per_epoch
+    if not share:
+        return seconds_of_step(job), epoch_steps
+    job.loader.resize(*config.low_sizes)
+    low = seconds_of_step(job)
+    job.loader.resize(config.global_size, config.local_size)
+    full = seconds_of_step(job)
+    logger.info(
+        f"{in_short(config.batch_size / low)} images/s of low resolution, "
+        f"{in_short(config.batch_size / full)} of full"
+    )
+    return share * low + (1 - share) * full, epoch_steps
+
+
+def seconds_of_step(job: Job) -> float:
+    """Seconds of a training step with the crops that the job's loader makes, by rank 0's clock."""
+    config, ranks, window = job.config, job.ranks, job.records.window
+    on_gpu = ranks.device.type == "cuda"
     train_step = prepare(job.eager_step, config, load_views(job.loader, job.stored))
 
     def seconds_per_step(steps: int) -> float:
@@ -120,5 +138,4 @@ def measure(config: PretrainConfig, source: Source, run: Path, ranks: Ranks) -> 
     estimate = seconds_per_step(3)
     longest = LONGEST if config.minutes is None else min(LONGEST, SHARE * 60 * config.minutes)
     wanted = int(longest / estimate)
-    seconds = seconds_per_step(min(max(wanted, AT_LEAST), AT_MOST))
-    return seconds, job.loader.steps_per_epoch
+    return seconds_per_step(min(max(wanted, AT_LEAST), AT_MOST))

@@ -31,6 +31,7 @@ class CapturedStep:
                 f"{ranks} × {device.type} and accumulate = {count}"
             )
         self.step = step
+        step.optimizer.zero_grad()  # else gradients keep the memory of a graph that was captured before
         batch = global_views, local_views, messages
         self.static_batch = [None if tensor is None else tensor.clone() for tensor in batch]
         global_copy, *others = self.static_batch

@@ -127,16 +127,28 @@ class Job:
     def running(self, steps_done: int) -> Iterator[None]:
         """Compile what the configuration asks for, open the records, and close them at the end."""
         if self.ranks.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # shapes never change
+            torch.backends.cudnn.benchmark = True  # shapes change once at most
         try:
             if steps_done < self.steps:
-                views = self.next_batch(steps_done, peek=True)
-                self.train_step = prepare(self.eager_step, self.config, views)
+                self.loader.resize(*self.schedule.resolution(steps_done))
+                self.prepare(steps_done)
             self.records.start(steps_done)
             yield
         finally:
             self.checkpoints.wait()
             self.records.close()
+
+    def prepare(self, step: int) -> None:
+        """Compile and capture what the configuration asks for, for crops of the size that this step has."""
+        self.train_step = self.eager_step  # what was captured before makes room
+        self.train_step = prepare(self.eager_step, self.config, self.next_batch(step, peek=True))
+
+    def set_resolution(self, step: int) -> None:
+        """Make crops of the size that the schedule gives this step."""
+        if self.loader.resize(*self.schedule.resolution(step)):
+            logger.info("step %d of %d: crops have their full size from here on", step, self.steps)
+            with self.records.paused():
+                self.prepare(step)
 
     def reset_head(self, step: int) -> None:
         """Re-initialize the head, by the seed and the epoch that begins."""
@@ -328,6 +340,8 @@ def announce(job: Job, steps_done: int) -> None:
         f"({loader.steps_per_epoch} an epoch), on {where} in {config.precision}, in {config.output}"
     )
     logger.info(job.schedule.describe())
+    if job.schedule.resolution.low_steps:
+        logger.info(job.schedule.resolution.describe())
     job.source.announce()
     if config.channels != 3:
         logger.info(

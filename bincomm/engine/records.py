@@ -137,22 +137,28 @@ class Records:
 
     def add_evaluation(self, steps_done: int, measure: Callable[[], dict[str, float]]) -> None:
         """Measure k-NN, on all ranks, and record it; the time that it takes is none of the steps'."""
+        with self.paused():
+            values = measure()
+            if self.ranks.rank == 0 and values:
+                self.pending["progress"].append(json.dumps({"step": steps_done, **values}) + "\n")
+                with self.kept_for_later():
+                    self.flush()
+                    self._add_to_board(steps_done, values)
+                if self.tracking is not None:
+                    self.tracking.log(steps_done, values)
+                logger.info(
+                    "step %d/%d  k-NN %.1f %%, of codes %.1f %%",
+                    steps_done,
+                    self.schedule.steps,
+                    100 * values["knn"],
+                    100 * values["knn_codes"],
+                )
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count the time that something takes as none of the steps'."""
         began = time.perf_counter()
-        values = measure()
-        if self.ranks.rank == 0 and values:
-            self.pending["progress"].append(json.dumps({"step": steps_done, **values}) + "\n")
-            with self.kept_for_later():
-                self.flush()
-                self._add_to_board(steps_done, values)
-            if self.tracking is not None:
-                self.tracking.log(steps_done, values)
-            logger.info(
-                "step %d/%d  k-NN %.1f %%, of codes %.1f %%",
-                steps_done,
-                self.schedule.steps,
-                100 * values["knn"],
-                100 * values["knn_codes"],
-            )
+        yield
         took = time.perf_counter() - began
         self.started_at += took
         step, since = self.measured_from
@@ -170,10 +176,13 @@ class Records:
             self.has_forecast = True
             seconds = (now - since) / (self.steps_here - first)
             remaining = self.schedule.steps - steps_done
-            if remaining * seconds > SHORT:
+            resolution = self.schedule.resolution
+            # Steps of full resolution, which are still to come, take longer than those measured.
+            seconds_left = seconds * resolution.work(steps_done) / resolution.cost(steps_done - 1)
+            if seconds_left > SHORT:
                 logger.info(
                     "about %s for the %d steps that remain, at %s images/s",
-                    duration(remaining * seconds),
+                    duration(seconds_left),
                     remaining,
                     in_short(self.config.batch_size / seconds),
                 )

@@ -4,6 +4,7 @@ import math
 from typing import TypedDict
 
 from bincomm.config import PretrainConfig
+from bincomm.engine.resolution import Resolution
 
 
 def cosine(step: int, steps: int, start: float, end: float) -> float:
@@ -52,6 +53,7 @@ class Schedule:
     def __init__(self, config: PretrainConfig, epoch_steps: int, features: int):
         self.config, self.epoch_steps = config, epoch_steps
         self.steps = config.steps(epoch_steps)
+        self.resolution = Resolution(config, self.steps)
         if config.warmup_epochs == "auto":
             self.warmup = self.steps // 10
         else:

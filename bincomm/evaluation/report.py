@@ -247,6 +247,11 @@ def _settings_section(
     config: PretrainConfig, images: int, records: list[dict[str, float]], result: dict[str, Any] | None
 ) -> str:
     steps = config.steps(max(1, images // config.batch_size))
+    at_first = ""
+    if config.low_resolution:
+        at_first = "; in the first {:.0%} of the steps {} and {}".format(
+            config.low_resolution, *config.low_sizes
+        )
     rows = [
         ["method", config.method],
         ["backbone", config.backbone],
@@ -259,7 +264,7 @@ def _settings_section(
         ["beta", str(config.beta)],
         ["learning rate", f"{max((record['lr'] for record in records), default=0):.3g} at its peak"],
         ["teacher", _teacher(config, records)],
-        ["crops", f"2 of {config.global_size} pixels, {config.local_crops} of {config.local_size}"],
+        ["crops", f"2 of {config.global_size} pixels, {config.local_crops} of {config.local_size}{at_first}"],
         ["augmentations", config.augment],
         ["precision", config.precision],
         ["seed", str(config.seed)],

@@ -3,6 +3,7 @@ import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +44,23 @@ def take(batches, count):
 
 def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_smaller_crops_of_the_same_windows_and_back(images):
+    """As in the first part of a run of rising resolution: each batch is that of a loader of its size."""
+    small, changing = loader(images, replace(WINDOWS, global_size=12, local_size=8)), loader(images)
+    assert not changing.resize(24, 16)
+    assert changing.resize(12, 8)
+    batches = take(changing, 3)
+    assert all(map(equal, batches, take(small, 3)))
+    assert changing.resize(24, 16)
+    full = loader(images)
+    for low in batches:
+        for mine, large in zip(low, full.next(), strict=True):
+            halved = torch.nn.functional.avg_pool2d(large.flatten(0, 1), 2).reshape(mine.shape)
+            assert (mine - halved).abs().mean() < 0.1  # in deviations of ImageNet's colors
+    assert equal(changing.next(), full.next())  # the fourth
+    assert changing.indices == full.indices
 
 
 def test_shapes_and_memory_of_their_own(images):

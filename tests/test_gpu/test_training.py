@@ -41,10 +41,11 @@ def test_batches_are_those_of_the_cpu(further):
             ).abs().mean() < 0.05  # in deviations of ImageNet's colors
 
 
+@pytest.mark.parametrize("resolution", [{}, {"low_resolution": 0.5}], ids=["full", "rising"])
 @pytest.mark.parametrize("form", [{"compile": "off"}, {"compile": "on"}, {"cuda_graph": True}])
-def test_a_short_run(tmp_path, form):
+def test_a_short_run(tmp_path, form, resolution):
     pytest.importorskip("jsonargparse", reason="reading a configuration needs jsonargparse")
-    keys = {"precision": "bf16", "log_every": 10, "save_every": 10, "max_steps": 60, **form}
+    keys = {"precision": "bf16", "log_every": 10, "save_every": 10, "max_steps": 60, **form, **resolution}
     result = pretrain(configure("digits", output=tmp_path / "run", **keys))
     assert result["machine"]["device"] == "cuda"
     assert result["last_metrics"]["rate"] > 50  # 41 where nothing is learned
