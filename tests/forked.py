@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 FORKS = multiprocessing.get_context("forkserver")
 # Imports alone: a thread or a device opened before the fork would be missing after it.
-FORKS.set_forkserver_preload(["bincomm.commands.pretrain", "quick_runs"])
+FORKS.set_forkserver_preload(["bincomm.commands.pretrain", "bincomm.pretraining"])
 
 COMMAND = "import sys; from bincomm.cli import main; sys.exit(main())"  # as `python -m bincomm.cli`
 
@@ -81,6 +81,8 @@ class ForkedProcess:
 
 
 def _run(program: str, arguments: list[str], environment: dict[str, str], writer: Connection) -> None:
+    import quick_runs  # noqa: F401  # in a process that is forked: the first one does not find tests
+
     os.dup2(writer.fileno(), 1)
     os.dup2(writer.fileno(), 2)
     writer.close()

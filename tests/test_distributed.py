@@ -57,13 +57,6 @@ OPTIONS = {
 IN_PARTS = read_recipe("high_resolution")["accumulate"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_digits(few_digits):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(OPTIONS, "data", str(few_digits))
-        yield
-
-
 def arguments(output, **options):
     return [f"--{key}={value}" for key, value in {**OPTIONS, "output": output, **options}.items()]
 

@@ -26,21 +26,14 @@ RISING = {**TINY, "low_resolution": 0.5, "low_resolution_sizes": (8, 8), "max_st
 RISING |= {"log_every": 2, "save_every": 3}
 
 
-@pytest.fixture(autouse=True)
-def _no_pages(monkeypatch):
-    """What is drawn at the end of a run takes longer than such a run; it is tested with pretraining."""
-    monkeypatch.setattr("bincomm.pretraining.plot_curves", lambda *_: None)
-    monkeypatch.setattr("bincomm.pretraining.report_run", lambda *_: None)
-
-
 @pytest.fixture
 def sizes(monkeypatch):
     """The sides of the crops of every step."""
     call, seen = Step.__call__, []
 
-    def step(self, global_views, local_views, **options):
+    def step(self, global_views, local_views, *messages, **options):
         seen.append((global_views.shape[-1], local_views.shape[-1]))
-        return call(self, global_views, local_views, **options)
+        return call(self, global_views, local_views, *messages, **options)
 
     monkeypatch.setattr(Step, "__call__", step)
     return seen

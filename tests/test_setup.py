@@ -17,6 +17,7 @@ case "$*" in
     test "$INTERRUPTED" && exit 130
     touch .venv/pip;;
   "-m pip"*) test -e .venv/pip;;
+  "-c "*) echo timm;;
   *) exit 9;;
 esac
 """

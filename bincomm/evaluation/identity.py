@@ -10,7 +10,6 @@ import numpy as np
 from bincomm.data.parquet import ParquetImages
 from bincomm.data.shards import Shards
 from bincomm.data.sources import Mix, Source
-from bincomm.weights import hash_weights
 
 if TYPE_CHECKING:  # codes at rest are read without timm and DALI
     from bincomm.evaluation.pretrained import Pretrained
@@ -18,6 +17,8 @@ if TYPE_CHECKING:  # codes at rest are read without timm and DALI
 
 def weights_identity(model: "Pretrained") -> str:
     """A name for what a network computes: of its architecture and its weights."""
+    from bincomm.weights import hash_weights  # which needs timm; so does a network, but not what is below
+
     digest = hashlib.sha256(repr((model.config.backbone, model.config.backbone_args)).encode())
     for network in (model.backbone, model.head):
         if network is not None:
