@@ -118,6 +118,14 @@ def test_on_s3(data, local, tmp_path, monkeypatch):
     assert not any(b"secret-of-a-test" in content for content in written)
 
 
+def test_on_googles_store(data, local, tmp_path, monkeypatch):
+    pytest.importorskip("gcsfs", reason="needs bincomm[remote]")
+    with serving(data.parent) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.address)
+        stopped_and_resumed(f"gs://data{TAR}", tmp_path / "run")
+    same(tmp_path / "run", local["tar"])
+
+
 def test_on_the_hub(data, local, tmp_path, monkeypatch):
     with serving(data) as server:
         hub_at(server.address, monkeypatch)
