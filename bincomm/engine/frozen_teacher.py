@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from bincomm.building import hash_seed, write_attention_out
 from bincomm.config import PretrainConfig
-from bincomm.data.loader import Loader
-from bincomm.data.sources import Source
 from bincomm.distributed.ranks import Ranks
 from bincomm.networks import create_backbone, feature_width
 from bincomm.ops.messages import pack_signs
 from bincomm.weights import hash_weights, load_weights, read_metadata
+
+if TYPE_CHECKING:  # a step runs without DALI
+    from bincomm.data.loader import Loader
+    from bincomm.data.sources import Source
 
 SAMPLE = 1024  # images, at most, whose two global crops the code is estimated from
 SAMPLE_BATCH = 64
@@ -211,7 +213,7 @@ def whitened_projection(features: Tensor, bits: int, seed: int) -> Code:
     return Code(projection.float(), -(projection @ mean).float())
 
 
-def choose_codes(teacher: FrozenTeacher, config: PretrainConfig, source: Source, ranks: Ranks) -> None:
+def choose_codes(teacher: FrozenTeacher, config: PretrainConfig, source: "Source", ranks: Ranks) -> None:
     """Choose the codes of a run, by its seed and the crops of its first images: on rank 0, for all ranks."""
 
     def choose() -> list[Code]:
@@ -221,7 +223,7 @@ def choose_codes(teacher: FrozenTeacher, config: PretrainConfig, source: Source,
     teacher.take(ranks.first(choose))
 
 
-def sample_crops(source: Source, config: PretrainConfig, device: torch.device) -> Iterable[Tensor]:
+def sample_crops(source: "Source", config: PretrainConfig, device: torch.device) -> Iterable[Tensor]:
     """Global crops (n, 2, C, S, S) of the first images of the run's first epoch, at most `SAMPLE` of them,
     in batches that do not depend on the run's, nor on its ranks."""
     count = len(source.images)
@@ -232,9 +234,11 @@ def sample_crops(source: Source, config: PretrainConfig, device: torch.device) -
 
 
 def create_global_loader(
-    config: PretrainConfig, source: Source, device: torch.device, batch_size: int
-) -> Loader:
+    config: PretrainConfig, source: "Source", device: torch.device, batch_size: int
+) -> "Loader":
     """A loader of the global crops of a run, by one process on its own, in batches of any size."""
+    from bincomm.data.loader import Loader
+
     return Loader(
         source,
         config.crops,
