@@ -172,8 +172,8 @@ class Loader:
         with the same augmentations. Returns whether they are others than before."""
         if (global_size, local_size) == (self.crops.global_size, self.crops.local_size):
             return False
-        sizes = {"global_size": global_size, "local_size": local_size}
-        self.crops, self.made = replace(self.crops, **sizes), replace(self.made, **sizes)
+        self.crops = replace(self.crops, global_size=global_size, local_size=local_size)
+        self.made = replace(self.made, global_size=global_size, local_size=local_size)
         self._reset()
         return True
 
