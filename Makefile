@@ -26,15 +26,15 @@ print(*(each for extra in extras.values() for each in extra if not each.startswi
 endef
 export requirements
 
-# The extension compiles while packages are unpacked, which one processor does. Python compiles what it imports of them.
+# The extension compiles while packages are unpacked, which one processor does.
 # The stamp is written last, so an interrupted set-up is taken up again; without pip the environment is made anew.
 $(VENV)/ready: pyproject.toml setup.py $(wildcard csrc/*)
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile torch numpy 'setuptools>=70.1' ninja pybind11
+	$(BIN)/python -m pip install --quiet torch numpy 'setuptools>=70.1' ninja pybind11
 	@mkdir -p build
 	@$(BIN)/python -c "$$requirements" > build/requirements.txt
-	$(BIN)/python -m pip install --quiet --no-compile --requirement build/requirements.txt & packages=$$!; \
+	$(BIN)/python -m pip install --quiet --requirement build/requirements.txt & packages=$$!; \
 	  $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .; project=$$?; \
 	  wait $$packages && exit $$project
 	@touch $@

@@ -130,7 +130,7 @@ def test_every_gradient_is_clipped_by_itself(minimal):
     ("backbone", "clip", "held"),
     [
         pytest.param("test_vit", 1e9, 15, marks=pytest.mark.long),
-        ("resnetv2_18", 1e9, 15),
+        pytest.param("resnetv2_18", 1e9, 15, marks=pytest.mark.long),
         ("resnetv2_18", 1, 5),
     ],
 )

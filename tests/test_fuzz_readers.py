@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_case_of_each_kind():
     script = Path(__file__).parent / "fuzz_readers.py"
     for seed in ("2", "3", "5"):

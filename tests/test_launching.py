@@ -57,7 +57,7 @@ def slurm(tmp_path):
     return start
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_job_of_slurm_is_saved_and_requeued_when_its_time_is_over(slurm, tmp_path):
     options = [f"--{key}={value}" for key, value in OPTIONS.items() if key != "max_steps"]
     options += ["--threads=1", "--output=run", "--device=cpu"]

@@ -226,6 +226,7 @@ def test_a_wheel_is_tried_by_what_works_here():
     assert "operations as defined" in process.stdout
 
 
+@pytest.mark.long
 def test_the_triton_kernels_are_part_of_a_checkout_a_wheel_and_a_source_distribution(tmp_path):
     code = "import bincomm.kernels.sign_bce as kernels; print(kernels.__file__)"
     assert python(code).stdout.strip() == str(ROOT / "kernels" / "sign_bce.py")

@@ -41,7 +41,10 @@ def test_operations_are_counted_as_by_hand():
     assert count_flops(student, teacher, torch.randn(1, 2, 3, 4, 4), None) == expected
 
 
-@pytest.mark.parametrize("options", [{"checkpoint_activations": True}, {"precision": "fp32"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"checkpoint_activations": True}, pytest.param({"precision": "fp32"}, marks=pytest.mark.long)],
+)
 def test_operations_do_not_depend_on_how_they_are_carried_out(options):
     counts = [profile(configure(**OPTIONS, **more), steps=1)["flops_per_image"] for more in ({}, options)]
     assert counts[0] == counts[1]
