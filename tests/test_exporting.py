@@ -24,18 +24,19 @@ SIZE = 32
 SMALL = {"test_vit": {"depth": 1}, "test_resnet": {"layers": [1] * 4}, "test_convnext": {"depths": [1] * 4}}
 
 
-def pretrained(name="test_vit", prototypes=0):
-    """A small backbone and head."""
+def pretrained(name="test_vit", prototypes=0, size=SIZE):
+    """A backbone and a small head."""
+    arguments = SMALL.get(name, {})
     config = PretrainConfig(
         output="tiny",
         backbone=name,
-        backbone_args=SMALL[name],
-        global_size=SIZE,
+        backbone_args=arguments,
+        global_size=size,
         eval_crop=0.9,
         mean=(0.1, 0.2, 0.3),
         precision="fp32",
     )
-    backbone, _ = create_backbone(name, SIZE, **SMALL[name])
+    backbone, _ = create_backbone(name, size, **arguments)
     width = backbone.num_features
     head = PrototypeHead(width, 16, 40, prototypes) if prototypes else Head(width, 16, 40)
     return Pretrained.of(Network(backbone, head), config, torch.device("cpu"))
@@ -54,6 +55,16 @@ def computed(path, images):
     names = [each.name for each in session.get_outputs()]
     values = session.run(None, {"images": images.numpy()})
     return dict(zip(names, map(torch.from_numpy, values), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+def test_features_of_published_networks_are_those_of_pytorch(name, tmp_path):
+    model = pretrained(name, size=64)
+    export_onnx(model, tmp_path / "model.onnx")
+    images = torch.randn(3, 3, 64, 64)
+    features, expected = computed(tmp_path / "model.onnx", images)["features"], model.backbone(images)
+    assert (features - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.slow

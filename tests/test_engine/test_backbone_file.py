@@ -106,7 +106,7 @@ def test_timm_adds_a_classifier_to_a_folder(exported):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, arguments", KINDS)
+@pytest.mark.parametrize("name, arguments", [*KINDS, *PUBLISHED])
 def test_a_folder_is_a_model_of_transformers(name, arguments, exported):
     transformers = pytest.importorskip("transformers")
     folder = exported(name, **arguments)
