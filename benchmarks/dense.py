@@ -30,7 +30,7 @@ from benchmarks.resumable import (
     table,
 )
 from bincomm.building import create_networks
-from bincomm.comparison import BEFORE, PIXELS, trained_teacher, training_seconds
+from bincomm.comparison import BEFORE, PIXELS, trained_network, training_seconds
 from bincomm.configuration import configure
 from bincomm.data.images import open_encoded
 from bincomm.data.sources import Source
@@ -137,7 +137,7 @@ def trained(keys: dict[str, Any], scenes: tuple[int, int], folder: Path) -> dict
     config = configure(**keys, output=str(folder))
     pretrain(config)
     device = evaluation_device(config)
-    model = Pretrained.of(trained_teacher(config, device), config, device)
+    model = Pretrained.of(trained_network(config, device), config, device)
     last = read_json_lines(folder / "metrics.jsonl")[-1]
     heard = {key: value for key, value in last.items() if key.endswith("transmitted_bits")}
     minutes = training_seconds(config) / 60

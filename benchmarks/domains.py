@@ -23,7 +23,7 @@ from benchmarks.resumable import (
 )
 from bincomm import adaptation
 from bincomm.building import create_networks
-from bincomm.comparison import BEFORE, PIXELS, rows_as_markdown, table_row, trained_teacher
+from bincomm.comparison import BEFORE, PIXELS, rows_as_markdown, table_row, trained_network
 from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
 from bincomm.data.sources import evaluation_sources, open_source
@@ -88,7 +88,7 @@ def alone(data: str, steps: int, keys: dict[str, Any], folder: Path) -> dict[str
     config = configure(**{**keys, "data": data, "output": str(folder), **budget(steps)})
     pretrain(config)
     device = evaluation_device(config)
-    return evaluate(Pretrained.of(trained_teacher(config, device), config, device), config)
+    return evaluate(Pretrained.of(trained_network(config, device), config, device), config)
 
 
 def adapted(source: str, target: str, steps: int, keys: dict[str, Any], folder: Path) -> dict[str, Any]:

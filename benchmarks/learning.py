@@ -39,7 +39,7 @@ from bincomm.comparison import (
     prototypes_for,
     rows_as_markdown,
     table_row,
-    trained_teacher,
+    trained_network,
     training_seconds,
     with_resets,
 )
@@ -180,7 +180,7 @@ def measure_run(method: str, data: str, keys: dict[str, Any], folder: Path) -> d
     pretrain(config)
     gallery, queries = evaluation_images(config)
     device = evaluation_device(config)
-    teacher = Pretrained.of(trained_teacher(config, device), config, device)
+    teacher = Pretrained.of(trained_network(config, device), config, device)
     return {
         **evaluate_reproducibly(teacher, gallery, queries, COMPARED_PROTOCOLS),
         **last_transmitted_bits(config),

@@ -30,7 +30,7 @@ from bincomm.comparison import (
     last_transmitted_bits,
     rows_as_markdown,
     table_row,
-    trained_teacher,
+    trained_network,
     training_seconds,
 )
 from bincomm.config import PretrainConfig
@@ -142,7 +142,7 @@ def by_itself(data: str, keys: dict[str, Any], minutes: float, folder: Path) -> 
 def measured(config: PretrainConfig) -> dict[str, Any]:
     """k-NN and linear probe of a finished run, and the bits that it transmits."""
     device = evaluation_device(config)
-    model = Pretrained.of(trained_teacher(config, device), config, device)
+    model = Pretrained.of(trained_network(config, device), config, device)
     return {**evaluate(model, config), **last_transmitted_bits(config)}
 
 

@@ -165,7 +165,7 @@ def compare(
     for method, runs in configs.items():
         results = [
             {
-                **evaluate_network(trained_teacher(run, device)),
+                **evaluate_network(trained_network(run, device)),
                 **last_transmitted_bits(run),
                 "training_seconds": training_seconds(run),
             }
@@ -294,7 +294,7 @@ def method_configs(
     return [replace(shared, **keys, output=f"{path}-seed{seed}", seed=seed) for seed in seeds]
 
 
-def trained_teacher(config: PretrainConfig, device: torch.device) -> Network:
+def trained_network(config: PretrainConfig, device: torch.device) -> Network:
     """The network that a finished run was for, backbone and head.
 
     Raises:
