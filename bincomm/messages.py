@@ -16,6 +16,7 @@ from bincomm.data.loader import Loader
 from bincomm.data.sources import Source, open_source
 from bincomm.distributed.ranks import Ranks, join_ranks
 from bincomm.engine.frozen_teacher import FrozenTeacher, choose_codes, create_global_loader
+from bincomm.engine.job import check_shares
 from bincomm.engine.lock import open_run
 from bincomm.engine.stored_messages import (
     MANIFEST,
@@ -97,7 +98,8 @@ def write_messages(config: PretrainConfig) -> Written | None:
             ]
             paths = {place: folder / layout.name(*place) for place in places}
             missing = ranks.first(lambda: [place for place in places if not paths[place].exists()])
-            write_parts(missing[ranks.rank :: ranks.world], folder, config, source, layout, teacher, ranks)
+            own = missing[ranks.rank :: ranks.world]
+            write_parts(own, folder, manifest, config, source, layout, teacher, ranks)
             # Not in a collective operation, whose patience has a limit: a part may take another rank longer.
             while not all(paths[place].exists() for place in missing):
                 time.sleep(POLL_SECONDS)
@@ -120,11 +122,7 @@ def check_sizes(config: PretrainConfig, layout: Layout, source: Source, ranks: R
             f"batch_size: expected at most the number of images, {len(source.images)}, got "
             f"{layout.batch_size}"
         )
-    if layout.batch_size % (ranks.world * config.accumulate):
-        raise ValueError(
-            f"batch_size: expected a multiple of {ranks.world * config.accumulate} "
-            f"({ranks.world} ranks × accumulate {config.accumulate}), got {layout.batch_size}"
-        )
+    check_shares(config, ranks)
 
 
 def begin(
@@ -172,6 +170,7 @@ def in_bytes(count: int) -> str:
 def write_parts(
     places: Sequence[tuple[int, int]],
     folder: Path,
+    manifest: dict[str, Any],
     config: PretrainConfig,
     source: Source,
     layout: Layout,
@@ -181,13 +180,13 @@ def write_parts(
     """Write parts, by epoch and number, on this rank alone."""
     if ranks.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # shapes never change
-    manifest = read_manifest(folder)
+    of = identity(manifest)
     loader = create_global_loader(config, source, ranks.device, manifest["images_a_pass"])
     sizes = [layout.part_images(part)[1] for _, part in places]
     with progress_bar(total=sum(sizes), desc="encoding", unit="img", disable=bool(ranks.rank)) as bar:
         for (epoch, part), size in zip(places, sizes, strict=True):
             messages, images = encode_part(loader, layout, epoch, part, teacher, config.precision == "bf16")
-            write_part(folder, layout, epoch, part, messages, images, identity(manifest))
+            write_part(folder, layout, epoch, part, messages, images, of)
             bar.update(size)
     if loader.unusable:
         logger.warning(

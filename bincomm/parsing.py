@@ -216,11 +216,9 @@ def kind(hint: Any) -> str:
     if hint in simple:
         return simple[hint]
     if typing.get_origin(hint) is tuple:
-        return (
-            f"a list of {'texts' if str in arguments else 'numbers'}"
-            if ... in arguments
-            else (f"{len(arguments)} numbers")
-        )
+        if ... not in arguments:
+            return f"{len(arguments)} numbers"
+        return "a list of texts" if str in arguments else "a list of numbers"
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

@@ -236,13 +236,18 @@ def check_ranks(config: PretrainConfig, ranks: Ranks) -> None:
     for key in ("bits", "batch_size"):
         if getattr(config, key) < 2:
             raise ValueError(f"{key}: expected at least 2, because the rate of one is constant, got 1")
+    check_shares(config, ranks)
+    if config.fsdp and ranks.world == 1:
+        raise ValueError("fsdp: expected several ranks to split parameters over, got one; use torchrun")
+
+
+def check_shares(config: PretrainConfig, ranks: Ranks) -> None:
+    """Raise ValueError where ranks and accumulation cannot share a batch."""
     if config.batch_size % (ranks.world * config.accumulate):
         raise ValueError(
             f"batch_size: expected a multiple of {ranks.world * config.accumulate} "
             f"({ranks.world} ranks × accumulate {config.accumulate}), got {config.batch_size}"
         )
-    if config.fsdp and ranks.world == 1:
-        raise ValueError("fsdp: expected several ranks to split parameters over, got one; use torchrun")
 
 
 def create_loader(config: PretrainConfig, source: Source, ranks: Ranks) -> Loader:

@@ -35,13 +35,8 @@ from bincomm.page.elements import (
 logger = logging.getLogger(__name__)
 
 IMAGES, CROPS = 6, 8  # shown of those trained on, and of the crops of each
-PATHS = (
-    "data",
-    "output",
-    "init_from",
-    "teacher",
-    "messages",
-)  # keys of which the page shows the last part alone
+# Keys of which the page shows the last part alone.
+PATHS = ("data", "output", "init_from", "teacher", "messages")
 
 
 def report_run(run: Path, *parts: Any) -> None:
