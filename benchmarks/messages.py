@@ -1,18 +1,20 @@
 """Is a larger network a better teacher than oneself? python -m benchmarks.messages RESULTS cifar10=FOLDER
 
-FOLDER has train and test, and in them a folder for each class. Writes RESULTS.json and RESULTS.md: with every
-seed, a larger network is trained, its messages are stored, and a student is trained from them; then another
-student by itself, for as many minutes as that one took. What was measured is not measured again.
+FOLDER has train and test, and in them a folder for each class. Writes RESULTS.json and RESULTS.md: a larger
+network is trained; with every seed its messages are stored and a student is trained from them, without local
+crops, and others by themselves, without them and with those of the recipe, for as many steps as take the same
+time by speeds that are measured by turns. What was measured is not measured again.
 """
 
 import time
 from functools import partial
 from pathlib import Path
+from statistics import mean, median, stdev
 from typing import Any
 
 import yaml
 
-from benchmarks.domains import FIGURES, evaluate, raw_pixels, untrained
+from benchmarks.domains import FIGURES, budget, evaluate, raw_pixels, untrained
 from benchmarks.resumable import (
     Cell,
     Records,
@@ -24,6 +26,7 @@ from benchmarks.resumable import (
     origin,
     pairs,
 )
+from benchmarks.speed import in_words, seconds_by_turns
 from bincomm.comparison import (
     BEFORE,
     PIXELS,
@@ -35,17 +38,28 @@ from bincomm.comparison import (
 )
 from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
+from bincomm.data.sources import open_source
+from bincomm.engine.stored_messages import layout_of
+from bincomm.evaluation.evaluate import figure
 from bincomm.evaluation.pretrained import Pretrained, evaluation_device
+from bincomm.files import read_json_lines
 from bincomm.messages import configure as configure_messages
 from bincomm.messages import write_messages
 from bincomm.pretraining import pretrain
 from bincomm.recipes import choose_recipe
 
 TEACHER_EPOCHS, EPOCHS = 40, 20
-SEEDS = 1
-# Twice as wide as the network of the recipes for CPUs.
-LARGER = ("backbone_args={layers: [1, 1, 1, 1], channels: [64, 128, 256, 512], stem_chs: 64}",)
-FROM_MESSAGES, BY_ITSELF, TEACHER = "from stored messages", "by itself", "the larger network"
+SEEDS = 3
+# Half as wide again as the network of the recipes for CPUs.
+LARGER = ("backbone_args={layers: [1, 1, 1, 1], channels: [48, 96, 192, 384], stem_chs: 48}",)
+TEACHER, FROM_MESSAGES = "the larger network", "from stored messages"
+BY_ITSELF, WITH_LOCAL = "by itself", "by itself, local crops"
+KEYS: dict[str, dict[str, Any]] = {
+    FROM_MESSAGES: {"local_crops": 0},
+    BY_ITSELF: {"local_crops": 0},
+    WITH_LOCAL: {},
+}
+SPEED = "seconds of a step"
 
 
 def main() -> int:
@@ -54,7 +68,7 @@ def main() -> int:
     for name, default, of in (
         ("--teacher_epochs", TEACHER_EPOCHS, "of the larger network"),
         ("--epochs", EPOCHS, "of the student, whose messages are stored"),
-        ("--seeds", SEEDS, "number of seeds"),
+        ("--seeds", SEEDS, "number of seeds of the students"),
     ):
         parser.add_argument(name, type=int, default=default, help=f"{of}; default: {default}")
     parser.add_argument(
@@ -68,30 +82,42 @@ def main() -> int:
     ((source, data),) = pairs(options.sources).items()
     given = {"recipe": choose_recipe(data), **given_keys(options)}
     larger = {key: yaml.safe_load(value) for key, value in pairs(options.larger).items()}
-    epochs = {"teacher_epochs": options.teacher_epochs, "epochs": options.epochs}
     session = Session("benchmarks.messages", options, page)
-    session.run(reference_cells(source, data, given))
+
+    record = {"source": source, "larger": larger, "teacher_epochs": options.teacher_epochs, "run": given}
+    # Beside the folders of the cells, as all students learn from it. It is finished once.
+    output = str(session.folder("larger", record))
+    teacher = configure(
+        **{**given, "data": data, **larger, "epochs": options.teacher_epochs, "seed": 0, "output": output}
+    )
+    speed = Cell(SPEED, {**record, "way": SPEED}, partial(speeds, teacher, data, given), in_words)
+    session.run(
+        [
+            *reference_cells(source, data, given),
+            Cell(TEACHER, {**record, "way": TEACHER, "seed": 0}, partial(finished, teacher), knn_and_linear),
+            speed,
+        ]
+    )
+    seconds = session.figures(speed)
     for seed in range(options.seeds):
-        keys = {**given, "seed": seed}
-        record = {
-            "source": source,
-            "way": FROM_MESSAGES,
-            "seed": seed,
-            "run": keys,
-            "larger": larger,
-            **epochs,
-        }
-        measure = partial(from_messages, data, keys, larger, options.teacher_epochs, options.epochs)
-        first = Cell(f"{FROM_MESSAGES}, seed {seed}", record, measure, knn_and_linear)
+        keys = {**given, **KEYS[FROM_MESSAGES], "seed": seed}
+        own = {**record, "way": FROM_MESSAGES, "seed": seed, "run": keys, "epochs": options.epochs}
+        measure = partial(from_messages, teacher, data, keys, options.epochs)
+        first = Cell(f"{FROM_MESSAGES}, seed {seed}", own, measure, knn_and_linear)
         session.run([first])
-        figures = {"seconds": 0.0} if options.list else session.figures(first)
-        if figures is None:
-            print(f"{BY_ITSELF}, seed {seed}: left out, how long it may take has not been measured")
-            continue
-        minutes = round(figures["seconds"] / 60, 2)
-        record = {"source": source, "way": BY_ITSELF, "seed": seed, "run": keys, "minutes": minutes}
-        measure = partial(by_itself, data, keys, minutes)
-        session.run([Cell(f"{BY_ITSELF}, seed {seed}", record, measure, knn_and_linear)])
+        figures = session.figures(first)
+        for way in (BY_ITSELF, WITH_LOCAL):
+            if options.list:
+                steps = 0
+            elif seconds is None or figures is None:
+                print(f"{way}, seed {seed}: left out, how many steps it may take has not been measured")
+                continue
+            else:
+                steps = int(figures["steps"] * median(seconds[FROM_MESSAGES]) / median(seconds[way]))
+            keys = {**given, **KEYS[way], "seed": seed}
+            own = {"source": source, "way": way, "seed": seed, "run": keys, "steps": steps}
+            measure = partial(by_itself, data, keys, steps)
+            session.run([Cell(f"{way}, seed {seed}", own, measure, knn_and_linear)])
     return session.end()
 
 
@@ -109,41 +135,57 @@ def reference_cells(source: str, data: str, given: dict[str, Any]) -> list[Cell]
     ]
 
 
-def from_messages(
-    data: str, keys: dict[str, Any], larger: dict[str, Any], teacher_epochs: int, epochs: int, folder: Path
-) -> dict[str, Any]:
-    """The larger network, its messages, and the student, whose figures these are; seconds of each."""
-    own = {**keys, "data": data}
-    teacher = configure(**{**own, **larger, "epochs": teacher_epochs, "output": str(folder / "larger")})
+def finished(config: PretrainConfig, folder: Path) -> dict[str, Any]:
+    """The figures of a run, which is trained or resumed if it is not finished. It has a folder of its own."""
+    pretrain(config)
+    return measured(config)
+
+
+def speeds(teacher: PretrainConfig, data: str, keys: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Seconds of a step of the students, of each round."""
     pretrain(teacher)
-    stored = str(folder / "messages")
+    own, stored = {**keys, "data": data, "epochs": 1}, str(folder / "messages")
+    write_messages(configure_messages(teacher.output, **{**own, **KEYS[FROM_MESSAGES], "output": stored}))
+    students = {way: {**own, **keys, "output": str(folder / way)} for way, keys in KEYS.items()}
+    students[FROM_MESSAGES]["messages"] = stored
+    return seconds_by_turns({way: configure(**student) for way, student in students.items()})
+
+
+def from_messages(
+    teacher: PretrainConfig, data: str, keys: dict[str, Any], epochs: int, folder: Path
+) -> dict[str, Any]:
+    """Store the larger network's messages, and train the student, whose figures these are, from them."""
+    pretrain(teacher)
+    own, stored = {**keys, "data": data, "epochs": epochs}, str(folder / "messages")
+    config = configure_messages(teacher.output, **{**own, "output": stored})
     started = time.perf_counter()
-    write_messages(configure_messages(teacher.output, **{**own, "epochs": epochs, "output": stored}))
+    written = write_messages(config)
+    assert written is not None  # there is one rank
     encoding = time.perf_counter() - started
-    student = configure(**{**own, "epochs": epochs, "messages": stored, "output": str(folder / "student")})
+    student = configure(**{**own, "messages": stored, "output": str(folder / "student")})
     pretrain(student)
     return {
         **measured(student),
-        "seconds": training_seconds(student),
         "encoding_seconds": encoding,
-        "teacher_seconds": training_seconds(teacher),
-        "teacher": measured(teacher),
+        "bytes": written.size,
+        "computed_bytes": written.epochs * layout_of(config, open_source(data)).epoch_bytes(),
     }
 
 
-def by_itself(data: str, keys: dict[str, Any], minutes: float, folder: Path) -> dict[str, Any]:
+def by_itself(data: str, keys: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
     """The same network under its own moving average."""
-    own = {key: value for key, value in keys.items() if key not in ("epochs", "max_steps")}
-    config = configure(**{**own, "data": data, "minutes": max(minutes, 1e-3), "output": str(folder / "run")})
+    config = configure(**{**keys, "data": data, **budget(steps), "output": str(folder / "run")})
     pretrain(config)
-    return {**measured(config), "seconds": training_seconds(config)}
+    return measured(config)
 
 
 def measured(config: PretrainConfig) -> dict[str, Any]:
     """k-NN and linear probe of a finished run, and the bits that it transmits."""
     device = evaluation_device(config)
     model = Pretrained.of(trained_network(config, device), config, device)
-    return {**evaluate(model, config), **last_transmitted_bits(config)}
+    steps = read_json_lines(Path(config.output) / "metrics.jsonl")[-1]["step"]
+    own = {"steps": steps, "images": steps * config.batch_size, "seconds": training_seconds(config)}
+    return {**evaluate(model, config), **last_transmitted_bits(config), **own}
 
 
 def page(records: Records) -> str:
@@ -152,20 +194,46 @@ def page(records: Records) -> str:
     for record in records.values():
         if "figures" in record:
             ways.setdefault(record["keys"]["way"], []).append(record["figures"])
-    students = ways.get(FROM_MESSAGES, [])
-    if students:
-        ways[TEACHER] = [figures["teacher"] for figures in students]
-    rows = [table_row(way, figures) for way, figures in ways.items()]
+    seconds = ways.pop(SPEED, [])
     lines = ["# From another network's messages", "", *origin(records), ""]
-    if rows:
-        lines += rows_as_markdown(rows, FIGURES)
-    lines += [
-        f"\n`{FROM_MESSAGES}` trained for {figures['seconds']:.0f} s, as `{BY_ITSELF}` did, after "
-        f"{figures['teacher_seconds']:.0f} s of the larger network and {figures['encoding_seconds']:.0f} s "
-        "of writing its messages, which any number of students can share."
-        for figures in students
+    if ways:
+        lines += rows_as_markdown([table_row(way, figures) for way, figures in ways.items()], FIGURES)
+    return "\n".join([*lines, *notes(ways, seconds), *failures(records)]) + "\n"
+
+
+def notes(ways: dict[str, list[dict[str, Any]]], seconds: list[dict[str, list[float]]]) -> list[str]:
+    """What the figures are of."""
+    students = ways.get(FROM_MESSAGES, [])
+    lines = [
+        "",
+        "Mean ± standard deviation over seeds of the students; one larger network teaches them all. Students "
+        f"have no local crops, but `{WITH_LOCAL}` those of the recipe.",
+        "",
     ]
-    return "\n".join([*lines, *failures(records)]) + "\n"
+    for way in (BY_ITSELF, WITH_LOCAL):
+        alone = ways.get(way, [])
+        if len(alone) != len(students) or not alone:
+            continue
+        for name, path in (("k-NN", ("knn", "20")), ("linear probe", ("linear", "accuracy"))):
+            points = [
+                100 * (figure(a, *path) - figure(b, *path)) for a, b in zip(students, alone, strict=True)
+            ]
+            deviation = f" ± {stdev(points):.1f}" if len(points) > 1 else ""
+            lines.append(f"- {name} {FROM_MESSAGES} minus {way}: {mean(points):+.1f}{deviation} points")
+    for each in seconds:
+        lines.append(f"- {SPEED}, by turns, median of {len(each[BY_ITSELF])} rounds: {in_words(each)}")
+        for way in (BY_ITSELF, WITH_LOCAL):
+            ratio = median(each[way]) / median(each[FROM_MESSAGES])
+            lines.append(f"- images a second: {ratio:.2f} times as many {FROM_MESSAGES} as {way}")
+    for way, runs in ways.items():
+        if "steps" in runs[0]:
+            lines.append(f"- {way}: {runs[0]['steps']} steps, {runs[0]['images']} images shown")
+    for run in students[:1]:
+        lines.append(
+            f"- messages of a seed: {run['bytes'] / 1e6:.2f} MB, computed {run['computed_bytes'] / 1e6:.2f} "
+            f"MB before; written in {mean(run['encoding_seconds'] for run in students):.0f} s"
+        )
+    return lines
 
 
 if __name__ == "__main__":

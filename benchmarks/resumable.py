@@ -134,8 +134,7 @@ class Session:
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """The record of a cell. Its folder, which an interrupted run is resumed in, is removed."""
-        digest = zlib.crc32(json.dumps(cell.keys, sort_keys=True).encode())
-        folder = Path("build", self.path.name, f"{re.sub('[^A-Za-z0-9.]+', '-', cell.name)}-{digest:08x}")
+        folder = self.folder(cell.name, cell.keys)
         folder.mkdir(parents=True, exist_ok=True)
         record = {
             "keys": as_json(cell.keys),
@@ -156,6 +155,11 @@ class Session:
         shutil.rmtree(folder)
         print(f"{cell.name}: {words} ({record['seconds_in_all']:.0f} s)", flush=True)
         return record
+
+    def folder(self, name: str, keys: dict[str, Any]) -> Path:
+        """A folder for what is determined by the keys."""
+        digest = zlib.crc32(json.dumps(keys, sort_keys=True).encode())
+        return Path("build", self.path.name, f"{re.sub('[^A-Za-z0-9.]+', '-', name)}-{digest:08x}")
 
     def command(self) -> str:
         """This command without what only chooses among the cells."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import curriculum, defaults, dense, domains, learning, messages
+from benchmarks import curriculum, defaults, dense, domains, learning, messages, speed
 from bincomm.data.sources import open_source
 from bincomm.objectives import BetaControl, DiscreteCommunication
 from bincomm.pretraining import Interrupted
@@ -293,10 +293,28 @@ def test_a_domain_with_and_without_another_one(bench, images):
     assert stamps(bench(domains, *arguments)[1]) == stamps(records)
 
 
-def test_a_student_of_messages_is_compared_with_itself(bench, images):
-    status, _, _, printed = bench(messages, f"digits={images}", "--list", "--seeds", "2")
+def test_a_student_of_messages_is_compared_with_itself(bench, images, monkeypatch):
+    source = f"digits={images}"
+    status, _, _, printed = bench(messages, source, "--list", "--seeds", "2")
     assert status == 0
-    names = ["raw pixels", "before training"]
+    names = ["raw pixels", "before training", "the larger network", "seconds of a step"]
     for seed in range(2):
-        names += [f"from stored messages, seed {seed}", f"by itself, seed {seed}"]
+        ways = ("from stored messages", "by itself", "by itself, local crops")
+        names += [f"{way}, seed {seed}" for way in ways]
     assert printed.splitlines() == names
+
+    measured = iter([0.1, 0.2, 0.4, 0.1, 0.2, 0.4, 9.0, 0.2, 0.4])  # of the ways by turns
+    monkeypatch.setattr(speed, "ROUNDS", 3)
+    monkeypatch.setattr(speed.budget, "measure", lambda *args: (next(measured), 4))
+    arguments = (source, "--seeds", "1", "--teacher_epochs", "1", "--epochs", "1")
+    larger = ("--larger", "backbone_args={patch_size: 4, depth: 2}")
+    status, records, page, _ = bench(messages, *arguments, *larger)
+    assert (status, list(records)) == (0, names[:7])
+    student, alone, other = (records[name]["figures"] for name in names[4:7])
+    # Half and a quarter as many in the same time, by the medians.
+    assert [each["steps"] for each in (student, alone, other)] == [4, 2, 1]
+    assert abs(student["bytes"] / student["computed_bytes"] - 1) < 0.1
+    points = 100 * (student["knn"]["20"] - alone["knn"]["20"])
+    assert f"k-NN from stored messages minus by itself: {points:+.1f} points" in page
+    assert "images a second: 4.00 times as many from stored messages as by itself, local crops" in page
+    assert stamps(bench(messages, *arguments, *larger)[1]) == stamps(records)
