@@ -1,10 +1,10 @@
 """Low resolution first, against full resolution in the same time: python -m benchmarks.curriculum RESULTS
 cifar10=FOLDER
 
-FOLDER has train and test, and in them a folder for each class. Writes RESULTS.json and RESULTS.md: runs of as
-many minutes with crops of full size throughout, and with smaller ones in the first steps, of a conv net and
-of a ViT, with every seed; k-NN of the teacher, of the network before training and of raw pixels. What was
-measured is not measured again.
+FOLDER has train and test, and in them a folder for each class. Writes RESULTS.json and RESULTS.md: runs with
+crops of full size throughout, and with smaller ones in the first steps, of a conv net and of a ViT, with
+every seed, of as many steps as take the same time by speeds that are measured by turns; k-NN of the teacher,
+of the network before training and of raw pixels. What was measured is not measured again.
 """
 
 import statistics
@@ -23,6 +23,7 @@ from benchmarks.resumable import (
     pairs,
     table,
 )
+from benchmarks.speed import SPEED, in_words, keys_in_equal_time
 from bincomm.comparison import training_seconds
 from bincomm.config import PretrainConfig, read_config
 from bincomm.configuration import configure
@@ -37,7 +38,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 MINUTES, SEEDS = 4.0, 3
 SHARES = (0.0, 0.7)  # of the steps that have low resolution
-LENGTHS = {"minutes", "max_steps", "epochs"}
 HEAD = ("network", "low resolution", "runs", "steps", "seconds", "k-NN %", "of codes", "untrained", "pixels")
 
 
@@ -52,27 +52,32 @@ def main() -> int:
         default=SHARES,
         help=f"of the steps that have low resolution; default: {SHARES}",
     )
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"of each run, about; default: {MINUTES:g}"
+    )
     options = parser.parse_args()
     ((source, data),) = pairs(options.sources).items()
     given = given_keys(options)
-    length = {} if given.keys() & LENGTHS else {"minutes": MINUTES}
     session = Session("benchmarks.curriculum", options, page)
-    # By turns, so that another load of the machine meets all of them.
-    session.run(
-        [
-            create_cell(source, data, network, {"low_resolution": share, "seed": seed, **length, **given})
-            for network in NETWORKS
-            for seed in range(options.seeds)
-            for share in options.shares
-        ]
-    )
+    for network, own in NETWORKS.items():
+        keys = {in_words_of(share): {"low_resolution": share, **given} for share in options.shares}
+        record = {"source": source, "network": network, "run": given, "shares": list(options.shares)}
+        ways = {way: {"recipe": RECIPE, **own, **each, "data": data} for way, each in keys.items()}
+        lengths = keys_in_equal_time(session, network, record, ways, options.minutes)
+        session.run(
+            [
+                create_cell(source, data, network, {**keys[way], "seed": seed, **length})
+                for seed in range(options.seeds)
+                for way, length in lengths.items()
+            ]
+        )
     return session.end()
 
 
 def create_cell(source: str, data: str, network: str, keys: dict[str, Any]) -> Cell:
     """One run."""
     record = {"source": source, "network": network, "run": keys}
-    name = f"{network}, {in_words(keys['low_resolution'])}, seed {keys['seed']}"
+    name = f"{network}, {in_words_of(keys['low_resolution'])}, seed {keys['seed']}"
     return Cell(name, record, partial(measure, data, {**NETWORKS[network], **keys}), in_short)
 
 
@@ -102,7 +107,7 @@ def sizes(config: PretrainConfig) -> list[list[int]]:
     return [list(config.low_sizes), [config.global_size, config.local_size]]
 
 
-def in_words(share: float) -> str:
+def in_words_of(share: float) -> str:
     """A share of the steps that have low resolution."""
     return f"the first {share:.0%}" if share else "none"
 
@@ -117,21 +122,24 @@ def in_short(figures: dict[str, Any]) -> str:
 
 def page(records: Records) -> str:
     """The Markdown page."""
-    measured = [(record["keys"], record["figures"]) for record in records.values() if "figures" in record]
+    found = [(record["keys"], record["figures"]) for record in records.values() if "figures" in record]
+    measured = [(keys, figures) for keys, figures in found if keys.get("way") != SPEED]
+    speeds = [(keys, figures) for keys, figures in found if keys.get("way") == SPEED]
     runs: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for keys, figures in measured:
         runs.setdefault((keys["network"], keys["run"]["low_resolution"]), []).append(figures)
     lines = ["# Low resolution first", "", *origin(records), ""]
-    lines += table(HEAD, [[name, in_words(share), *row(found)] for (name, share), found in runs.items()])
+    lines += table(HEAD, [[name, in_words_of(share), *row(each)] for (name, share), each in runs.items()])
     if measured:
         low, full = (f"{sides[0]} and {sides[1]} pixels" for sides in measured[0][1]["sizes"])
         lines += [
             "",
             f"Low resolution is crops of {low}, full {full}. k-NN with k = 20 of "
             f"{measured[0][1]['queries']} test images in the training images, at full resolution; mean ± "
-            "standard deviation over seeds. With minutes, as many steps as fit at first.",
+            "standard deviation over seeds. Runs took these seconds beside whatever else ran.",
             "",
             *differences(runs),
+            *(f"- {keys['network']}, {SPEED}, by turns: {in_words(figures)}" for keys, figures in speeds),
         ]
     return "\n".join([*lines, *failures(records)]) + "\n"
 
@@ -150,7 +158,9 @@ def differences(runs: dict[tuple[str, float], list[dict[str, Any]]]) -> list[str
         full = runs.get((network, 0.0), [])
         if share and len(full) == len(found):
             points = [a["knn"] - b["knn"] for a, b in zip(found, full, strict=True)]
-            lines.append(f"- {network}, {in_words(share)}: k-NN {spread(points, '+')} points, seed by seed")
+            lines.append(
+                f"- {network}, {in_words_of(share)}: k-NN {spread(points, '+')} points, seed by seed"
+            )
     return lines
 
 

@@ -1,10 +1,11 @@
 """Do dense bits help patches, at equal time? python -m benchmarks.dense RESULTS photographs=FOLDER
 
 FOLDER has train and test, and in them a folder for each class. Writes RESULTS.json and RESULTS.md: a ViT-Ti
-is trained for as many minutes without dense bits and with them, with every seed, and measured by k-NN of
-images and by segmentation of scenes from patch features, beside raw pixels and the untrained network. The
-scenes are composed of FOLDER's images, those to be segmented of its test images: parts of up to four on a
-ground of smooth colors, each labeled with its class. What was measured is not measured again.
+is trained without dense bits and with them, with every seed, for as many steps as take the same time by
+speeds that are measured by turns, and measured by k-NN of images and by segmentation of scenes from patch
+features, beside raw pixels and the untrained network. The scenes are composed of FOLDER's images, those to be
+segmented of its test images: parts of up to four on a ground of smooth colors, each labeled with its class.
+What was measured is not measured again.
 """
 
 from functools import partial
@@ -29,6 +30,7 @@ from benchmarks.resumable import (
     pairs,
     table,
 )
+from benchmarks.speed import SPEED, in_words, keys_in_equal_time
 from bincomm.building import create_networks
 from bincomm.comparison import BEFORE, PIXELS, trained_network, training_seconds
 from bincomm.configuration import configure
@@ -42,7 +44,7 @@ from bincomm.files import read_json_lines
 from bincomm.patches import stride_of
 from bincomm.pretraining import pretrain
 
-KEYS: dict[str, Any] = {  # the mild crops of photos_cpu, as a short run needs, and its ten minutes
+KEYS: dict[str, Any] = {  # the mild crops of photos_cpu, as a short run needs
     "recipe": "photos_cpu",
     "backbone": "vit_tiny_patch16_224",
     "backbone_args": {"patch_size": 8},
@@ -50,6 +52,7 @@ KEYS: dict[str, Any] = {  # the mild crops of photos_cpu, as a short run needs, 
     "local_size": 32,
     "batch_size": 32,
 }
+MINUTES = 10.0  # of a run
 WEIGHTS = (0.0, 1.0)  # of dense bits
 SEEDS = 3
 GALLERY, QUERIES = 5000, 1000  # images of k-NN, at most
@@ -77,11 +80,19 @@ def main() -> int:
     parser.add_argument(
         "--scenes", type=int, nargs=2, default=SCENES, help=f"to learn from, to segment; default: {SCENES}"
     )
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES, help=f"of each run, about; default: {MINUTES:g}"
+    )
     options = parser.parse_args()
     ((source, data),) = pairs(options.sources).items()
     session = Session("benchmarks.dense", options, page)
     given = {**KEYS, **given_keys(options)}
-    session.run(cells(source, data, given, options.weights, options.seeds, tuple(options.scenes)))
+    keys = {f"dense {weight:g}": {"dense": weight} for weight in options.weights}
+    record = {"source": source, "run": given, "weights": list(options.weights)}
+    ways = {way: {**given, **own, "data": data} for way, own in keys.items()}
+    lengths = keys_in_equal_time(session, "", record, ways, options.minutes)
+    weights = {way: {**keys[way], **length} for way, length in lengths.items()}
+    session.run(cells(source, data, given, weights, options.seeds, tuple(options.scenes)))
     return session.end()
 
 
@@ -89,12 +100,12 @@ def cells(
     source: str,
     data: str,
     given: dict[str, Any],
-    weights: tuple[float, ...],
+    weights: dict[str, dict[str, Any]],
     seeds: int,
     scenes: tuple[int, int],
 ) -> list[Cell]:
-    """Raw pixels, the untrained network, and a run with each weight; seed by seed, so that the first seed
-    already compares."""
+    """Raw pixels, the untrained network, and a run with the keys of each weight; seed by seed, so that the
+    first seed already compares."""
 
     def cell(way: str, seed: int | None, measure: Any, **keys: Any) -> Cell:
         keys = {**given, "seed": seed or 0, **keys}
@@ -109,7 +120,7 @@ def cells(
             for seed in range(seeds)
             for way, measure, keys in [
                 (BEFORE, untrained, {}),
-                *((f"dense {weight:g}", trained, {"dense": weight}) for weight in weights),
+                *((way, trained, keys) for way, keys in weights.items()),
             ]
         ),
     ]
@@ -224,10 +235,12 @@ def line(figures: dict[str, Any]) -> str:
 def page(records: Records) -> str:
     """The Markdown page."""
     ways: dict[str, dict[int | None, dict[str, Any]]] = {}
-    for record in records.values():
+    speeds = [record for record in records.values() if record["keys"]["way"] == SPEED]
+    measured = [record for record in records.values() if record["keys"]["way"] != SPEED]
+    for record in measured:
         if "figures" in record:
             ways.setdefault(record["keys"]["way"], {})[record["keys"]["seed"]] = record["figures"]
-    keys = next(iter(records.values()))["keys"]
+    keys = (measured or speeds)[0]["keys"]
     rows = [
         [way, *(cell_of(results, *column) for column in FIGURES.values())] for way, results in ways.items()
     ]
@@ -244,6 +257,7 @@ def page(records: Records) -> str:
             f"in {some['classes']} classes with the ground. Images: {some['queries']} test images in "
             f"{some['gallery']} training images, k = 20. Keys of all runs: {shared}.",
             *differences(ways),
+            *(f"\n{SPEED}, by turns: {in_words(each['figures'])}." for each in speeds if "figures" in each),
         ]
     return "\n".join([*lines, *failures(records)]) + "\n"
 

@@ -2,7 +2,8 @@
 
 The first is the source, the second the target, whose labels are for evaluation. Writes RESULTS.json and
 RESULTS.md: with every seed, half of the steps on the source and the other half of adaptation to the target,
-beside as many steps in all on the target alone. What was measured is not measured again.
+all of them of the whole network or the first epoch of the head alone, beside as many steps in all on the
+target alone. What was measured is not measured again.
 """
 
 from functools import partial
@@ -21,6 +22,7 @@ from benchmarks.resumable import (
     origin,
     pairs,
 )
+from benchmarks.speed import length
 from bincomm import adaptation
 from bincomm.building import create_networks
 from bincomm.comparison import BEFORE, PIXELS, rows_as_markdown, table_row, trained_network
@@ -58,7 +60,8 @@ def cells(domains: dict[str, str], given: dict[str, Any], steps: int, seeds: int
     ways = {
         BEFORE: partial(untrained, target_data),
         f"{target} alone": partial(alone, target_data, steps),
-        f"{source} → {target}": partial(adapted, source_data, target_data, steps),
+        f"{source} → {target}": partial(adapted, source_data, target_data, steps, 0),
+        f"{source} → {target}, head first": partial(adapted, source_data, target_data, steps, 1),
     }
 
     def cell(way: str, seed: int) -> Cell:
@@ -85,33 +88,32 @@ def untrained(data: str, keys: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def alone(data: str, steps: int, keys: dict[str, Any], folder: Path) -> dict[str, Any]:
     """All steps on the target."""
-    config = configure(**{**keys, "data": data, "output": str(folder), **budget(steps)})
+    config = configure(**{**keys, "data": data, "output": str(folder), **length(steps)})
     pretrain(config)
     device = evaluation_device(config)
     return evaluate(Pretrained.of(trained_network(config, device), config, device), config)
 
 
-def adapted(source: str, target: str, steps: int, keys: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Half of the steps on the source, then bincomm adapt with as many on the target."""
+def adapted(
+    source: str, target: str, steps: int, freeze: int, keys: dict[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Half of the steps on the source, then bincomm adapt with as many on the target, the backbone frozen in
+    the first epochs."""
     first, second = folder / "source", folder / "target"
     first.mkdir(exist_ok=True)
     # The recipe that fits the target, as without the source, so that the networks are the same.
     keys = {"recipe": choose_recipe(target), **keys}
-    pretrain(configure(**{**keys, "data": source, "output": str(first), **budget(steps // 2)}))
+    pretrain(configure(**{**keys, "data": source, "output": str(first), **length(steps // 2)}))
     own = {key: value for key, value in keys.items() if key != "recipe"}
+    own["freeze_backbone"] = freeze
     result = adaptation.adapt(
-        adaptation.configure(first, **{**own, "data": target, "output": str(second), **budget(steps // 2)})
+        adaptation.configure(first, **{**own, "data": target, "output": str(second), **length(steps // 2)})
     )
     assert result is not None  # there is one rank
     if result["after"] is None:
         raise ValueError("the target has no labels (folders named after classes)")
     before = {f"source_{name}": result["before"][name] for name in PROTOCOLS}
     return {**result["after"], "queries_held_out": result["queries_held_out"], **before}
-
-
-def budget(steps: int) -> dict[str, Any]:
-    """Keys of a run of so many steps, however many epochs they are."""
-    return {"epochs": steps, "max_steps": steps}
 
 
 def evaluate(model: Pretrained, config: PretrainConfig) -> dict[str, Any]:
@@ -133,7 +135,8 @@ def page(records: Records) -> str:
     keys = next(iter(records.values()))["keys"]
     source, target = keys["domains"]
     lines = [f"# From {source} to {target}", "", *origin(records), ""]
-    rows, gains = [], []
+    rows: list[dict[str, Any]] = []
+    gains: list[str] = []
     for way, results in runs.items():
         unadapted = [
             {name: result[f"source_{name}"] for name in PROTOCOLS}
@@ -141,8 +144,9 @@ def page(records: Records) -> str:
             if "source_knn" in result
         ]
         if unadapted:
-            rows.append(table_row(f"{source} alone", unadapted))
-            gains = differences(runs.get(f"{target} alone", {}), results, way)
+            if not any(row["name"] == f"{source} alone" for row in rows):  # it is the same for all
+                rows.append(table_row(f"{source} alone", unadapted))
+            gains += differences(runs.get(f"{target} alone", {}), results, way)
         rows.append(table_row(way, list(results.values())))
     some = next((result for results in runs.values() for result in results.values()), None)
     if some is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.domains import FIGURES, budget, evaluate, raw_pixels, untrained
+from benchmarks.domains import FIGURES, evaluate, raw_pixels, untrained
 from benchmarks.resumable import (
     Cell,
     Records,
@@ -26,7 +26,7 @@ from benchmarks.resumable import (
     origin,
     pairs,
 )
-from benchmarks.speed import in_words, seconds_by_turns
+from benchmarks.speed import SPEED, in_words, length, seconds_by_turns
 from bincomm.comparison import (
     BEFORE,
     PIXELS,
@@ -59,7 +59,6 @@ KEYS: dict[str, dict[str, Any]] = {
     BY_ITSELF: {"local_crops": 0},
     WITH_LOCAL: {},
 }
-SPEED = "seconds of a step"
 
 
 def main() -> int:
@@ -174,7 +173,7 @@ def from_messages(
 
 def by_itself(data: str, keys: dict[str, Any], steps: int, folder: Path) -> dict[str, Any]:
     """The same network under its own moving average."""
-    config = configure(**{**keys, "data": data, **budget(steps), "output": str(folder / "run")})
+    config = configure(**{**keys, "data": data, **length(steps), "output": str(folder / "run")})
     pretrain(config)
     return measured(config)
 

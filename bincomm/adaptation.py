@@ -1,6 +1,7 @@
 """Domain adaptation: training of a pretrained backbone continues on images of a target domain."""
 
 import json
+import math
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,19 +12,24 @@ from bincomm.config import KEYS_OF_METHODS, KEYS_OF_MOVING_TEACHERS, PretrainCon
 from bincomm.configuration import configure as configure_run
 from bincomm.configuration import without_keys_of_presets
 from bincomm.data.sources import evaluation_sources, open_source
+from bincomm.engine.export import export_backbone
+from bincomm.engine.run import read_result
 from bincomm.evaluation.evaluate import figure
+from bincomm.evaluation.model_card import write_model_card
 from bincomm.evaluation.pretrained import Pretrained, evaluation_device
 from bincomm.evaluation.run import evaluate_reproducibly
-from bincomm.files import expand_home, write_json
+from bincomm.files import expand_home, write_file, write_json
 from bincomm.pretraining import pretrain
 from bincomm.recipes import read_recipe
-from bincomm.weights import read_metadata
+from bincomm.weights import WEIGHTS_FILE, read_metadata
 
 # Keys that are not taken over from the run that the weights come from.
 TARGET_KEYS = ("data", "output", "resume", "init_from", "teacher", "messages", "device", "minutes")
 # Keys that belong to the weights, whatever the recipe says.
 PIXEL_KEYS = ("mean", "std", "channels", "pixel_range")
 WEIGHTS_KEYS = ("backbone", "backbone_args", *PIXEL_KEYS)
+ADAPTED_FILE = "adapted.safetensors"  # the adapted backbone, where it is not the better one
+KNN = ("knn", "20")
 
 
 def configure(weights: str | Path, recipe: str = "adapt", **keys: Any) -> PretrainConfig:
@@ -82,7 +88,11 @@ def inherited_keys(weights: str) -> dict[str, Any]:
 
 def adapt(config: PretrainConfig) -> dict[str, Any] | None:
     """Pretrain the backbone that `config.init_from` names on `config.data`, or resume an unfinished
-    adaptation.
+    adaptation; keep the better backbone.
+
+    Where the target has labels and k-NN (k = 20) is lower after than before, model.safetensors of the run is
+    the backbone as it came, and adapted.safetensors the one that was adapted, which the checkpoints have,
+    too. The directory, as weights, then stands for the former.
 
     With several ranks all call it, and all but the first return None.
 
@@ -90,7 +100,7 @@ def adapt(config: PretrainConfig) -> dict[str, Any] | None:
         The content of adapt.json: "from", "data", and "before" and "after", the k-NN and linear probe on the
         target's labeled images as `bincomm.evaluation.evaluate.evaluate` returns them. Both are None if the
         target has no labels; otherwise "queries_held_out" says whether the queries were held out from
-        training.
+        training. "kept": which of them model.safetensors is.
 
     Raises:
         ValueError: `config.init_from` is None.
@@ -104,16 +114,27 @@ def adapt(config: PretrainConfig) -> dict[str, Any] | None:
     if (output / "adapt.json").exists():
         return json.loads((output / "adapt.json").read_text())
     result: dict[str, Any] = {"from": config.init_from, "data": config.data, "before": None, "after": None}
-    sources = evaluation_sources(config.data, open_source(config.data))
+    result["kept"] = "after"
+    source = open_source(config.data)
+    sources = evaluation_sources(config.data, source)
     if sources is not None:
         gallery, queries, held_out = sources
         device = evaluation_device(config)
-        for name, weights in (("before", config.init_from), ("after", config.output)):
-            _, teacher = create_networks(replace(config, init_from=weights), device)
-            model = Pretrained.of(teacher, config, device)
+        adapted = output / ADAPTED_FILE  # there if this was interrupted below
+        after = str(adapted) if adapted.exists() else config.output
+        for name, weights in (("after", after), ("before", config.init_from)):
+            _, network = create_networks(replace(config, init_from=weights), device)
+            model = Pretrained.of(network, config, device)
             result[name] = evaluate_reproducibly(model, gallery, queries, ("knn", "linear"))
         result["queries_held_out"] = held_out
-    write_json(output / "adapt.json", result)
+        if figure(result["after"], *KNN) < figure(result["before"], *KNN):
+            result["kept"] = "before"
+            weights_of_run = (output / WEIGHTS_FILE).read_bytes()
+            if not adapted.exists():
+                write_file(adapted, lambda file: file.write(weights_of_run))
+            export_backbone(network, config, output)
+            write_model_card(output, config, len(source.images), read_result(output), adapted=False)
+    write_json(output / "adapt.json", result)  # the adaptation is finished
     return result
 
 
@@ -128,10 +149,25 @@ def summary(result: dict[str, Any], output: str) -> str:
     else:
         size = f"{after['query_images']} queries in {after['gallery_images']} images"
         lines = [f"\n{size} of {result['data']}{'':6}before   after"]
-        for path, title in ((("knn", "20"), "k-NN, k=20"), (("linear", "accuracy"), "linear probe")):
+        for path, title in ((KNN, "k-NN, k=20"), (("linear", "accuracy"), "linear probe")):
             lines.append(f"  {title:20} {figure(before, *path):7.2%} {figure(after, *path):7.2%}")
         if not result["queries_held_out"]:
             lines.append("  (the queries' images, but not their labels, were used in adapting)")
+        lines.append(f"  {verdict(result)}")
     return "\n".join(
         [*lines, f"in {output}: model.safetensors, adapt.json, report.html, and the other files of a run"]
     )
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Whether adapting helped, and which backbone is kept, in words."""
+    shares = [figure(result[name], *KNN) for name in ("before", "after")]
+    points = 100 * (shares[1] - shares[0])
+    error = 100 * math.sqrt(sum(share * (1 - share) for share in shares) / result["after"]["query_images"])
+    known = f"k-NN changed by {points:+.2f} points, with a standard error of at most {error:.2f}"
+    if result["kept"] == "before":
+        return (
+            f"adapting made it worse: {known}. model.safetensors is the backbone as it came; the adapted one "
+            f"is {ADAPTED_FILE}"
+        )
+    return f"{known}; model.safetensors is the adapted backbone"

@@ -24,7 +24,7 @@ INCIDENTAL = (
 # hold. Those of the crops are in `bincomm.data.crops`.
 LIMITS: dict[str, tuple[float, float]] = {
     "tau": (1e-3, 1e3), "prototypes": (1, 2**24), "freeze_last_layer": (0, 10**9),
-    "seed": (0, 2**63 - 1), "epochs": (1, 10**9), "fewest_steps": (0, 10**9),
+    "freeze_backbone": (0, 10**9), "seed": (0, 2**63 - 1), "epochs": (1, 10**9), "fewest_steps": (0, 10**9),
     "max_steps": (1, 10**12), "minutes": (1e-3, 10**7), "batch_size": (1, 2**24), "bits": (1, 2**16),
     "hidden": (1, 2**16), "head_std": (1e-6, 100), "reset_every": (0, 10**9), "beta": (0, 10**6),
     "eps_squared": (1e-6, 10**6), "dense": (0, 10**3), "lr": (0, 10), "min_lr": (0, 10),
@@ -79,6 +79,8 @@ class PretrainConfig:
         prototypes: number of prototypes of the method dino; the bottleneck of its head has `bits` dimensions.
         freeze_last_layer: number of epochs, the first ones, in which the method dino does not train its
             prototypes.
+        freeze_backbone: number of epochs, the first ones and at most a quarter of the run, in which the head
+            alone is trained, so that a new head does not disturb a backbone that has learned.
         seed: determines initialization, order of images and augmentations.
         epochs: passes over the data.
         max_steps: end after this many steps, even if epochs are more; the schedules then span these steps.
@@ -173,6 +175,7 @@ class PretrainConfig:
     expa_type: Literal[0, 1] = 1
     prototypes: int = 65536
     freeze_last_layer: int = 0
+    freeze_backbone: int = 0
     seed: int = 0
     epochs: int = 100
     max_steps: int | None = None

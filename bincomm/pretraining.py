@@ -109,7 +109,7 @@ def train(
             job.set_resolution(step)
             if job.schedule.resets_head(step):
                 job.reset_head(step)
-            job.freeze_last_layer(step)
+            job.freeze(step)
             views = job.next_batch(step)
             hyperparameters = job.schedule(step)  # learning rate, weight decay, momentum
             # message → logits → loss → gradient → AdamW → moving average

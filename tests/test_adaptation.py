@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -12,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from bincomm import cli
+from bincomm import adaptation, cli
 from bincomm.adaptation import configure
 from bincomm.building import create_networks
 from bincomm.config import PretrainConfig
@@ -24,7 +25,7 @@ from bincomm.engine.records import Records
 from bincomm.evaluation.features import extract_features
 from bincomm.evaluation.knn import knn_accuracy
 from bincomm.evaluation.linear import linear_probe
-from bincomm.evaluation.pretrained import Pretrained
+from bincomm.evaluation.pretrained import Pretrained, load_pretrained
 from bincomm.pretraining import pretrain
 from bincomm.weights import read_weights
 
@@ -93,8 +94,9 @@ def evaluated(weights, config):
 def test_before_is_the_source_and_after_the_run(source, target, adapted):
     result = json.loads((adapted / "adapt.json").read_text())
     config = adapted / "config.yaml"
-    for when, folder in (("before", source), ("after", adapted)):
-        expected = evaluated(folder / "model.safetensors", config)
+    files = [adapted / "adapted.safetensors", adapted / "model.safetensors"]  # which, after 12 steps is luck
+    for when, file in (("before", source / "model.safetensors"), ("after", next(filter(Path.exists, files)))):
+        expected = evaluated(file, config)
         assert (result[when]["knn"]["20"], result[when]["linear"]) == expected
         assert result[when]["query_images"] == len(list(target.glob("test/*/*")))
     assert result["before"] != result["after"]
@@ -108,13 +110,81 @@ def test_a_run_gives_its_keys_but_those_of_the_recipe_and_the_command_line(sourc
     config = configure(str(source), data=str(target), lr=0.5, output="out")
     expected = {
         "data": str(target), "output": "out", "init_from": str(source), "lr": 0.5,
-        "epochs": 10, "max_steps": None, "reset_every": 0, "warmup_epochs": 1,
+        "epochs": 10, "max_steps": None, "reset_every": 0, "freeze_backbone": 1, "warmup_epochs": 1,
     }  # fmt: skip
     assert config.as_dict() == {**inherited.as_dict(), **expected}
     assert inherited.max_steps == 30
     assert inherited.reset_every == "auto"
     other = configure(str(source), data=str(target), method="dino", output="out")
     assert (other.clip, other.min_lr, other.freeze_last_layer) == (3.0, 1e-6, 1)
+
+
+def test_the_head_alone_is_trained_at_first(source, target, tmp_path):
+    options = {"max_steps": 8, "save_every": 1, "keep": 9}
+    assert cli.main(arguments(source, target, tmp_path / "run", **options)) == 0
+    trained = torch.load(source / "checkpoints/step-000000030.ckpt", weights_only=True)["teacher"]
+    parameters = dict(create_networks(configuration(source), CPU)[0].backbone.named_parameters())
+    students = [
+        torch.load(tmp_path / f"run/checkpoints/step-{step:09}.ckpt", weights_only=True)["student"]
+        for step in (1, 2, 3)
+    ]
+    for name in parameters:
+        same = [torch.equal(each[f"backbone.{name}"], trained[f"backbone.{name}"]) for each in students]
+        assert same == [True, True, False], name  # a quarter of the steps
+    heads = [each["head.layers.0.weight"] for each in students]
+    assert not torch.equal(heads[0], heads[1])
+
+
+def test_a_backbone_that_adapting_made_worse_is_kept_as_it_came(source, target, tmp_path, capsys):
+    run = tmp_path / "run"
+    command = arguments(source, target, run, lr=10, clip=0, freeze_backbone=0)
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "adapting made it worse: k-NN changed by -" in printed
+    result = json.loads((run / "adapt.json").read_text())
+    assert result["kept"] == "before"
+    assert result["after"]["knn"]["20"] < result["before"]["knn"]["20"]
+    came, kept, adapted = (
+        safetensors.torch.load_file(path)
+        for path in (source / "model.safetensors", run / "model.safetensors", run / "adapted.safetensors")
+    )
+    assert all(torch.equal(came[name], kept[name]) for name in came)
+    assert not any(torch.equal(came[name], adapted[name]) for name in came if name.endswith("conv.weight"))
+    assert evaluated(run / "adapted.safetensors", run / "config.yaml")[0] == result["after"]["knn"]["20"]
+    assert "made k-NN worse, so its result is not taken" in (run / "README.md").read_text()
+    # The directory stands for the weights that were kept, a checkpoint for those that were adapted.
+    model = load_pretrained(run, CPU)
+    assert model.head is None
+    assert all(torch.equal(came[name], value) for name, value in model.backbone.state_dict().items())
+    checkpoint = load_pretrained(run / "checkpoints/step-000000012.ckpt", CPU)
+    weights = checkpoint.backbone.state_dict()
+    assert checkpoint.head is not None
+    assert all(torch.equal(adapted[name], value) for name, value in weights.items())
+
+    # As after a kill between the weights and adapt.json.
+    files = [run / name for name in ("model.safetensors", "adapted.safetensors", "adapt.json")]
+    written = [file.read_bytes() for file in files]
+    files[-1].unlink()
+    assert cli.main(command) == 0
+    assert [file.read_bytes() for file in files] == written
+
+
+def test_a_backbone_that_is_no_worse_is_kept_as_it_is_adapted(source, target, tmp_path, monkeypatch, capsys):
+    shares = iter([0.5, 0.5])
+    evaluated = adaptation.evaluate_reproducibly
+
+    def equally_good(*arguments):
+        return {**evaluated(*arguments), "knn": {"20": next(shares)}}
+
+    monkeypatch.setattr(adaptation, "evaluate_reproducibly", equally_good)
+    assert cli.main(arguments(source, target, tmp_path / "run", max_steps=1, freeze_backbone=0)) == 0
+    assert "k-NN changed by +0.00 points, with a standard error of at most" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "adapt.json").read_text())["kept"] == "after"
+    assert not (tmp_path / "run" / "adapted.safetensors").exists()
+    files = [folder / "model.safetensors" for folder in (source, tmp_path / "run")]
+    came, kept = map(safetensors.torch.load_file, files)
+    assert not torch.equal(came["stem.conv.weight"], kept["stem.conv.weight"])
+    assert load_pretrained(tmp_path / "run", CPU).head is not None
 
 
 def test_another_recipe_says_all_but_the_backbone(source, target):

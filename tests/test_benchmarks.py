@@ -283,11 +283,11 @@ def test_a_domain_with_and_without_another_one(bench, images):
     arguments = (f"one={images}", f"two={images}", "--steps", "4", "--seeds", "2")
     status, records, page, _ = bench(domains, *arguments)
     assert status == 0
-    ways = ("before training", "two alone", "one → two")
+    ways = ("before training", "two alone", "one → two", "one → two, head first")
     assert list(records) == ["raw pixels", *(f"{way}, seed {seed}" for way in ways for seed in (0, 1))]
     figures = records["one → two, seed 0"]["figures"]
     assert figures["query_images"] == 36
-    for way in ("one alone", "two alone", "one → two", "raw pixels"):
+    for way in ("one alone", *ways, "raw pixels"):
         assert f"| {way} " in page
     assert "against the target alone, seed by seed: k-NN" in page
     assert stamps(bench(domains, *arguments)[1]) == stamps(records)

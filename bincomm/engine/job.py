@@ -30,7 +30,7 @@ from bincomm.engine.frozen_teacher import FrozenTeacher, choose_codes
 from bincomm.engine.guard import TOTAL, Guard, TrainingError, Verdict
 from bincomm.engine.masks import Masks
 from bincomm.engine.metrics import MetricsWindow
-from bincomm.engine.optimizer import create_optimizer, freeze_last_layer
+from bincomm.engine.optimizer import create_optimizer, freeze_backbone, freeze_last_layer
 from bincomm.engine.records import Records
 from bincomm.engine.reset import reset_head
 from bincomm.engine.schedules import Schedule
@@ -71,7 +71,7 @@ class Job:
             for network in (student,) if config.teacher_is_frozen else (student, follower):
                 shard(network, ranks)
         self.sender = create_sender(config, source, follower, ranks)
-        optimizer = create_optimizer(student)
+        optimizer = create_optimizer(student, backbone_apart=self.schedule.frozen > 0)
         teacher = None if isinstance(self.sender, StoredMessages) else self.sender
         step = create_step(config, student, teacher, objective, optimizer, rank=ranks.rank)
         self.student, self.optimizer = student, optimizer
@@ -155,9 +155,10 @@ class Job:
         seed = (self.config.seed, self.schedule.epoch(step))
         reset_head(self.student, self.trained, self.optimizer, seed)
 
-    def freeze_last_layer(self, step: int) -> None:
-        """Freeze DINO's prototypes in the first epochs, as many as the configuration says."""
+    def freeze(self, step: int) -> None:
+        """Freeze DINO's prototypes and the backbone in as many first epochs as the configuration says."""
         freeze_last_layer(self.optimizer, self.schedule.epoch(step) < self.config.freeze_last_layer)
+        freeze_backbone(self.optimizer, step < self.schedule.frozen)
 
     def next_batch(self, step: int, peek: bool = False) -> Views:
         """The crops of step `step`, which counts from 0; see `Batches.next`.

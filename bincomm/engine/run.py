@@ -58,6 +58,16 @@ def is_finished(run: Path) -> bool:
     return (run / "result.json").exists()
 
 
+def keeps_initial_weights(run: Path) -> bool:
+    """Whether a directory holds an adaptation that made its backbone worse, so that its weights are those
+    that it began with."""
+    try:
+        adaptation = json.loads((run / "adapt.json").read_text())
+    except (OSError, RecursionError, ValueError):
+        return False
+    return isinstance(adaptation, dict) and adaptation.get("kept") == "before"
+
+
 def take_steps(config: PretrainConfig, stored: dict[str, Any]) -> PretrainConfig:
     """The configuration with what a stored one has come to for the same minutes, if any."""
     if config.steps_are_open and stored.get("minutes") == config.minutes:

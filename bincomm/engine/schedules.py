@@ -58,6 +58,7 @@ class Schedule:
             self.warmup = self.steps // 10
         else:
             self.warmup = min(config.warmup_epochs * epoch_steps, self.steps // 4)
+        self.frozen = min(config.freeze_backbone * epoch_steps, self.steps // 4)  # steps of the head alone
         if config.teacher_is_frozen:
             self.momentum = 1.0
         elif config.momentum == "auto":
@@ -92,6 +93,7 @@ class Schedule:
         config = self.config
         teacher = "teacher frozen" if config.teacher_is_frozen else f"teacher's momentum {self.momentum:.3g}"
         frozen = f", last layer frozen for {config.freeze_last_layer} epochs" * bool(config.freeze_last_layer)
+        frozen += f", backbone frozen for {self.frozen} steps" * bool(self.frozen)
         return (
             f"learning rate {self.peak:.2g} after {self.warmup} steps of warm-up, {config.min_lr:.2g} at the "
             f"end, gradients clipped at {config.clip:g}, {teacher}, head {resets}{frozen}"

@@ -70,7 +70,9 @@ the Apache License 2.0.
 """
 
 
-def write_model_card(run: Path, config: PretrainConfig, images: int, result: dict[str, Any]) -> None:
+def write_model_card(
+    run: Path, config: PretrainConfig, images: int, result: dict[str, Any], adapted: bool = True
+) -> None:
     """Write README.md into a run's directory, unless there is one that bincomm did not write.
 
     Args:
@@ -78,21 +80,28 @@ def write_model_card(run: Path, config: PretrainConfig, images: int, result: dic
         config: of the run.
         images: number of images that it was trained on.
         result: what its result.json holds.
+        adapted: whether the weights are those of the end of the run; False: those that it began with, which
+            it made worse.
     """
     path = run / "README.md"
     if path.exists() and not path.read_bytes().startswith(FRONT_MATTER.encode()):
         logger.info("note: %s is not bincomm's, and stays as it is; there is no model card", path)
         return
-    write_text(path, model_card(config, images, result))
+    write_text(path, model_card(config, images, result, adapted))
 
 
-def model_card(config: PretrainConfig, images: int, result: dict[str, Any]) -> str:
+def model_card(config: PretrainConfig, images: int, result: dict[str, Any], adapted: bool = True) -> str:
     """The text of README.md: what the network is, how to load it, its data and its figures. Equal runs have
     equal cards, whatever the machine: no times and, of paths, only the last part."""
     size, metrics = config.global_size, result["last_metrics"]
     title = f"# {config.backbone}, pretrained without labels"
     about = f"An image backbone, pretrained {METHODS[config.method]} with bincomm: images of {size} × {size} "
     about += "pixels → features."
+    if not adapted:
+        assert config.init_from is not None  # an adaptation begins with weights
+        title = f"# {config.backbone}, as it came"
+        about += f" These are the weights of {in_markdown(last_part(config.init_from))}: the run below "
+        about += "adapted them to other images and made k-NN worse, so its result is not taken."
     facts = {"images": f"{images}, of {sources(config.data)}", "method": config.method}
     if config.init_from is not None:
         facts["initial weights"] = in_markdown(last_part(config.init_from))

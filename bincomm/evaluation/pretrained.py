@@ -20,7 +20,7 @@ from bincomm.data.images import Images, eight_bits
 from bincomm.data.listing import Files
 from bincomm.data.sources import Source
 from bincomm.engine.checkpoints import Checkpoints, load_checkpoint
-from bincomm.engine.run import is_finished, read_result
+from bincomm.engine.run import is_finished, keeps_initial_weights, read_result
 from bincomm.files import expand_home
 from bincomm.networks import Head, Network, PrototypeHead, create_backbone, feature_width
 from bincomm.weights import load_weights, read_metadata
@@ -151,8 +151,9 @@ def load_pretrained(
     """Load a pretrained backbone, and its head if it has one.
 
     Args:
-        weights: a run's directory (its newest checkpoint, or without one its backbone), a checkpoint, a
-            .safetensors file or the name of a timm model with pretrained weights; the last two have no head.
+        weights: a run's directory (its newest checkpoint, or without one its backbone; of an adaptation that
+            made it worse the backbone as it came), a checkpoint, a .safetensors file or the name of a timm
+            model with pretrained weights; the last two have no head, nor has a backbone alone.
         device: device of the networks.
         backbone: timm's name of the backbone, for a .safetensors file that does not name it.
         preprocessing: preprocessing keys that replace those of training: global_size, eval_crop, batch_size,
@@ -178,7 +179,13 @@ def _load(
     keys: dict[str, Any] = {}
     if path.is_dir():
         checkpoint = Checkpoints(path / "checkpoints", keep=1).load()
-        if checkpoint is not None:
+        if checkpoint is not None and keeps_initial_weights(path):
+            logger.info(
+                "%s: adapting made the backbone worse; taken is the one as it came, without a head. The "
+                "adapted one is in the checkpoints there",
+                weights,
+            )
+        elif checkpoint is not None:
             model = _from_state(checkpoint, weights, device, preprocessing)
             _tell_step(path, checkpoint["step"])
             return model

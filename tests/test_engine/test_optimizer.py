@@ -4,6 +4,7 @@ from torch import nn
 from bincomm.engine.optimizer import (
     clear_state,
     create_optimizer,
+    freeze_backbone,
     freeze_last_layer,
     set_hyperparameters,
 )
@@ -50,3 +51,16 @@ def test_prototypes_are_frozen_on_request():
         optimizer.step()
         assert torch.equal(model.head.prototypes, before) == frozen
         assert not torch.equal(model.backbone.bias, bias)
+
+
+def test_a_backbone_apart_is_frozen_on_request():
+    model = Network(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
+    optimizer = create_optimizer(model, backbone_apart=True)
+    for frozen in (True, False):
+        freeze_backbone(optimizer, frozen)
+        set_hyperparameters(optimizer, 0.1, 0.4)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        model(torch.randn(5, 2, 4)).square().sum().backward()
+        optimizer.step()
+        for name, value in model.named_parameters():
+            assert torch.equal(value, before[name]) == (frozen and name.startswith("backbone."))
