@@ -413,6 +413,17 @@ def step(add: Callable, dry: bool) -> int:
             parts_ms=result["parts_ms"][contender],
             peak_bytes=result["peak_bytes"].get(contender),
         )
+    for kind, make in steps.beyond_the_paper(case).items():
+        contender = make()
+        contender.step()
+        values = [steps.clocked(contender)[0] for _ in range(1 if dry else steps.ROUNDS)]
+        del contender
+        took = statistics.median(values)
+        add(
+            what=f"{result['title']}: bincomm, {kind}",
+            words=f"{took:.1f} ms a step, {1e3 * case.images / took:.1f} images/s",
+            step_ms=values,
+        )
     speed = loop_with_ready_batches(case, 2 if dry else STEPS)
     add(what=f"{result['title']}: the loop of a run", words=f"{speed:.1f} images/s, ready batches")
     return 0

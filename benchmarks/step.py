@@ -15,6 +15,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -166,13 +167,7 @@ class Contender(NamedTuple):
 
 def race(case: Case, without: Sequence[str] = ()) -> dict[str, Any]:
     """All contenders in turns, without those that have one of these words in their name."""
-    torch.manual_seed(1)
-    dtype = PRECISIONS[case.precision]
-    size, small = case.global_size, case.local_size
-    views = (
-        torch.randn(case.images, 2, 3, size, size, device=DEVICE, dtype=dtype),
-        torch.randn(case.images, 10, 3, small, small, device=DEVICE, dtype=dtype),
-    )
+    views = draw_views(case)
     crops = [crop.contiguous() for group in views for crop in group.unbind(1)]
     makers = {"bincomm": lambda: bincomm_step(case, views)}
     if GPU:
@@ -215,21 +210,52 @@ def race(case: Case, without: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def bincomm_step(case: Case, views: tuple[Tensor, Tensor], compiled: bool = False) -> Contender:
-    """The step of a run."""
-    config = case.config()
+def draw_views(case: Case) -> tuple[Tensor, Tensor]:
+    """Crops of noise, the same ones for the same case."""
+    torch.manual_seed(1)
+    dtype = PRECISIONS[case.precision]
+    size, small = case.global_size, case.local_size
+    return (
+        torch.randn(case.images, 2, 3, size, size, device=DEVICE, dtype=dtype),
+        torch.randn(case.images, 10, 3, small, small, device=DEVICE, dtype=dtype),
+    )
+
+
+def bincomm_step(
+    case: Case,
+    views: tuple[Tensor, Tensor],
+    compiled: bool = False,
+    stored: bool = False,
+    **keys: Any,
+) -> Contender:
+    """The step of a run with further keys; with `stored` from messages that are there, without a teacher."""
+    config = replace(case.config(), **keys)
     student, teacher = create_networks(config, DEVICE)
     objective = create_objective(config).to(DEVICE)
     marks = Marks()
-    step = create_step(config, student, teacher, objective, create_optimizer(student), mark=marks)
+    messages = None
+    if stored:
+        words = torch.randint(-(2**31), 2**31, (2, case.images, config.bits // 32), dtype=torch.int32)
+        messages = words.to(DEVICE)
+    sender = None if stored else teacher
+    step = create_step(config, student, sender, objective, create_optimizer(student), mark=marks)
     notes = compile_networks(step, *views)[1] if compiled else ""
 
     def run() -> Tensor:
-        output = step(*views, **RATES)
+        output = step(*views, messages, **RATES)
         step.guard.read()
         return output.losses["loss"]
 
     return Contender(run, marks, notes)
+
+
+def beyond_the_paper(case: Case) -> dict[str, Callable[[], Contender]]:
+    """Makers of steps of other kinds, whose losses are others than the plain loop's."""
+    views = draw_views(case)
+    return {
+        "from stored messages": lambda: bincomm_step(case, views, stored=True, beta=0.0),
+        "dense bits": lambda: bincomm_step(case, views, dense=1.0),
+    }
 
 
 def plain(case: Case, crops: list[Tensor], fused: bool, compiled: bool = False) -> Contender:

@@ -1,12 +1,18 @@
 """The training step on a real GPU: it does not wait for the device; its faster forms are the same step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bincomm.building import create_networks
+from bincomm.config import PretrainConfig
 from bincomm.dense import DenseNetwork, find_patches
 from bincomm.engine.accumulation import AccumulatedStep
 from bincomm.engine.compiling import compile_networks
 from bincomm.engine.cuda_graph import CapturedStep
+from bincomm.engine.export import export_backbone
+from bincomm.engine.frozen_teacher import FrozenTeacher
 from bincomm.engine.masks import Masks
 from bincomm.engine.optimizer import create_optimizer
 from bincomm.engine.step import Step
@@ -78,6 +84,35 @@ def test_faster_and_smaller_forms_are_the_same_step(form, objective):
         torch.testing.assert_close(result.losses, expected.losses, rtol=1e-3, atol=1e-4)
     for expected, result in zip(plain.student.parameters(), other.student.parameters(), strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_frozen_teacher_and_its_stored_messages(tmp_path, captured):
+    """Neither waits for the device; training from the messages is training with the teacher in memory."""
+    keys = {"backbone": "test_vit", "backbone_args": ARGUMENTS, "global_size": 16, "bits": 32, "hidden": 64}
+    config = PretrainConfig(**keys, precision="fp32", drop_path=0.0)
+    export_backbone(create_networks(config, torch.device("cpu"))[1], config, tmp_path)
+    students = []
+    for stored in (False, True):
+        teacher = FrozenTeacher(replace(config, teacher=(str(tmp_path),)), torch.device("cuda"))
+        generator = torch.Generator().manual_seed(0)
+        width = teacher.members[0].projection.shape[1]
+        teacher.take([(torch.randn(32, width, generator=generator), torch.randn(32, generator=generator))])
+        student, _ = create_networks(config, torch.device("cuda"))
+        objective = DiscreteCommunication(0.0).cuda()
+        sender = None if stored else teacher
+        step = Step(student, sender, objective, create_optimizer(student), clip=1.0, precision="fp32")
+        given = [(*views, teacher(views[0]).clone() if stored else None) for views in batches(5)]
+        run = CapturedStep(step, *given[0]) if captured else step
+        run(*given[0], **RATES)  # only the set-up may wait
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            losses = [run(*batch, **RATES).losses["agreement"].clone() for batch in given[1:]]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        students.append((losses, list(student.parameters())))
+    for in_memory, from_messages in zip(*students, strict=True):
+        torch.testing.assert_close(in_memory, from_messages, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("captured", [False, True])
