@@ -237,14 +237,14 @@ def test_the_same_command_goes_on_and_is_done_once(source, target, adapted, tmp_
 
     def interrupted(self, *args):
         steps.append(step(self, *args))
-        if len(steps) == 8:
+        if len(steps) == 1:  # while the head alone is trained
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(Records, "add", interrupted)
         assert cli.main(arguments(source, target, tmp_path / "run")) == cli.SAVED
     assert cli.main(arguments(source, target, tmp_path / "run")) == 0
-    assert "resuming at step 8" in capsys.readouterr().err
+    assert "resuming at step 1" in capsys.readouterr().err
     for name in ("adapt.json", "model.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (adapted / name).read_bytes()
     last = (adapted / "checkpoints/step-000000012.ckpt").stat().st_mtime_ns

@@ -47,6 +47,7 @@ OPTIONS = {
     "batch_size": 32,
     "max_steps": 20,
     "reset_every": 0,
+    "freeze_backbone": 1,
     "log_every": 1,
     "save_every": 5,
     "threads": 1,
