@@ -165,6 +165,7 @@ def evaluate(
     *,
     protocols: Sequence[str] | None = None,
     davis: str | Path | None = None,
+    objects: str | Path | None = None,
     segmentation: str | Path | None = None,
     void: Sequence[int] = (),
     masks: str | Path | None = None,
@@ -177,19 +178,22 @@ def evaluate(
     on_result: Callable[[dict[str, Any]], None] | None = None,
     **preprocessing: Any,
 ) -> dict[str, Any] | None:
-    """Evaluate a pretrained backbone on labeled images, on DAVIS, on segmentation masks and on images with
-    several labels.
+    """Evaluate a pretrained backbone on labeled images, on DAVIS, on annotated objects, on segmentation masks
+    and on images with several labels.
 
     Args:
         weights, device, backbone, preprocessing: as in `load_pretrained`.
         data: labeled images, as in `pretrain`.
         protocols: protocols to evaluate on the data; None: all that the weights allow.
         davis: the folder of DAVIS-2017 or DAVIS-2016 that contains ImageSets.
+        objects: the folder of COCO that contains annotations and val2017 or val2014, or one with
+            annotations.json in COCO's format and images, or FILE@IMAGES; see
+            `bincomm.evaluation.coco.open_objects`.
         segmentation: a folder with train/images, train/masks, val/images and val/masks, or VOC, ADE20K or
             CamVid as published; see `bincomm.evaluation.layouts.open_masked_images`.
         void: classes of the segmentation, from 0 to 254, that do not count, besides 255 and the layout's own.
-        masks: a new or empty folder for the predicted masks: davis/SEQUENCE/FRAME.png, and of the
-            segmentation knn/IMAGE.png and linear/IMAGE.png.
+        masks: a new or empty folder for the predicted masks: davis/SEQUENCE/FRAME.png, objects.json, and of
+            the segmentation knn/IMAGE.png and linear/IMAGE.png.
         hashing: a folder with database.txt and test.txt, images with several labels; see
             `bincomm.evaluation.hashing.open_lists`.
         at: how many of the nearest images count in mAP@k, of the data and of hashing.
@@ -199,24 +203,29 @@ def evaluate(
 
     Returns:
         The results of all parts, which `bincomm.evaluation.evaluate.evaluate`, `evaluate_davis`,
-        `evaluate_segmentation` and `evaluate_hashing` document.
+        `evaluate_objects`, `evaluate_segmentation` and `evaluate_hashing` document.
 
     Raises:
         ValueError: there is nothing to evaluate, or an argument does not fit; the message names it.
+        ImportError: objects need pycocotools, which is not installed.
         OSError: the output could not be written.
     """
     from bincomm.data.sources import evaluation_sources, open_source, why_no_evaluation
     from bincomm.distributed.ranks import join_ranks
+    from bincomm.evaluation.coco import open_objects
     from bincomm.evaluation.dense import check_void, evaluate_segmentation
     from bincomm.evaluation.evaluate import evaluate as evaluate_images
     from bincomm.evaluation.hashing import evaluate_hashing, open_lists
     from bincomm.evaluation.layouts import open_masked_images
+    from bincomm.evaluation.objects import evaluate_objects
     from bincomm.evaluation.pretrained import load_pretrained
     from bincomm.evaluation.video import evaluate_davis, open_davis
     from bincomm.files import check_empty_folder, check_file, write_json
 
-    if not (data or davis or segmentation or hashing):
-        raise ValueError("evaluate: expected at least one of data, davis, segmentation and hashing, got none")
+    if not (data or davis or objects or segmentation or hashing):
+        raise ValueError(
+            "evaluate: expected at least one of data, davis, objects, segmentation and hashing, got none"
+        )
     if protocols and not data:
         raise ValueError("protocols: expected data to evaluate them on, got none")
     for name, folder in (("davis", davis), ("segmentation", segmentation)):
@@ -225,8 +234,10 @@ def evaluate(
             raise ValueError(f"{name}: expected a folder, got {folder}{unpack}")
     if void and not segmentation:
         raise ValueError("void: expected segmentation, whose classes these are, got none")
-    if masks and not (davis or segmentation):
-        raise ValueError("masks: expected davis or segmentation, whose masks to write, got neither")
+    if masks and not (davis or objects or segmentation):
+        raise ValueError("masks: expected davis, objects or segmentation, whose masks to write, got none")
+    if objects and not find_spec("pycocotools"):
+        raise ImportError("no module named 'pycocotools'", name="pycocotools")
     if at < 1:
         raise ValueError(f"at: expected at least 1, got {at}")
     if unmatched not in ("zero", "skip"):
@@ -235,6 +246,8 @@ def evaluate(
     check_void(void)
     if davis:
         open_davis(davis)
+    if objects:
+        open_objects(objects)
     if segmentation:
         open_masked_images(segmentation)
     if hashing:
@@ -257,11 +270,15 @@ def evaluate(
             if output:
                 write_json(output, results)
 
-        # DAVIS first, because all ranks work at it.
+        # DAVIS and objects first, because all ranks work at them.
         if davis:
             tracking = evaluate_davis(model, davis, masks=predicted and predicted / "davis", ranks=ranks)
             if ranks.rank == 0:
                 add({"davis": tracking})
+        if objects:
+            discovery = evaluate_objects(model, objects, masks=predicted, ranks=ranks)
+            if ranks.rank == 0:
+                add({"objects": discovery})
         if data:
             source = ranks.leaders_first(lambda: open_source(data))
             sources = ranks.leaders_first(lambda: evaluation_sources(data, source))

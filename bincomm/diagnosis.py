@@ -37,8 +37,9 @@ PACKAGES = {
     "onnxscript": "the ONNX files of export; nothing else needs it",
     "onnxruntime": "the check of ONNX files by export; nothing else needs it",
     "scipy": "the page about codes, evaluation on DAVIS, and the sets flowers102 and svhn need it",
+    "pycocotools": "evaluate --objects; nothing else needs it",
 }
-EXTRAS = {"faiss": "eval", "scipy": "eval"}  # that bring a package; else train
+EXTRAS = {"faiss": "eval", "scipy": "eval", "pycocotools": "eval"}  # that bring a package; else train
 EXTRAS |= {"onnxscript": "export", "onnxruntime": "export"}
 DISTRIBUTIONS = {
     "nvidia.dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),

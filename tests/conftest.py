@@ -22,7 +22,7 @@ def is_missing(module):
 
 # What bincomm[train] and bincomm[eval] bring, by module. Tests need all of it, but those of the bare install.
 TRAINING = ["timm", "nvidia.dali", "safetensors", "jsonargparse", "PIL", "tqdm", "tensorboard", "matplotlib"]
-TRAINING += ["sklearn", "pyarrow", "faiss", "scipy"]
+TRAINING += ["sklearn", "pyarrow", "faiss", "scipy", "pycocotools"]
 BARE = {"test_ops", "test_kernels", "test_gpu", "test_objectives.py", "test_beta_control.py"}
 BARE |= {"test_architecture.py", "test_packaging.py"}
 missing = [module for module in TRAINING if is_missing(module)]

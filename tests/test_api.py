@@ -116,7 +116,8 @@ def test_dense_arguments_are_checked_before_the_work(pretrained, tmp_path):
         ({"davis": tmp_path / "set/val/masks/a.png"}, "davis: expected a folder, .*; unpack it if it is an "),
         ({"void": [3]}, "void: expected segmentation"),
         ({**dense, "void": [300]}, "void: expected classes from 0 to 254, got 300"),
-        ({"masks": tmp_path / "new"}, "masks: expected davis or segmentation"),
+        ({"masks": tmp_path / "new"}, "masks: expected davis, objects or segmentation"),
+        ({"objects": tmp_path}, "objects: expected a folder of COCO "),
         ({**dense, "masks": tmp_path / "full"}, "masks: expected a new or an empty folder, got .*full"),
         ({**dense, "masks": "/dev/null/x"}, "masks: expected a folder that can be made and written"),
     ):
@@ -177,7 +178,7 @@ def test_one_image_is_encoded_as_many_are(pretrained, tmp_path):
         (lambda: bincomm.pretrain("digits", epoch=3), "there is no key 'epoch'; did you mean epochs?"),
         (lambda: bincomm.compare("digits", method="dino"), "method: compare trains several methods"),
         (lambda: bincomm.adapt("nowhere", "digits"), "weights: expected a run's directory"),
-        (lambda: bincomm.evaluate("nowhere"), "evaluate: expected at least one of data, davis"),
+        (lambda: bincomm.evaluate("nowhere"), "evaluate: expected at least one of data, davis, objects"),
         (lambda: bincomm.evaluate("nowhere", "digits"), "weights: expected a run's directory"),
         (lambda: api.search("nowhere", "x.png", sheet="no/x.png"), "sheet: expected a file in a folder"),
     ],

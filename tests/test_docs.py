@@ -30,6 +30,7 @@ from torch.distributed.run import get_args_parser
 
 import bincomm
 from bincomm.data.addresses import check_address, is_address
+from bincomm.evaluation.objects import evaluate_objects
 from tests.pages import LANGUAGES, PAGES, ROOT, anchors, blocks, commands, inline_code, links
 from tests.scenes import write_scenes
 from tests.test_architecture import LAYERS
@@ -279,8 +280,11 @@ def compare(words: list[str]) -> None:
 
 
 def on_drawn_images(words: list[str]) -> None:
-    """`bincomm evaluate`, `codes`: drawn images in place of the 1 797 digits."""
-    main(replace(words, data="drawn") if value_of("--data", words) == "digits" else words)
+    """`bincomm evaluate`, `codes`: drawn images in place of the 1 797 digits; objects by 64 patches an image
+    in place of 3600."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(evaluate_objects.__kwdefaults__, "size", 64)
+        main(replace(words, data="drawn") if value_of("--data", words) == "digits" else words)
 
 
 def encode(words: list[str]) -> None:
@@ -454,6 +458,7 @@ def prepared(tmp_path_factory):
         write_cifar10(Path("cache/sets/cifar10/files"))
         write_davis(Path("DAVIS"))
         write_masks(Path("masks"))
+        write_coco(Path("COCO"))
         write_hashing_lists(Path("lists"))
         write_bands(Path("bands"))
         main(["data", "stats", "--data", "bands", "--channels", "13", "--output", "bands.yaml"])
@@ -534,6 +539,24 @@ def write_davis(folder: Path) -> None:
                 picture = Image.fromarray(mask, "P")
                 picture.putpalette([0, 0, 0, 255, 0, 0])
             picture.save(folder / kind / "480p" / "square" / f"{frame:05}.{extension}")
+
+
+def write_coco(folder: Path) -> None:
+    """An image of a square, in the layout of COCO."""
+    for name in ("annotations", "val2017"):
+        (folder / name).mkdir(parents=True)
+    image = np.full((48, 64, 3), 40, np.uint8)
+    image[8:32, 16:40] = (220, 60, 30)
+    Image.fromarray(image).save(folder / "val2017" / "1.jpg")
+    polygon = [16, 8, 40, 8, 40, 32, 16, 32]
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 576}
+    annotation |= {"bbox": [16, 8, 24, 24], "segmentation": [polygon]}
+    content = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 48, "width": 64}],
+        "annotations": [annotation],
+        "categories": [{"id": 1, "name": "square"}],
+    }
+    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
 
 
 def write_masks(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Evaluate a pretrained backbone: on labeled images by k-NN, linear probes, retrieval by features and by
-codes, dimensions and bits in use; on DAVIS by tracking objects; on masks by segmentation; on images with
-several labels by retrieval."""
+codes, dimensions and bits in use; on DAVIS by tracking objects; on COCO by discovering objects; on masks by
+segmentation; on images with several labels by retrieval."""
 
 import argparse
 from typing import Any
@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of DAVIS-2017 or DAVIS-2016 that contains ImageSets",
     )
     parser.add_argument(
+        "--objects",
+        type=path_or_name,
+        metavar="FOLDER",
+        help="folder of COCO, or with annotations.json and images; or FILE@IMAGES",
+    )
+    parser.add_argument(
         "--segmentation",
         type=path_or_name,
         metavar="FOLDER",
@@ -44,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--masks",
         type=path_or_name,
         metavar="FOLDER",
-        help="new folder for the predicted masks of --davis and --segmentation",
+        help="new folder for the predicted masks of --davis, --objects and --segmentation",
     )
     parser.add_argument(
         "--hashing",
@@ -77,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
         parse_data(options.data) if options.data else None,
         protocols=options.protocols,
         davis=options.davis,
+        objects=options.objects,
         segmentation=options.segmentation,
         void=options.void or (),
         masks=options.masks,

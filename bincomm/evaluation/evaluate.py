@@ -214,8 +214,9 @@ def figure(result: dict[str, Any], *path: str) -> float:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Results in words, for a terminal: those of `evaluate`, and under "davis", "segmentation" and "hashing"
-    those of `evaluate_davis`, `evaluate_segmentation` and `evaluate_hashing`."""
+    """Results in words, for a terminal: those of `evaluate`, and under "davis", "objects", "segmentation" and
+    "hashing" those of `evaluate_davis`, `evaluate_objects`, `evaluate_segmentation` and `evaluate_hashing`.
+    """
     lines = []
     if "classes" in result:
         sizes = f"{result['query_images']} queries in {result['gallery_images']} images"
@@ -273,6 +274,16 @@ def describe(result: dict[str, Any]) -> str:
             f"{davis['set']}, {davis['objects']} objects: J&F {davis['jf']:.2%}, J {davis['j']:.2%}, "
             f"F {davis['f']:.2%}"
         )
+    if "objects" in result:
+        objects = result["objects"]
+        annotated = f"{objects['objects']} annotated in {objects['images']} images"
+        lines.append(f"objects, {objects['found']} found, {annotated}")
+        for kind, title in (("bbox", "boxes"), ("segm", "masks")):
+            figures = objects[kind]
+            lines.append(
+                f"  {title:22} AP {figures['ap']:.2%}  AP50 {figures['ap50']:.2%}  AP75 "
+                f"{figures['ap75']:.2%}  AR@100 {figures['ar100']:.2%}"
+            )
     if "segmentation" in result:
         patches = result["segmentation"]
         lines.append(

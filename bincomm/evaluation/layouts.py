@@ -123,7 +123,7 @@ def listed_pairs(folder: Path, path: Path) -> list[Pair]:
 
 def check_files(kind: str, paths: Iterable[Path]) -> None:
     """Refuse files that do not exist."""
-    missing = [printable_name(str(path)) for path in paths if not path.is_file()]
+    missing = [printable_name(str(path)) for path in paths if not os.path.isfile(path)]
     if missing:
         raise ValueError(f"{kind}: {len(missing)} are missing: {', '.join(missing[:5])}")
 
