@@ -72,7 +72,7 @@ def adapted(source, target, tmp_path_factory):
 
 
 def arguments(source, target, output, **options):
-    values = {"from": source, "data": target, "output": output, "max_steps": 12, **options}
+    values = {"from": source, "data": target, "output": output, "max_steps": 12, "freeze_backbone": 1, **options}
     return ["adapt", *(f"--{key}={value}" for key, value in values.items())]
 
 
@@ -110,7 +110,7 @@ def test_a_run_gives_its_keys_but_those_of_the_recipe_and_the_command_line(sourc
     config = configure(str(source), data=str(target), lr=0.5, output="out")
     expected = {
         "data": str(target), "output": "out", "init_from": str(source), "lr": 0.5,
-        "epochs": 10, "max_steps": None, "reset_every": 0, "freeze_backbone": 1, "warmup_epochs": 1,
+        "epochs": 10, "max_steps": None, "reset_every": 0, "warmup_epochs": 1,
     }  # fmt: skip
     assert config.as_dict() == {**inherited.as_dict(), **expected}
     assert inherited.max_steps == 30
