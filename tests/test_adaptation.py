@@ -72,8 +72,8 @@ def adapted(source, target, tmp_path_factory):
 
 
 def arguments(source, target, output, **options):
-    values = {"from": source, "data": target, "output": output, "max_steps": 12, "freeze_backbone": 1, **options}
-    return ["adapt", *(f"--{key}={value}" for key, value in values.items())]
+    values = {"from": source, "data": target, "output": output, "max_steps": 12, "freeze_backbone": 1}
+    return ["adapt", *(f"--{key}={value}" for key, value in (values | options).items())]
 
 
 def configuration(run):
