@@ -277,6 +277,33 @@ def test_a_timm_name_is_the_backbone(target):
     assert (config.mean, config.std) == ((0.5,) * 3, (0.5,) * 3)
 
 
+def test_a_timm_model_is_adapted_from_weights_that_are_here(target, tmp_path, monkeypatch, capsys):
+    """As timm leaves them in the cache of the Hugging Face Hub; here the test has made them."""
+    name, revision = "test_vit.r160_in1k", "0" * 40
+    torch.manual_seed(1)
+    published = timm.create_model(name).state_dict()  # with a classifier
+    cached = tmp_path / "hub" / f"models--timm--{name}"
+    for folder in ("refs", f"snapshots/{revision}"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "refs" / "main").write_text(revision)
+    safetensors.torch.save_file(published, cached / "snapshots" / revision / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    sizes = {"global_size": 32, "local_size": 16, "bits": 16, "hidden": 32, "batch_size": 64}
+    options = {**sizes, "max_steps": 4, "save_every": 1, "keep": 9, "drop_path": 0}
+    assert cli.main(arguments(name, target, tmp_path / "run", **options)) == 0
+    result = json.loads((tmp_path / "run" / "adapt.json").read_text())
+    assert result["from"] == name
+    assert "k-NN changed by " in capsys.readouterr().out
+    first, last = (
+        torch.load(tmp_path / f"run/checkpoints/step-{step:09}.ckpt", weights_only=True)["student"]
+        for step in (1, 4)
+    )
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(first[f"backbone.{name}"], published[name])  # frozen for a quarter of the steps
+    assert not torch.equal(last[f"backbone.{name}"], published[name])
+
+
 def test_colors_stay_normalized_as_the_weights_want(source, target, tmp_path):
     """From run to file to run, and for timm; another mean with these weights is refused."""
     options = {**OPTIONS, "mean": "[0.5, 0.4, 0.3]", "max_steps": 2, "output": tmp_path / "run"}
