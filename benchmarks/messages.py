@@ -50,8 +50,11 @@ from bincomm.recipes import choose_recipe
 
 TEACHER_EPOCHS, EPOCHS = 40, 20
 SEEDS = 3
-# Half as wide again as the network of the recipes for CPUs.
-LARGER = ("backbone_args={layers: [1, 1, 1, 1], channels: [48, 96, 192, 384], stem_chs: 48}",)
+# Half as wide again as the network of the recipes for CPUs, and without local crops, as its students.
+LARGER = (
+    "backbone_args={layers: [1, 1, 1, 1], channels: [48, 96, 192, 384], stem_chs: 48}",
+    "local_crops=0",
+)
 TEACHER, FROM_MESSAGES = "the larger network", "from stored messages"
 BY_ITSELF, WITH_LOCAL = "by itself", "by itself, local crops"
 KEYS: dict[str, dict[str, Any]] = {
@@ -75,7 +78,7 @@ def main() -> int:
         metavar="KEY=VALUE",
         nargs="+",
         default=LARGER,
-        help=f"keys of the larger network; default: {LARGER[0]}",
+        help=f"keys of the larger network; default: {' '.join(LARGER)}",
     )
     options = parser.parse_args()
     ((source, data),) = pairs(options.sources).items()
@@ -89,7 +92,9 @@ def main() -> int:
     teacher = configure(
         **{**given, "data": data, **larger, "epochs": options.teacher_epochs, "seed": 0, "output": output}
     )
-    speed = Cell(SPEED, {**record, "way": SPEED}, partial(speeds, teacher, data, given), in_words)
+    # The same whatever the larger network has learned.
+    own = {"source": source, "way": SPEED, "run": given}
+    speed = Cell(SPEED, own, partial(speeds, teacher, data, given), in_words)
     session.run(
         [
             *reference_cells(source, data, given),
