@@ -93,7 +93,7 @@ def main() -> int:
         **{**given, "data": data, **larger, "epochs": options.teacher_epochs, "seed": 0, "output": output}
     )
     # The same whatever the larger network has learned.
-    own = {"source": source, "way": SPEED, "run": given}
+    own: dict[str, Any] = {"source": source, "way": SPEED, "run": given}
     speed = Cell(SPEED, own, partial(speeds, teacher, data, given), in_words)
     session.run(
         [
@@ -102,27 +102,33 @@ def main() -> int:
             speed,
         ]
     )
-    seconds = session.figures(speed)
+    seconds, steps = session.figures(speed), {}
+    if options.list:
+        steps = {BY_ITSELF: 0, WITH_LOCAL: 0}
+    elif seconds is not None:
+        steps = steps_by_themselves(data, given, options.epochs, seconds)
+    else:
+        print("students by themselves are left out, how many steps they may take has not been measured")
     for seed in range(options.seeds):
         keys = {**given, **KEYS[FROM_MESSAGES], "seed": seed}
         own = {**record, "way": FROM_MESSAGES, "seed": seed, "run": keys, "epochs": options.epochs}
         measure = partial(from_messages, teacher, data, keys, options.epochs)
-        first = Cell(f"{FROM_MESSAGES}, seed {seed}", own, measure, knn_and_linear)
-        session.run([first])
-        figures = session.figures(first)
-        for way in (BY_ITSELF, WITH_LOCAL):
-            if options.list:
-                steps = 0
-            elif seconds is None or figures is None:
-                print(f"{way}, seed {seed}: left out, how many steps it may take has not been measured")
-                continue
-            else:
-                steps = int(figures["steps"] * median(seconds[FROM_MESSAGES]) / median(seconds[way]))
+        session.run([Cell(f"{FROM_MESSAGES}, seed {seed}", own, measure, knn_and_linear)])
+        for way, count in steps.items():
             keys = {**given, **KEYS[way], "seed": seed}
-            own = {"source": source, "way": way, "seed": seed, "run": keys, "steps": steps}
-            measure = partial(by_itself, data, keys, steps)
+            own = {"source": source, "way": way, "seed": seed, "run": keys, "steps": count}
+            measure = partial(by_itself, data, keys, count)
             session.run([Cell(f"{way}, seed {seed}", own, measure, knn_and_linear)])
     return session.end()
+
+
+def steps_by_themselves(
+    data: str, keys: dict[str, Any], epochs: int, seconds: dict[str, list[float]]
+) -> dict[str, int]:
+    """How many steps students by themselves take while the one from messages has so many epochs."""
+    config = configure(**{**keys, "data": data, "epochs": epochs})
+    took = config.steps(len(open_source(data).images) // config.batch_size) * median(seconds[FROM_MESSAGES])
+    return {way: max(1, int(took / median(seconds[way]))) for way in (BY_ITSELF, WITH_LOCAL)}
 
 
 def reference_cells(source: str, data: str, given: dict[str, Any]) -> list[Cell]:
