@@ -241,7 +241,7 @@ def notes(ways: dict[str, list[dict[str, Any]]], seconds: list[dict[str, list[fl
     for run in students[:1]:
         lines.append(
             f"- messages of a seed: {run['bytes'] / 1e6:.2f} MB, computed {run['computed_bytes'] / 1e6:.2f} "
-            f"MB before; written in {mean(run['encoding_seconds'] for run in students):.0f} s"
+            f"MB before; written in {median(run['encoding_seconds'] for run in students):.0f} s"
         )
     return lines
 
