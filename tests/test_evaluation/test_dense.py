@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from patch_colors import Colors, pretrained
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from sklearn.linear_model import LogisticRegression
@@ -16,29 +17,15 @@ from torch import nn
 
 from bincomm import cli
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
 from bincomm.evaluation import dense
 from bincomm.evaluation.dense import confusion, evaluate_segmentation, mean_iou, patch_features
 from bincomm.evaluation.layouts import open_masked_images
-from bincomm.evaluation.pretrained import Pretrained, load_pretrained
+from bincomm.evaluation.pretrained import load_pretrained
 from bincomm.pretraining import export_backbone
 
 # Of classes 2, 9 and 254, and of what is not annotated.
 COLORS = {2: (230, 20, 20), 9: (20, 230, 20), 254: (20, 20, 230), 255: (120, 120, 120)}
-
-
-class Colors(nn.Module):
-    """The mean color of every patch, as a conv net's map."""
-
-    feature_info = ({"reduction": 8},)
-
-    def forward_features(self, images):
-        return F.avg_pool2d(images, 8)
-
-
-def pretrained(backbone=None):
-    return Pretrained("test", backbone or Colors(), None, PretrainConfig(), torch.device("cpu"))
 
 
 # Patch features

@@ -7,40 +7,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from patch_colors import Colors, pretrained
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.linalg import eigh
 from scipy.ndimage import binary_fill_holes, gaussian_filter
-from torch import nn
 
 import bincomm
 from bincomm import cli
 from bincomm.building import create_networks
-from bincomm.config import PretrainConfig
 from bincomm.configuration import configure
 from bincomm.distributed.ranks import Ranks
 from bincomm.evaluation.coco import open_objects
 from bincomm.evaluation.evaluate import describe
 from bincomm.evaluation.objects import average_precision, cut_objects, evaluate_objects, foreground
-from bincomm.evaluation.pretrained import Pretrained
 from bincomm.pretraining import export_backbone
 
 COLORS = [(20, 20, 230), (230, 20, 20), (20, 230, 20), (235, 235, 20)]  # background, objects
-
-
-class Colors(nn.Module):
-    """The mean color of every patch, as a conv net's map."""
-
-    feature_info = ({"reduction": 8},)
-
-    def forward_features(self, images):
-        return F.avg_pool2d(images, 8)
-
-
-def pretrained(backbone=None):
-    return Pretrained("test", backbone or Colors(), None, PretrainConfig(), torch.device("cpu"))
 
 
 # Cuts
