@@ -129,8 +129,8 @@ def adapt(config: PretrainConfig) -> dict[str, Any] | None:
         result["queries_held_out"] = held_out
         if figure(result["after"], *KNN) < figure(result["before"], *KNN):
             result["kept"] = "before"
-            weights_of_run = (output / WEIGHTS_FILE).read_bytes()
             if not adapted.exists():
+                weights_of_run = (output / WEIGHTS_FILE).read_bytes()
                 write_file(adapted, lambda file: file.write(weights_of_run))
             export_backbone(network, config, output)
             write_model_card(output, config, len(source.images), read_result(output), adapted=False)

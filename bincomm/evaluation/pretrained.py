@@ -178,14 +178,16 @@ def _load(
         return _from_state(load_checkpoint(path), weights, device, preprocessing)
     keys: dict[str, Any] = {}
     if path.is_dir():
-        checkpoint = Checkpoints(path / "checkpoints", keep=1).load()
-        if checkpoint is not None and keeps_initial_weights(path):
+        checkpoint = None
+        if keeps_initial_weights(path):
             logger.info(
                 "%s: adapting made the backbone worse; taken is the one as it came, without a head. The "
-                "adapted one is in the checkpoints there",
+                "adapted one is adapted.safetensors there",
                 weights,
             )
-        elif checkpoint is not None:
+        else:
+            checkpoint = Checkpoints(path / "checkpoints", keep=1).load()
+        if checkpoint is not None:
             model = _from_state(checkpoint, weights, device, preprocessing)
             _tell_step(path, checkpoint["step"])
             return model
