@@ -81,12 +81,14 @@ def profile(config: PretrainConfig, steps: int) -> dict[str, Any]:
     sender = create_sender(config, source, follower, ranks)
     stored, teacher = (sender, None) if isinstance(sender, StoredMessages) else (None, sender)
     views = load_views(loader, stored)
-    # A network of its own, for what is computed twice to need less memory is not to be counted.
-    counted, other = create_networks(replace(config, checkpoint_activations=False), device)
-    flops = count_flops(counted, other if teacher is follower else teacher, *views[:2])
     objective = create_objective(config).to(device)
     clock = Clock(device)
     step = create_step(config, student, teacher, objective, create_optimizer(student), mark=clock.mark)
+    # A network of its own, for what is computed twice to need less memory is not to be counted.
+    counted, other = create_networks(replace(config, checkpoint_activations=False), device)
+    flops = count_flops(
+        counted, other if teacher is follower else teacher, *views[:2], step.draw_masks(views[0])
+    )
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     peak = measure_peak(device, dtype)
     on_gpu = device.type == "cuda"
@@ -126,16 +128,19 @@ def count_flops(
     teacher: Network | FrozenTeacher | None,
     global_views: Tensor,
     local_views: Tensor | None,
+    places: Tensor | None = None,
 ) -> float:
-    """Floating-point operations of matrix products and convolutions that an image takes."""
+    """Floating-point operations of matrix products and convolutions that an image takes, with those of its
+    masked patches at places (n, M)."""
     networks = [student] if teacher is None else [student, teacher]
     write_attention_out(*networks)  # a fused one is not counted everywhere
     groups = [views[:2].float() for views in (global_views, local_views) if views is not None]
+    patches = {} if places is None else {"places": places[:2]}
     with FlopCounterMode(display=False) as counter:
         if teacher is not None:
             with torch.no_grad():
-                teacher(groups[0])
-        student(*groups).sum().backward()
+                teacher(groups[0], **patches)
+        student(*groups, **patches).sum().backward()
     return counter.get_total_flops() / len(groups[0])
 
 

@@ -50,6 +50,15 @@ def test_operations_do_not_depend_on_how_they_are_carried_out(options):
     assert counts[0] == counts[1]
 
 
+def test_operations_of_dense_bits_are_counted():
+    """Those of the patch head: forward in both networks, and backward, by weights and by inputs."""
+    without, config = (configure(**OPTIONS, dense=dense) for dense in (0, 1))
+    counts = [profile(each, steps=1)["flops_per_image"] for each in (without, config)]
+    features, masked = 64, round(0.3 * 4 * 4)
+    products = features * config.hidden + config.hidden**2 + config.hidden * config.bits
+    assert counts[1] - counts[0] == 4 * 2 * masked * products
+
+
 def test_a_peak_is_not_beyond_any_machine():
     assert 1e9 < measure_peak(torch.device("cpu"), torch.float32) < 1e14
 
