@@ -1,4 +1,4 @@
-"""Damaged images, tar and Parquet files through everything that reads them, for a given time.
+"""Damaged images, tar, Parquet and annotation files through everything that reads them, for a given time.
 
     python tests/fuzz_readers.py --minutes 0.5
     python tests/fuzz_readers.py --seed 123      # repeats one finding
@@ -8,8 +8,10 @@ and `MEMORY`; it runs in a child process, so that a crash or an endless loop is 
 """
 
 import argparse
+import copy
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -21,6 +23,7 @@ import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -43,6 +46,8 @@ MARKS = [
     b"!\xfe",
 ]
 NUMBERS = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+VALUES = [None, True, "", "../x.jpg", "\ud800", "o" * 50, [], {}, [[]], [0] * 6, [1, 2, 3, 4, 5, 6]]
+VALUES += [0, -1, 0.5, -0.0, 2**31, 2**63, 10**40, 1e308, float("inf"), float("nan")]
 
 
 def images() -> dict[str, bytes]:
@@ -125,6 +130,54 @@ def parquets(image: bytes) -> dict[str, bytes]:
     return written
 
 
+def annotations() -> dict[str, Any]:
+    """Objects of two images in COCO's format: polygons, runs and compressed runs."""
+    box = [1, 2, 3, 4]
+    objects = [
+        {"image_id": 1, "bbox": box, "segmentation": [[1, 2, 20, 2, 20, 15.5, 1, 12], [0, 0, 5, 0, 5, 5]]},
+        {"image_id": 1, "bbox": box, "segmentation": {"size": [20, 30], "counts": [100, 200, 300]}},
+        {"image_id": 2, "bbox": box, "segmentation": {"size": [7, 9], "counts": "0o1"}},
+        {"image_id": 2, "bbox": box, "segmentation": {"size": [7, 9], "counts": [0, 10, 0, 0, 20, 33, 0]}},
+    ]
+    return {
+        "images": [
+            {"id": number, "file_name": f"{number}.jpg", "height": height, "width": width}
+            for number, height, width in ((1, 20, 30), (2, 7, 9))
+        ],
+        "annotations": [
+            {"id": number, "iscrowd": int(number == 2), **each} for number, each in enumerate(objects, 1)
+        ],
+    }
+
+
+def places(value: Any) -> list[tuple[Any, Any]]:
+    """All places in a value of JSON: what holds it, and its key or number there."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    return [place for key in keys for place in [(value, key), *places(value[key])]]
+
+
+def mutate_json(content: dict[str, Any], rng: np.random.Generator) -> bytes:
+    """The content with one to three random changes: entries left out, repeated, or with other values."""
+    for _ in range(int(rng.integers(1, 4))):
+        there = places(content)
+        if not there:
+            break
+        holder, key = there[int(rng.integers(len(there)))]
+        value, action = holder[key], rng.random()
+        if action < 0.15:
+            del holder[key]
+        elif action < 0.3 and isinstance(holder, list):
+            holder.insert(key, copy.deepcopy(holder[int(rng.integers(len(holder)))]))
+        elif action < 0.6 and type(value) in (int, float):
+            scaled = value * float(rng.uniform(-2, 3))
+            holder[key] = scaled if rng.random() < 0.5 else int(rng.integers(-40, 60))
+        elif action < 0.7 and isinstance(value, str):
+            holder[key] = "".join(map(chr, rng.integers(40, 116, int(rng.integers(7)))))
+        else:
+            holder[key] = copy.deepcopy(VALUES[int(rng.integers(len(VALUES)))])
+    return json.dumps(content).encode()
+
+
 def mutate(data: bytes, rng: np.random.Generator, checksums: bool) -> bytes:
     """The data with a few random changes; the headers of a tar get right checksums again, mostly, and the
     metadata at a Parquet file's end its right length."""
@@ -171,8 +224,10 @@ def mutate(data: bytes, rng: np.random.Generator, checksums: bool) -> bytes:
 def case(seed: int) -> tuple[str, bytes]:
     """The name and the content of a seed's file."""
     rng = np.random.default_rng(seed)
-    encoded = images()
     number = rng.random()
+    if number > 0.9:
+        return "annotations", mutate_json(annotations(), rng)
+    encoded = images()
     if number < 0.2:
         kinds = tars(next(iter(encoded.values())))
     elif number < 0.4:
@@ -198,6 +253,8 @@ class Reader:
         name, data = case(seed)
         if name.startswith(("tar", "parquet")):
             self.read_shard(data, f"x.{name.split()[0]}")
+        elif name == "annotations":
+            self.read_annotations(data)
         else:
             self.read_image(np.frombuffer(data, np.uint8))
 
@@ -243,6 +300,31 @@ class Reader:
             except UnusableImageError as error:
                 reason = str(error)
                 assert reason
+
+    def read_annotations(self, data: bytes) -> None:
+        """Read the objects, and compare two of each image with all of them."""
+        from bincomm.evaluation.coco import open_objects
+        from bincomm.evaluation.objects import average_precision, encode_object
+
+        (self.folder / "images").mkdir(exist_ok=True)
+        for number in (1, 2):
+            (self.folder / f"images/{number}.jpg").touch()
+        (self.folder / "annotations.json").write_bytes(data)
+        try:
+            images = open_objects(self.folder)
+        except ValueError as error:
+            reason = str(error)
+            assert reason
+            assert "\n" not in reason
+            return
+        found = [
+            {"image_id": image.id, "category_id": 1, "score": 1.0, "bbox": one.box}
+            | {"segmentation": encode_object(one, image.shape)}
+            for image in images
+            for one in image.objects[:2]
+        ]
+        figures = [figure for of in average_precision(images, found).values() for figure in of.values()]
+        assert all(0 <= figure <= 1 for figure in figures), figures
 
 
 def child(connection: Connection, folder: str) -> None:

@@ -191,7 +191,7 @@ def average_precision(
     numbers = {image.id: number for number, image in enumerate(images, 1)}
     objects = [
         {"image_id": numbers[image.id], "bbox": annotated.box, "iscrowd": int(annotated.crowd)}
-        | {"segmentation": _encode(annotated, image.shape)}
+        | {"segmentation": encode_object(annotated, image.shape)}
         for image in images
         for annotated in image.objects
     ]
@@ -263,7 +263,7 @@ def _second_eigenvector(alike: np.ndarray) -> np.ndarray:
     return scale * eigh(normalized, overwrite_a=True, subset_by_index=(second, second))[1][:, 0]
 
 
-def _encode(annotated: AnnotatedObject, shape: tuple[int, int]) -> dict[str, Any]:
+def encode_object(annotated: AnnotatedObject, shape: tuple[int, int]) -> dict[str, Any]:
     """The mask of an object as pycocotools' compressed runs."""
     from pycocotools.mask import frPyObjects, merge
 
