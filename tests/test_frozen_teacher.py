@@ -17,9 +17,10 @@ from bincomm.configuration import configure
 from bincomm.data.sources import open_source
 from bincomm.distributed.ranks import ALONE, join_ranks
 from bincomm.dry_run import dry_run
+from bincomm.engine import frozen_teacher
 from bincomm.engine.checkpoints import Checkpoints
 from bincomm.engine.export import export_backbone
-from bincomm.engine.frozen_teacher import FrozenTeacher, choose_codes, sample_crops, whitened_projection
+from bincomm.engine.frozen_teacher import FrozenTeacher, canonical_projection, choose_codes, sample_crops
 from bincomm.engine.lock import open_run
 from bincomm.engine.signals import Signals
 from bincomm.engine.stored_messages import MANIFEST, check_messages, layout_of, read_manifest
@@ -412,16 +413,54 @@ def test_several_teachers_share_the_bits(data, large, tmp_path):
         configure(**{**OPTIONS, "teacher": weights, "bits": 1})
 
 
-def test_bits_of_a_teacher_are_uncorrelated():
-    features = torch.randn(4000, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + 3
-    projection, offset = whitened_projection(features, 4, seed=0)
+def features_of_crops(shared, images=4000):
+    """Features (2, n, D) of two crops, turned from coordinates of which so large a share of the variance is
+    the image's; the more there is of the image's, the less they vary."""
+    shares = torch.tensor(shared, dtype=torch.float64)
+    of_image, of_crops = torch.randn(images, len(shared)), torch.randn(2, images, len(shared))
+    coordinates = shares.sqrt() * of_image + (1 - shares).sqrt() * of_crops
+    turn, _ = torch.linalg.qr(torch.randn(len(shared), len(shared), dtype=torch.float64))
+    return coordinates / (0.5 + shares) @ turn + 3
+
+
+def test_bits_of_a_teacher_are_what_two_crops_have_in_common(monkeypatch):
+    shared = [1.0, 1.0, 0.6, 0.2, 0.0, 0.0, 0.0]
+    features = features_of_crops(shared)
+    monkeypatch.setattr(frozen_teacher, "RIDGE", 1e-9)
+    projection, offset = canonical_projection(features, len(shared), seed=0)
     logits = features.float() @ projection.T + offset
-    correlation = torch.corrcoef(logits.T) - torch.eye(4)
-    assert correlation.abs().max() < 0.3 < (torch.corrcoef(features.T) - torch.eye(6)).abs().max()
-    assert not torch.equal(whitened_projection(features, 4, seed=1).projection, projection)
-    for wrong, what in ((torch.ones(9, 6), "the same for all"), (features * torch.inf, "not finite")):
-        with pytest.raises(ValueError, match=f"^teacher: expected features .* that are {what}"):
-            whitened_projection(wrong.double(), 4, seed=0)
+    # As many bits as features only turn them: every direction varies as much as it is the image's.
+    spectrum = torch.linalg.eigvalsh(torch.cov(logits.flatten(0, 1).T)).flip(0)
+    torch.testing.assert_close(spectrum, torch.tensor(shared), atol=0.06, rtol=0)
+    assert logits.mean((0, 1)).abs().max() < 1e-4
+    fewer = canonical_projection(features, 4, seed=0).projection
+    assert torch.linalg.matrix_rank(fewer, rtol=1e-3) == 4
+    assert not torch.equal(canonical_projection(features, 4, seed=1).projection, fewer)
+
+
+def test_a_teacher_spends_no_bits_on_noise():
+    features = features_of_crops([0.9] * 4 + [0.0] * 12)
+    projection, offset = canonical_projection(features, 16, seed=0)
+    bits = features.float() @ projection.T + offset > 0
+    same = (bits[0] == bits[1]).float().mean(0)
+    assert same.min() > 0.7  # 0.86 without any noise, 0.5 from noise alone
+    assert (bits.float().mean((0, 1)) - 0.5).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("features", "what"),
+    [
+        (torch.ones(2, 9, 3), "tell images apart, got features that are the same for all"),
+        (torch.full((2, 9, 3), torch.inf), "tell images apart, got features that are not finite"),
+        (
+            torch.tensor([[[1.0], [-1.0]], [[-1.0], [1.0]]]),
+            "are more alike in two crops .*, got others, in a sample of 2;",
+        ),
+    ],
+)
+def test_features_that_no_code_can_be_of(features, what):
+    with pytest.raises(ValueError, match=f"^teacher: expected features that .*{what}"):
+        canonical_projection(features.double(), 4, seed=0)
 
 
 def test_a_teacher_sees_its_own_pixels(large, data):

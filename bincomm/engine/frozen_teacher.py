@@ -131,18 +131,18 @@ class FrozenTeacher(nn.Module):
 
     @torch.inference_mode()
     def choose(self, crops: Iterable[Tensor], seed: int, autocast: bool) -> list[Code]:
-        """The codes of a seed, for the features of crops (n, U, C, S, S), batch by batch.
+        """The codes of a seed, for the features of crops (n, 2, C, S, S), batch by batch.
 
         Raises:
-            ValueError: the features are not finite, or the same for all crops.
+            ValueError: the features are not finite, or do not tell images apart.
         """
         gathered: list[list[Tensor]] = [[] for _ in self.members]
         for views in crops:
             for member, features in zip(self.members, gathered, strict=True):
                 with torch.autocast(views.device.type, torch.bfloat16, enabled=autocast):
-                    features.append(member.features(views).flatten(0, 1).double().cpu())
+                    features.append(member.features(views).double().cpu())
         return [
-            whitened_projection(torch.cat(features), len(member.offset), hash_seed(seed, number))
+            canonical_projection(torch.cat(features, 1), len(member.offset), hash_seed(seed, number))
             for number, (member, features) in enumerate(zip(self.members, gathered, strict=True))
         ]
 
@@ -173,8 +173,8 @@ class FrozenTeacher(nn.Module):
 
 
 def fingerprint(members: Iterable[FrozenBackbone]) -> str:
-    """A name for what the features of backbones are: of their architecture, weights and images."""
-    digest = hashlib.sha256()
+    """A name for what backbones send: of their architecture, weights and images, and how a code is chosen."""
+    digest = hashlib.sha256(f"{canonical_projection.__name__} {RIDGE}".encode())
     for member in members:
         digest.update(repr((member.name, member.size, len(member.offset))).encode())
         for pixels in (member.scale, member.shift):
@@ -183,34 +183,50 @@ def fingerprint(members: Iterable[FrozenBackbone]) -> str:
     return digest.hexdigest()[:32]
 
 
-def whitened_projection(features: Tensor, bits: int, seed: int) -> Code:
-    """The code of features whose bits are random directions of the whitened features, each cut at its mean.
+def canonical_projection(features: Tensor, bits: int, seed: int) -> Code:
+    """The code of features whose bits are random directions, each cut at its mean, of what two crops of an
+    image have in common.
 
-    `W = R·(Σ + ρ·tr(Σ)/D·I)^(-1/2)`, offset `-W·μ`: μ and Σ are mean and covariance of the features, ρ is
-    `RIDGE`, which keeps directions without variance, noise, from weighing as much as the others. R is a
-    random matrix (k, D) with orthonormal rows where k ≤ D, so that bits are uncorrelated, else columns.
+    `W = R·C^(1/2)·S`, offset `-W·μ`. `S = (Σ + ρ·tr(Σ)/D·I)^(-1/2)` whitens: μ and Σ are mean and covariance
+    of the features, ρ is `RIDGE`, which keeps directions without variance from weighing as much as the
+    others. `C = S·Σ₁₂·S`, with the cross-covariance of the two crops, made symmetric: its eigenvalues are the
+    canonical correlations (Hotelling, "Relations between two sets of variates", 1936), from 1 for what the
+    other crop has, too, to 0 for noise, which no student could predict; those below 0 count as 0. R is a
+    random matrix (k, D) with orthonormal rows where k ≤ D, else columns.
 
     Args:
-        features: (n, D) fp64.
+        features: (2, n, D) fp64, of two crops of n images.
         bits: k.
         seed: determines R.
 
     Raises:
-        ValueError: features are not finite, or all the same.
+        ValueError: features are not finite, all the same, or of two crops not more alike than of two images.
     """
-    mean = features.mean(0)
-    centered = features - mean
-    covariance = centered.T @ centered / len(features)
-    spread = covariance.trace().item() / len(covariance)
+    mean = features.mean((0, 1))
+    first, second = features - mean
+    count, width = first.shape
+    covariance = (first.T @ first + second.T @ second) / (2 * count)
+    spread = covariance.trace().item() / width
     if not (math.isfinite(spread) and spread > 0):
         what = "the same for all images" if spread == 0 else "not finite"
         raise ValueError(f"teacher: expected features that tell images apart, got features that are {what}")
-    variances, directions = torch.linalg.eigh(covariance)
-    whitening = directions * (variances.clamp(min=0) + RIDGE * spread).rsqrt() @ directions.T
-    random = torch.empty(bits, len(mean), dtype=torch.float64)
+    whitening = _power(covariance + RIDGE * spread * torch.eye(width, dtype=covariance.dtype), -0.5)
+    shared = _power(whitening @ ((first.T @ second + second.T @ first) / (2 * count)) @ whitening, 0.5)
+    if not shared.any():
+        raise ValueError(
+            "teacher: expected features that are more alike in two crops of an image than in crops of two "
+            f"images, got others, in a sample of {count}; choose other weights, or more images"
+        )
+    random = torch.empty(bits, width, dtype=torch.float64)
     nn.init.orthogonal_(random, generator=torch.Generator().manual_seed(seed))
-    projection = random @ whitening
+    projection = random @ shared @ whitening
     return Code(projection.float(), -(projection @ mean).float())
+
+
+def _power(symmetric: Tensor, exponent: float) -> Tensor:
+    """A power of a symmetric matrix, whose eigenvalues below 0 count as 0."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return vectors * values.clamp(min=0).pow(exponent) @ vectors.T
 
 
 def choose_codes(teacher: FrozenTeacher, config: PretrainConfig, source: "Source", ranks: Ranks) -> None:
