@@ -447,20 +447,20 @@ def test_a_teacher_spends_no_bits_on_noise():
     assert (bits.float().mean((0, 1)) - 0.5).abs().max() < 0.05
 
 
-@pytest.mark.parametrize(
-    ("features", "what"),
-    [
-        (torch.ones(2, 9, 3), "tell images apart, got features that are the same for all"),
-        (torch.full((2, 9, 3), torch.inf), "tell images apart, got features that are not finite"),
-        (
-            torch.tensor([[[1.0], [-1.0]], [[-1.0], [1.0]]]),
-            "are more alike in two crops .*, got others, in a sample of 2;",
-        ),
-    ],
-)
-def test_features_that_no_code_can_be_of(features, what):
-    with pytest.raises(ValueError, match=f"^teacher: expected features that .*{what}"):
-        canonical_projection(features.double(), 4, seed=0)
+def test_features_that_no_code_can_be_of():
+    same, infinite = torch.ones(2, 9, 3), torch.full((2, 9, 3), torch.inf)
+    for features, what in ((same, "the same for all"), (infinite, "not finite")):
+        with pytest.raises(ValueError, match=f"^teacher: expected features that tell .* that are {what}"):
+            canonical_projection(features.double(), 4, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_crops_with_nothing_in_common(seed):
+    """On opposite sides of the mean; in five of eight dimensions there is rounding alone, on either side."""
+    torch.manual_seed(seed)
+    features = torch.randn(20, 3) @ torch.randn(3, 8)
+    with pytest.raises(ValueError, match="^teacher: .* more alike in two crops .* in a sample of 20;"):
+        canonical_projection((torch.stack([features, -features]) + 3).double(), 4, seed=0)
 
 
 def test_a_teacher_sees_its_own_pixels(large, data):
