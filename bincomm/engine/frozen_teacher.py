@@ -211,7 +211,8 @@ def canonical_projection(features: Tensor, bits: int, seed: int) -> Code:
         what = "the same for all images" if spread == 0 else "not finite"
         raise ValueError(f"teacher: expected features that tell images apart, got features that are {what}")
     whitening = _power(covariance + RIDGE * spread * torch.eye(width, dtype=covariance.dtype), -0.5)
-    shared = _power(whitening @ ((first.T @ second + second.T @ first) / (2 * count)) @ whitening, 0.5)
+    cross = first.T @ second / count
+    shared = _power(whitening @ ((cross + cross.T) / 2) @ whitening, 0.5)
     if shared.square().sum() < 1e-9:  # the sum of the correlations above 0: what is left is rounding
         raise ValueError(
             "teacher: expected features that are more alike in two crops of an image than in crops of two "
